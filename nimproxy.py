@@ -560,7 +560,8 @@ def resolve_config(flags: Json, environ: Mapping[str, str],
 def candidates(setting: Setting, flags: Json, environs: List[Mapping[str, str]],
                entries: Entries) -> Iterator[Tuple[Any, str]]:
     """Values for one setting, strongest first, each with its source."""
-    yield flags.get(setting.field), "--" + setting.field.replace("_", "-")
+    flag = "model" if setting.field == "default_model" else setting.field
+    yield flags.get(setting.field), "--" + flag.replace("_", "-")
     for environ, name in zip(environs, ("environment", ".env")):
         if setting.variable:
             yield environ.get(setting.variable), f"{name} {setting.variable}"
@@ -2940,9 +2941,14 @@ class Upstream:
 
     def settle_soon(self, answer: Answer) -> None:
         """The same, without anybody waiting for it."""
+        def settled(task: asyncio.Future) -> None:
+            self.settling.discard(task)
+            if task.cancelled():        # perhaps before it began
+                answer.wire.abort()
+
         task = asyncio.ensure_future(self.settle(answer))
         self.settling.add(task)
-        task.add_done_callback(self.settling.discard)
+        task.add_done_callback(settled)
 
     async def close(self) -> None:
         for task in self.settling:
@@ -2964,6 +2970,7 @@ class Upstream:
             wire = Wire(*opening.result())
         except BaseException as error:
             opening.cancel()
+            opening.add_done_callback(abort_opened)
             if isinstance(error, (OSError, asyncio.TimeoutError)):
                 raise unreachable(target, proxy, error) from error
             raise
@@ -2988,6 +2995,12 @@ class Upstream:
     def tls(self) -> ssl.SSLContext:
         self.context = self.context or tls_context(self.config.ca_files)
         return self.context
+
+
+def abort_opened(opening: asyncio.Future) -> None:
+    """Close a connection that was made when nobody waited for it any more."""
+    if not opening.cancelled() and not opening.exception():
+        opening.result()[1].transport.abort()
 
 
 def url_target(url: str) -> Target:
@@ -3323,11 +3336,11 @@ class Proxy:
             self.record(question)
         except ProxyError as error:
             self.note(question.model, error)
-            if message.index < 0:
+            if not message.chunks:          # else asking again may well help
                 self.remember(question, error)
             yield encode_event("error", error.body())
         finally:
-            release_start(start)
+            await drop(start)
 
     async def whole(self, question: Question) -> Response:
         """A request that does not stream: the same translation, folded."""
@@ -3378,8 +3391,8 @@ class Proxy:
         self.counts["input_tokens"] += usage["input_tokens"]
         self.counts["output_tokens"] += usage["output_tokens"]
         log.info("%s -> %s: in=%d out=%d %.2f s", printable(question.message.model),
-                 question.model, usage["input_tokens"], usage["output_tokens"],
-                 time.monotonic() - question.began)
+                 printable(question.model), usage["input_tokens"],
+                 usage["output_tokens"], time.monotonic() - question.began)
 
     # the other paths
 
@@ -3556,11 +3569,11 @@ class Script:
         pass
 
 
-def release_start(start: asyncio.Future) -> None:
+async def drop(start: asyncio.Future) -> None:
     """Stop an answer that may not have begun, or give its connection back."""
-    if not start.done():
-        start.cancel()
-    elif not start.cancelled() and not start.exception():
+    start.cancel()
+    await asyncio.gather(start, return_exceptions=True)
+    if not start.cancelled() and not start.exception():
         start.result().answer.release()
 
 
@@ -4062,21 +4075,24 @@ def split_arguments(argv: List[str]) -> Tuple[List[str], List[str]]:
     """
     own: List[str] = []
     rest: List[str] = []
+    command = ""
     waiting = list(argv)
     while waiting:
         word = waiting.pop(0)
         name = word.partition("=")[0]
-        for_child = bool(own) and own[0] in CHILD_COMMANDS
+        for_child = command in CHILD_COMMANDS
         if for_child and word == "--":
             rest += waiting
             break
         if for_child and name not in OPTIONS:
             rest.append(word)
-        elif not for_child and word in CHILD_COMMANDS:
+        elif not command and not word.startswith("-"):
+            command = word
             own.insert(0, word)
         else:
             own.append(word)
-            if name == word and OPTIONS.get(name, ("",))[0] and waiting:
+            takes = OPTIONS.get("--port" if name == "-p" else name, ("", ""))[0]
+            if takes and name == word and waiting:
                 own.append(waiting.pop(0))
     return own, rest
 
@@ -4120,8 +4136,6 @@ def make_context(options: argparse.Namespace, arguments: List[str]) -> Context:
     if options.demo:
         flags["default_model"] = DEMO_MODEL
     config, sources = resolve_config(flags, environ, dotenv, file)
-    if options.model and "default_model" in sources:
-        sources["default_model"] = "--model"
     known = {**{name: value for name, value in dotenv.items() if name.isupper()},
              **environ}
     return Context(options, config, sources, arguments, known)

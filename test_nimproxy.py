@@ -1687,3 +1687,1406 @@ def test_fold_undoes_the_split():
     assert content([{"choices": [{"message": message, "finish_reason": "stop"}]}])[0] == once
 
 
+# ---- 10. HTTP/1.1 messages ---------------------------------------------------
+
+BAD_HEADS = [   # (case, head, status)
+    ("no target", b"GET HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ("two spaces", b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ("tab", b"GET\t/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ("HTTP/2", b"GET / HTTP/2.0\r\nHost: x\r\n\r\n", 505),
+    ("odd version", b"GET / HTTP/1.10\r\nHost: x\r\n\r\n", 400),
+    ("lower case http", b"GET / http/1.1\r\nHost: x\r\n\r\n", 400),
+    ("bytes in the target", b"GET /\xc3\xa9 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ("no slash", b"GET x HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ("asterisk", b"GET * HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ("no host", b"GET / HTTP/1.1\r\n\r\n", 400),
+    ("two hosts", b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n", 400),
+    ("host with a path", b"GET / HTTP/1.1\r\nHost: x/y\r\n\r\n", 400),
+    ("host with a user", b"GET / HTTP/1.1\r\nHost: u@x\r\n\r\n", 400),
+    ("no colon", b"GET / HTTP/1.1\r\nHost: x\r\nnothing\r\n\r\n", 400),
+    ("space before the colon", b"GET / HTTP/1.1\r\nHost: x\r\nA : b\r\n\r\n", 400),
+    ("folded line", b"GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n c\r\n\r\n", 400),
+    ("no name", b"GET / HTTP/1.1\r\nHost: x\r\n: b\r\n\r\n", 400),
+    ("NUL in a value", b"GET / HTTP/1.1\r\nHost: x\r\nA: \0\r\n\r\n", 400),
+    ("CR in a value", b"GET / HTTP/1.1\r\nHost: x\r\nA: b\rc\r\n\r\n", 400),
+    ("151 fields", b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 150 + b"\r\n", 431),
+    ("long request line", b"GET /" + b"x" * 17000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+]
+
+
+@pytest.mark.parametrize("head, status", [row[1:] for row in BAD_HEADS],
+                         ids=[row[0] for row in BAD_HEADS])
+def test_bad_heads(head, status):
+    with pytest.raises(np.ProxyError) as caught:
+        np.parse_request(head)
+    assert caught.value.status == status
+
+
+PATHS = [("/v1/messages?beta=true", "/v1/messages"), ("http://x:1/a?b", "/a"),
+         ("http://x", "/"), ("/a#b", "/a"), ("/%0d%0a", "/%0d%0a")]
+
+
+@pytest.mark.parametrize("target, path", PATHS)
+def test_paths(target, path):
+    assert np.Request("GET", target, []).path() == path
+
+
+FRAMINGS = [
+    ([], 0), ([("content-length", "7")], 7), ([("content-length", "007")], 7),
+    ([("transfer-encoding", "Chunked")], "chunked"),
+]
+BAD_FRAMINGS = [
+    [("transfer-encoding", "chunked"), ("content-length", "7")],
+    [("content-length", "7"), ("content-length", "7")],
+    [("transfer-encoding", "chunked"), ("transfer-encoding", "chunked")],
+    *[[("transfer-encoding", value)] for value in (
+        "", "xchunked", "gzip", "gzip, chunked", "chunked, gzip", "chunked;q=1",
+        "\x0bchunked", "chun\u212aed", "identity")],
+    *[[("content-length", value)] for value in (
+        "", "+7", "-7", "7.0", "0x7", "7_0", "7 7", "7, 7", "\u0667", "\xb2", "7" * 20)],
+]
+
+
+@pytest.mark.parametrize("headers, how", FRAMINGS)
+def test_framings(headers, how):
+    assert np.framing(headers, 0) == how
+
+
+@pytest.mark.parametrize("headers", BAD_FRAMINGS)
+def test_doubtful_framings_are_refused(headers):
+    with pytest.raises(np.ProxyError) as caught:
+        np.framing(headers, 0)
+    assert caught.value.status in (400, 413)
+
+
+def decoded(how, pieces):
+    """(body, what followed it) of wire bytes in pieces; what is None if it goes on."""
+    decoder, body, rest = np.body_decoder(how), b"", None
+    for each in pieces:
+        if rest is not None:
+            rest += each
+            continue
+        out, rest = decoder.send(each)
+        body += out
+    return body, rest
+
+
+BODIES = [  # (case, how, wire, body)
+    ("counted", 5, b"hello", b"hello"), ("nothing", 0, b"", b""),
+    ("chunks", "chunked", b"2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n", b"hello"),
+    ("upper hex, zeros", "chunked", b"000A\r\nhellohello\r\n00\r\n\r\n", b"hellohello"),
+    ("extensions", "chunked", b'5;a="b"\r\nhello\r\n0;x\r\n\r\n', b"hello"),
+    ("trailers", "chunked", b"5\r\nhello\r\n0\r\nA: b\r\nC: d\r\n\r\n", b"hello"),
+    ("CRLF inside", "chunked", b"4\r\n\r\n\r\n\r\n0\r\n\r\n", b"\r\n\r\n"),
+]
+
+
+@pytest.mark.parametrize("how, wire, body", [row[1:] for row in BODIES],
+                         ids=[row[0] for row in BODIES])
+def test_bodies_cut_anywhere(how, wire, body):
+    behind = b"GET / HTTP/1.1"
+    data = wire + behind
+    for cut in range(len(data) + 1):
+        assert decoded(how, [data[:cut], data[cut:]]) == (body, behind)
+    assert decoded(how, [data[at:at + 1] for at in range(len(data))]
+                   or [b""]) == (body, behind)
+
+
+def test_a_body_up_to_the_close_never_ends():
+    assert decoded("close", [b"a", b"b"]) == (b"ab", None)
+
+
+BAD_CHUNKS = [
+    b"0x5\r\nhello\r\n", b"+5\r\nhello\r\n", b"-5\r\nhello\r\n", b" 5\r\nhello\r\n",
+    b"5_0\r\n", b"\r\nhello", b";a=b\r\n", b"xyz\r\n", b"5\x0b\r\n", b"\xb2\r\n",
+    b"5,5\r\n", b"5 5\r\nhello\r\n", b"123456789\r\n", b"5\nhello\r\n", b"5\rhello",
+    b"5\r\nhelloX\r\n", b"5\r\nhello\n0\r\n\r\n", b"5\r\nhelloXY0\r\n\r\n",
+    b"5;a\nb\r\nhello\r\n", b"5;a\0\r\nhello\r\n", b"5;" + b"a" * 5000 + b"\r\nhello",
+    b"0" * 5000 + b"5\r\n", b"0\r\nno colon\r\n\r\n", b"0\r\nA: " + b"b" * 20000,
+    (b"1;" + b"a" * 4000 + b"\r\nx\r\n") * 5,
+]
+
+
+@pytest.mark.parametrize("wire", BAD_CHUNKS)
+def test_bad_chunks_are_refused(wire):
+    with pytest.raises(np.ProxyError) as caught:
+        decoded("chunked", [wire, b"\r\n" * 3])
+    assert caught.value.status in (400, 431)
+
+
+def test_many_small_chunks_take_linear_time():
+    began = time.process_time()
+    wire = b"1\r\nx\r\n" * 100000 + b"0\r\n\r\n"
+    assert decoded("chunked", [wire])[0] == b"x" * 100000
+    assert time.process_time() - began < 2
+
+
+def test_a_header_cannot_break_out_of_its_line():
+    with pytest.raises(np.ProxyError):
+        np.encode_head("HTTP/1.1 200 OK", [("A", "b\r\nEvil: 1")])
+
+
+# ---- 11. The built-in upstream -----------------------------------------------
+
+def test_the_demo_calls_a_tool_and_sums_it_up():
+    tools = [{"name": "weigh", "input_schema": {"properties": {"n": {"type": "number"}},
+                                                "required": ["n"]}},
+             {"name": "greet", "input_schema": {"properties": {"w": {"type": "string"}},
+                                                "required": ["w"]}}]
+    body = {**ASK, "tools": tools, "model": np.DEMO_MODEL}
+    with proxy_for("http://127.0.0.1:9/v1") as client:
+        events = client.stream(**body)
+        first = np.fold(events)
+        assert [block["type"] for block in first["content"]] == ["thinking", "text",
+                                                                 "tool_use"]
+        assert first["content"][2]["input"] == {"w": "demo"}
+        turns = [{"role": "assistant", "content": first["content"]},
+                 user(result(first["content"][2]["id"], "hello"))]
+        body["messages"] = ASK["messages"] + turns
+        status, second = client.ask(**body)
+    assert second["content"][-1]["text"] == "The tool says: hello"
+
+
+# ---- 12. Upstream ------------------------------------------------------------
+
+def test_a_tool_loop_uses_one_connection_on_both_sides():
+    with both(streams(*HELLO)) as (nim, client):
+        connection = http.client.HTTPConnection(*client.address, timeout=10)
+        with contextlib.closing(connection):
+            for _ in range(15):
+                body = json.dumps({**ASK, "stream": True})
+                connection.request("POST", "/v1/messages", body)
+                answer = connection.getresponse()
+                assert b"message_stop" in answer.read()
+                sock = connection.sock
+            assert connection.sock is sock      # http.client reconnects silently
+        assert len(nim.asked) == 15 and nim.connections == 1
+
+
+def test_a_stale_connection_is_tried_again_once():
+    with both(completes("one")) as (nim, client):
+        assert client.ask()[0] == 200
+        nim.script = [[FakeNim.CLOSE], completes("two")]
+        assert client.ask()[1]["content"] == [said("two")]
+        assert len(nim.asked) == 3
+        nim.script = [[FakeNim.CLOSE]]
+        status, error = client.ask()
+        assert status == 502 and "without an answer" in error["error"]["message"]
+        assert len(nim.asked) == 5
+
+
+def test_nothing_is_asked_twice_once_a_byte_has_come():
+    with both([b"HTTP/1.1 200", FakeNim.CLOSE]) as (nim, client):
+        status, error = client.ask()
+    assert status == 502 and len(nim.asked) == 1
+
+
+WHOLE = json.dumps({"choices": [{"message": {"content": "ok"},
+                                 "finish_reason": "stop"}]}).encode()
+JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+GZIP = zlib.compressobj(wbits=31)
+ZIPPED = GZIP.compress(WHOLE) + GZIP.flush()
+ANSWERS = [     # (case, bytes on the wire)
+    ("length", response(WHOLE)),
+    ("chunked", chunked(WHOLE[:9], WHOLE[9:], head=b"Content-Type: application/json\r\n")),
+    ("up to the close", [JSON_HEAD + b"\r\n" + WHOLE, FakeNim.CLOSE]),
+    ("HTTP/1.0", [JSON_HEAD.replace(b"1.1", b"1.0") + b"\r\n" + WHOLE, FakeNim.CLOSE]),
+    ("no reason phrase", response(WHOLE).replace(b"200 Said", b"200")),
+    ("1xx before", b"HTTP/1.1 103 Early\r\nA: b\r\n\r\nHTTP/1.1 100 C\r\n\r\n"
+     + response(WHOLE)),
+    ("gzip, unasked", response(ZIPPED, 200, "application/json", "Content-Encoding: gzip")),
+    ("blank lines before", response(b"\n\n" + WHOLE)),
+]
+
+
+@pytest.mark.parametrize("answer", [row[1] for row in ANSWERS],
+                         ids=[row[0] for row in ANSWERS])
+def test_answers_of_every_framing(answer):
+    with both(answer) as (nim, client):
+        status, message = client.ask()
+    assert (status, message["content"]) == (200, [said("ok")])
+
+
+BOMB = zlib.compressobj(9, wbits=31)
+BOMB = BOMB.compress(b"\0" * (80 << 20)) + BOMB.flush()
+BAD_ANSWERS = [     # (case, bytes on the wire, words)
+    ("cut", [JSON_HEAD + b"Content-Length: 999\r\n\r\n{", FakeNim.CLOSE], "broke off"),
+    ("cut chunk", [JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\n9\r\n{", FakeNim.CLOSE],
+     "broke off"),
+    ("no last chunk", [JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n",
+                       FakeNim.CLOSE], "broke off"),
+    ("bad chunk size", [JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\n0x1\r\n{",
+                        FakeNim.CLOSE], "malformed chunk size"),
+    ("reset", [JSON_HEAD + b"Content-Length: 9\r\n\r\n{", FakeNim.RESET], "broke off"),
+    ("not HTTP", [b"\x15\x03\x01 TLS\r\n\r\n", FakeNim.CLOSE], "upstream's answer"),
+    ("HTTP/2", [b"HTTP/2 200 OK\r\n\r\n", FakeNim.CLOSE], "not HTTP/1.1"),
+    ("two lengths", [JSON_HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n{",
+                     FakeNim.CLOSE], "more than one"),
+    ("a folded header", [JSON_HEAD + b" x\r\n\r\n", FakeNim.CLOSE], "malformed header"),
+    ("head without end", [b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 20000, FakeNim.CLOSE],
+     "head over"),
+    ("1xx for ever", [b"HTTP/1.1 103 Early\r\n\r\n" * 20, FakeNim.CLOSE], "interim"),
+    ("101", [b"HTTP/1.1 101 Switching\r\n\r\n" * 11, FakeNim.CLOSE], "interim"),
+    ("no body", b"HTTP/1.1 204 No Content\r\n\r\n", "204"),
+    ("garbage", response(b"<html>oops</html>"), "no JSON object, but <html>oops"),
+    ("a list", response(b"[1]"), "no JSON object"),
+    ("null", response(b"null"), "no JSON object"),
+    ("NaN", response(b'{"choices":[{"message":{"content":NaN}}]}'), "no JSON object"),
+    ("deep", response(b'{"a":' + b"[" * 100000), "no JSON object"),
+    ("gzip bomb", response(BOMB, 200, "application/json", "Content-Encoding: gzip"),
+     "over 33554432"),
+    ("not gzip", response(b"{}", 200, "application/json", "Content-Encoding: gzip"),
+     "compressed"),
+]
+
+
+@pytest.mark.parametrize("answer, words", [row[1:] for row in BAD_ANSWERS],
+                         ids=[row[0] for row in BAD_ANSWERS])
+def test_bad_answers_are_clear_errors_and_the_next_request_works(answer, words):
+    with both(answer) as (nim, client):
+        for stream in (False, True):
+            status, error = client.ask(stream=stream)
+            if words == "head over" and status == 200:
+                continue
+            assert status == 502, error
+            assert error["error"]["type"] == "api_error"
+            assert words in error["error"]["message"]
+        nim.script = [completes("fine")]
+        assert client.ask()[0] == 200
+
+
+def test_gzipped_error_bodies_are_read():
+    squeezer = zlib.compressobj(wbits=31)
+    raw = squeezer.compress(b'{"detail":"bad x"}') + squeezer.flush()
+    with both(refuses(400, raw, "Content-Encoding: gzip")) as (nim, client):
+        assert "bad x" in client.ask()[1]["error"]["message"]
+
+
+def test_redirects_are_not_followed():
+    with FakeNim(completes("stolen")) as other:
+        answer = refuses(307, b"", "Location: " + other.url)
+        with both(answer) as (nim, client):
+            status, error = client.ask()
+        assert status == 502 and "redirect" in error["error"]["message"]
+        assert not other.requests
+
+
+def test_queued_requests_are_asked_after(monkeypatch):
+    monkeypatch.setattr(np, "POLL_SECONDS", 0.01)
+    queued = refuses(202, b"{}", "NVCF-REQID: abc-1")
+    with both(queued, queued, queued, completes("done")) as (nim, client):
+        assert client.ask()[1]["content"] == [said("done")]
+        assert [path for _, path, _ in nim.requests] == [
+            "/v1/chat/completions"] + ["/v2/nvcf/pexec/status/abc-1"] * 3
+        assert nim.requests[1][2]["Authorization"] == "Bearer nvapi-test"
+    assert np.poll_url("https://integrate.api.nvidia.com/v1", "a") == \
+        "https://api.nvcf.nvidia.com/v2/nvcf/pexec/status/a"
+
+
+def test_silence_has_limits():
+    with both([FakeNim.LEFT], first_byte_timeout=0.1) as (nim, client):
+        status, error = client.ask()
+        assert (status, error["error"]["type"]) == (504, "timeout_error")
+        assert "0.1 s" in error["error"]["message"]
+    with both([EVENT_STREAM + sse(says(content="x"), done=False), FakeNim.LEFT],
+              idle_timeout=0.1) as (nim, client):
+        events = client.stream()
+        assert events[-1][0] == "error" and "silent" in events[-1][1]["error"]["message"]
+
+
+def test_an_unreachable_upstream_is_named():
+    with socket.socket() as sock:       # bound, so that nobody else listens there
+        sock.bind(("127.0.0.1", 0))
+        url = "http://127.0.0.1:%d/v1" % sock.getsockname()[1]
+        with proxy_for(url) as client:
+            for stream in (False, True):
+                status, error = client.ask(stream=stream)
+                assert status == 502
+                assert "nothing listens there" in error["error"]["message"]
+
+
+def test_an_unknown_host_is_named():
+    with proxy_for("http://no-such-host.invalid/v1") as client:
+        status, error = client.ask()
+    assert status == 502 and "cannot be resolved" in error["error"]["message"]
+
+
+NO_PROXY = [    # (entry, host, bypassed)
+    ("*", "api.x.com", True), ("x.com", "api.x.com", True), ("x.com", "evilx.com", False),
+    (".x.com", "x.com", True), ("*.x.com", "api.x.com", True), ("x.com:443", "x.com", True),
+    ("x.com:444", "x.com", False), ("10.0.0.0/8", "10.1.2.3", True),
+    ("fd00::/8", "fd00::1", True), ("a.com, X.COM b.com", "x.com", True),
+    ("[::2]:443", "::2", True), ("", "x.com", False), ("", "127.0.0.1", True),
+    ("", "localhost", True), ("", "::1", True), ("x", "X.", True),
+]
+
+
+@pytest.mark.parametrize("entry, host, bypassed", NO_PROXY)
+def test_no_proxy(entry, host, bypassed):
+    assert np.bypasses(entry, np.Target(True, host, 443)) == bypassed
+
+
+def test_loopback_is_never_proxied():
+    with FakeNim(completes("ok")) as nim:
+        with proxy_for(nim, http_proxy="http://127.0.0.1:9") as client:
+            assert client.ask()[0] == 200
+
+
+PROXIED = "http://nim.example:8000/v1"
+
+
+def test_an_http_upstream_through_a_proxy():
+    with FakeNim(completes("ok")) as middle:
+        way = middle.url.replace("//", "//u%20x:p@")
+        with proxy_for(PROXIED, http_proxy=way) as client:
+            assert client.ask()[0] == 200
+        _, path, headers = middle.requests[0]
+    assert path == PROXIED + "/chat/completions" and headers["Host"] == "nim.example:8000"
+    assert base64.b64decode(headers["Proxy-Authorization"].split()[1]) == b"u x:p"
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    """A private authority's certificate, and a server's with its key."""
+    place = tmp_path_factory.mktemp("tls")
+    run = lambda *words: subprocess.run(("openssl",) + words, cwd=place, check=True,
+                                        stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL)
+    run("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key", "-out",
+        "ca.pem", "-days", "2", "-subj", "/CN=test authority")
+    run("req", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "csr.pem",
+        "-subj", "/CN=nim.example")
+    (place / "ext").write_text("subjectAltName=DNS:nim.example,IP:127.0.0.1\n")
+    run("x509", "-req", "-in", "csr.pem", "-CA", "ca.pem", "-CAkey", "ca.key", "-days", "2",
+        "-CAcreateserial", "-out", "cert.pem", "-extfile", "ext")
+    return place
+
+
+@contextlib.contextmanager
+def secure(nim, certificates):
+    """The fake upstream behind TLS; gives its https URL."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / "cert.pem", certificates / "key.pem")
+    nim.server.socket = context.wrap_socket(nim.server.socket, server_side=True,
+                                            do_handshake_on_connect=False)
+    with nim:
+        yield nim.url.replace("http:", "https:")
+
+
+@pytest.mark.parametrize("variable", np.CA_VARIABLES[:1] + np.CA_VARIABLES[2:])
+def test_own_authorities_are_trusted(certificates, variable):
+    trusted = ((variable, str(certificates / "ca.pem")),)
+    with secure(FakeNim(completes("ok")), certificates) as url:
+        with proxy_for(url, ca_files=trusted) as client:
+            assert client.ask()[0] == 200
+
+
+def test_certificates_are_always_verified(certificates):
+    nim = FakeNim(completes("ok"))
+    with secure(nim, certificates) as url:
+        with proxy_for(url) as client:
+            status, error = client.ask()
+        assert status == 502 and "SSL_CERT_FILE" in error["error"]["message"]
+        assert not nim.requests
+        trusted = (("SSL_CERT_FILE", str(certificates / "ca.pem")),)
+        other = url.replace("127.0.0.1", "localhost")
+        with proxy_for(other, ca_files=trusted) as client:
+            assert client.ask()[0] == 502       # the name is not in the certificate
+        assert not nim.requests
+
+
+class Tunnel:
+    """An HTTP proxy that knows CONNECT; leads every name to `port`."""
+
+    def __init__(self, port, answer=b"HTTP/1.1 200 Connected\r\n\r\n"):
+        self.port, self.answer, self.heads = port, answer, []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = "http://u:p@127.0.0.1:%d" % self.listener.getsockname()[1]
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        with contextlib.suppress(OSError), self.listener, self.listener.accept()[0] as near:
+            self.heads.append(near.recv(65536))
+            near.sendall(self.answer)
+            if b" 200 " not in self.answer:
+                return
+            with socket.create_connection(("127.0.0.1", self.port)) as far:
+                threading.Thread(target=pumped, args=(far, near), daemon=True).start()
+                pumped(near, far)
+
+
+def pumped(source, sink):
+    with contextlib.suppress(OSError):
+        data = source.recv(65536)
+        while data:
+            sink.sendall(data)
+            data = source.recv(65536)
+        sink.shutdown(socket.SHUT_WR)
+
+
+def test_an_https_upstream_through_a_proxy(certificates):
+    trusted = (("SSL_CERT_FILE", str(certificates / "ca.pem")),)
+    with secure(FakeNim(completes("ok")), certificates) as url:
+        middle = Tunnel(int(url.split(":")[-1].split("/")[0]))
+        with proxy_for("https://nim.example/v1", ca_files=trusted,
+                       https_proxy=middle.url) as client:
+            assert client.ask()[1]["content"] == [said("ok")]
+    head = middle.heads[0]
+    assert head.startswith(b"CONNECT nim.example:443 HTTP/1.1\r\nHost: nim.example:443\r\n")
+    assert b"Basic dTpw" in head and b"nvapi" not in head
+
+
+def test_a_proxy_that_refuses_is_named():
+    middle = Tunnel(9, b"HTTP/1.1 407 Who\r\n\r\n")
+    with proxy_for("https://nim.example/v1", https_proxy=middle.url) as client:
+        status, error = client.ask()
+    assert status == 502 and "407" in error["error"]["message"]
+    assert "u:p" not in error["error"]["message"]
+
+
+def test_a_proxy_of_another_kind_is_not_gone_around():
+    with proxy_for("https://nim.example/v1", https_proxy="socks5://127.0.0.1:1") as client:
+        status, error = client.ask()
+    assert status == 502 and "socks5" in error["error"]["message"]
+
+
+def test_the_key_goes_upstream_and_nothing_of_the_clients(monkeypatch):
+    with both(completes("ok")) as (nim, client):
+        client.ask(headers={"Authorization": "Bearer mine", "Cookie": "a=b",
+                            "anthropic-beta": "x", "X-Forwarded-For": "1.2.3.4"})
+        sent = nim.requests[0][2]
+    assert sent["Authorization"] == "Bearer nvapi-test"
+    assert sent["Content-Type"] == "application/json"
+    assert not {"Cookie", "anthropic-beta", "X-Forwarded-For"} & set(sent)
+
+
+# ---- 13. Proxy ---------------------------------------------------------------
+
+def names_of(events):
+    return [name for name, _ in events]
+
+
+def test_hello():
+    with both(streams(*HELLO)) as (nim, client):
+        events = client.stream(model="claude-opus-4-8", system="S")
+        assert nim.asked[0]["messages"][0] == {"role": "system", "content": "S"}
+    message = np.fold(events)
+    assert message["content"] == [said("Hello")]
+    assert message["model"] == "claude-opus-4-8"
+    assert message["usage"]["input_tokens"] == 7
+
+
+def test_a_request_that_does_not_stream():
+    with both(completes("ok", reasoning_content="hm")) as (nim, client):
+        status, message = client.ask()
+        assert "stream" not in nim.asked[0]
+    assert [block["type"] for block in message["content"]] == ["thinking", "text"]
+    assert status == 200 and message["stop_reason"] == "end_turn"
+
+
+def test_json_where_a_stream_was_asked_for():
+    with both(completes("ok")) as (nim, client):
+        assert np.fold(client.stream())["content"] == [said("ok")]
+
+
+def test_every_answer_has_a_request_id():
+    with both(completes("ok")) as (nim, client):
+        for path in ("/health", "/nope", "/v1/messages"):
+            _, headers, body = client.request("GET", path)
+            assert headers["request-id"].startswith("req_")
+            if "error" in body:
+                assert body["request_id"] == headers["request-id"]
+
+
+def test_message_start_does_not_wait_for_upstream():
+    go = threading.Event()
+    with both([go, streams(*HELLO)], eager_after=0.02) as (nim, client):
+        connection = http.client.HTTPConnection(*client.address, timeout=10)
+        with contextlib.closing(connection):
+            began = time.monotonic()
+            connection.request("POST", "/v1/messages", json.dumps({**ASK, "stream": True}))
+            answer = connection.getresponse()
+            assert b"message_start" in answer.read1(65536)
+            assert time.monotonic() - began < 1
+            go.set()
+            assert b"message_stop" in answer.read()
+
+
+EARLY = [(400, 400), (401, 401), (404, 404), (429, 429), (500, 500), (503, 529)]
+
+
+@pytest.mark.parametrize("upstreams, ours", EARLY)
+def test_early_errors_are_real_statuses(upstreams, ours):
+    with both(refuses(upstreams, {"message": "bad x"}), eager_after=5) as (nim, client):
+        for stream in (True, False):
+            status, error = client.ask(stream=stream)
+            assert status == ours and "bad x" in error["error"]["message"]
+
+
+def test_errors_in_the_first_frame_are_real_statuses():
+    answer = streams('{"error":{"message":"busy","code":503}}')
+    with both(answer, eager_after=5) as (nim, client):
+        assert client.ask(stream=True)[0] == 529
+
+
+def test_a_stream_without_a_frame_is_a_retryable_error():
+    with both(chunked(b""[:0] or b": hi\n\n"), eager_after=5) as (nim, client):
+        status, error = client.ask(stream=True)
+    assert (status, error["error"]["type"]) == (529, "overloaded_error")
+
+
+def test_a_late_failure_is_an_event_and_its_replay_gets_the_status():
+    go = threading.Event()
+    late = [go, refuses(429, {"title": "Too Many Requests"}, "Retry-After: 9")]
+    with both(late, completes("ok"), eager_after=0) as (nim, client):
+        threading.Timer(0.05, go.set).start()
+        events = client.stream()
+        assert names_of(events) == ["message_start", "error"]
+        assert events[1][1]["error"]["type"] == "rate_limit_error"
+        status, headers, _ = client.request("POST", "/v1/messages", ASK)
+        assert (status, headers["retry-after"], len(nim.asked)) == (429, "9", 1)
+        assert client.ask()[0] == 200       # once only: the next is asked again
+        assert len(nim.asked) == 2
+
+
+def test_a_replay_is_known_by_session_and_body():
+    go = threading.Event()
+    late = [go, refuses(429, {"title": "x"})]
+    with both(late, completes("ok"), eager_after=0) as (nim, client):
+        threading.Timer(0.05, go.set).start()
+        session = {"X-Claude-Code-Session-Id": "s1"}
+        client.stream(headers=session)
+        assert client.ask()[0] == 200
+        assert client.ask(headers=session, max_tokens=99)[0] == 200
+        assert client.ask(headers=session)[0] == 429
+
+
+def test_a_failure_is_forgotten_in_time(monkeypatch):
+    monkeypatch.setattr(np, "FAILURE_SECONDS", 0)
+    go = threading.Event()
+    with both([go, refuses(429, {"title": "x"})], completes("ok"),
+              eager_after=0) as (nim, client):
+        threading.Timer(0.05, go.set).start()
+        client.stream()
+        assert client.ask()[0] == 200
+
+
+BREAKS = [
+    ("reset in text", [EVENT_STREAM + sse(says(content="x"), done=False), FakeNim.RESET],
+     "text"),
+    ("end in text", [EVENT_STREAM + sse(says(content="x"), done=False), FakeNim.CLOSE],
+     "text"),
+    ("end in a call", [EVENT_STREAM + sse(piece(0, "c", "Bash", '{"command":"rm'),
+                                          done=False), FakeNim.CLOSE], ""),
+    ("lies about its length", [EVENT_STREAM.replace(b"\r\n\r\n", b"\r\nContent-Length: 9999"
+                                                    b"\r\n\r\n")
+                               + sse(*calls(("Bash", {}))[:1], done=False), FakeNim.CLOSE],
+     ""),
+]
+
+
+@pytest.mark.parametrize("answer, told_first", [row[1:] for row in BREAKS],
+                         ids=[row[0] for row in BREAKS])
+def test_half_an_answer_is_an_error_and_never_half_a_call(answer, told_first):
+    with both(answer, eager_after=0) as (nim, client):
+        events = client.stream()
+        assert events[-1][0] == "error" and "message_stop" not in names_of(events)
+        assert "content_block_stop" not in names_of(events)
+        assert "tool_use" not in json.dumps(events)
+        nim.script = [completes("fine")]
+        assert client.ask()[0] == 200       # asked again, not the kept failure
+
+
+def test_done_may_never_come(monkeypatch):
+    monkeypatch.setattr(np, "GRACE_SECONDS", 0.05)
+    with both([EVENT_STREAM + sse(*HELLO, done=False), FakeNim.LEFT]) as (nim, client):
+        assert np.fold(client.stream())["content"] == [said("Hello")]
+        assert nim.left.wait(5)
+
+
+def test_a_client_that_leaves_stops_upstream_within_100_ms():
+    for silent in ([FakeNim.LEFT], [EVENT_STREAM + sse(says(content="x"), done=False),
+                                    FakeNim.LEFT]):
+        for stream in (True, False):
+            with both(silent, eager_after=0.01) as (nim, client):
+                sock = socket.create_connection(client.address)
+                body = json.dumps({**ASK, "stream": stream}).encode()
+                sock.sendall(b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n"
+                             b"Content-Length: %d\r\n\r\n" % len(body) + body)
+                while not nim.asked:
+                    time.sleep(0.001)
+                began = time.monotonic()
+                sock.close()
+                assert nim.left.wait(5)
+                assert time.monotonic() - began < 0.1
+
+
+def test_pings_and_what_resets_the_watchdog(monkeypatch):
+    monkeypatch.setattr(np, "RESET_SECONDS", 0.15)
+    go = threading.Event()
+    answer = [EVENT_STREAM + sse(says(content="a"), done=False), go,
+              sse(says(content="b"), END), FakeNim.CLOSE]
+    with both(answer, ping_interval=0.05, eager_after=0) as (nim, client):
+        threading.Timer(0.5, go.set).start()
+        events = client.stream()
+    assert names_of(events).count("ping") >= 3
+    empty = [data for name, data in events if data.get("delta", {}).get("text") == ""]
+    assert 1 <= len(empty) <= 3
+    assert np.fold(events)["content"] == [said("ab")]
+
+
+def test_no_pings_if_none_are_wanted():
+    with both(streams(*HELLO), ping_interval=0) as (nim, client):
+        assert "ping" not in names_of(client.stream())
+
+
+ROUTES = [  # (method, path, status)
+    ("GET", "/", 200), ("HEAD", "/", 200), ("GET", "/health", 200), ("GET", "/healthz", 200),
+    ("HEAD", "/health", 200), ("GET", "/status", 200), ("GET", "/v1/models?limit=1000", 200),
+    ("GET", "/x/v1/models", 200), ("GET", "/nope", 404), ("POST", "/v1/nope", 404),
+    ("GET", "/v1/messages", 405), ("DELETE", "/v1/models", 405), ("POST", "/health", 405),
+    ("BREW", "/", 405), ("OPTIONS", "/v1/messages", 405), ("PUT", "/nope", 404),
+]
+
+
+@pytest.mark.parametrize("method, path, status", ROUTES)
+def test_routes(method, path, status):
+    with both(refuses(500, {})) as (nim, client):
+        got, headers, body = client.request(method, path)
+    assert got == status
+    if status >= 400:
+        assert body["type"] == "error" and body["error"]["message"]
+    if status == 405:
+        assert headers["Allow"]
+    if method == "HEAD":
+        assert body == b"" and int(headers["Content-Length"]) > 0
+
+
+def test_messages_at_any_prefix():
+    with both(completes("ok")) as (nim, client):
+        for path in ("/v1/messages?beta=true", "/v1/v1/messages", "/nim/v1/messages"):
+            assert client.request("POST", path, ASK)[0] == 200
+
+
+def test_health_has_no_secret():
+    with both(completes("ok"), proxy_key="k" * 16) as (nim, client):
+        assert client.request("GET", "/health")[2] == {
+            "status": "ok", "service": "nimproxy", "version": np.__version__}
+
+
+def test_models_in_the_shape_of_both_sdks():
+    listed = response(json.dumps({"data": [{"id": "z-ai/glm-5.3"}, {"id": "x/y"},
+                                           {"id": "x/y"}, {"no": 1}]}).encode())
+    with both(listed, default_model="d/d", opus="o/o", sonnet="d/d",
+              haiku="d/d") as (nim, client):
+        models = client.request("GET", "/v1/models")[2]
+        ids = [row["id"] for row in models["data"]]
+        assert ids == ["d/d", "o/o", "z-ai/glm-5.3", "x/y"]
+        assert (models["first_id"], models["last_id"], models["has_more"]) == (
+            "d/d", "x/y", False)
+        row = models["data"][2]
+        assert row["type"] == "model" and row["object"] == "model" and row["created_at"]
+        assert row["max_input_tokens"] == 1000000 and row["owned_by"] == "z-ai"
+        headers = {"User-Agent": "claude-code/2.1.197"}
+        found = client.request("GET", "/v1/models", None, headers)[2]["data"]
+        assert [row["id"] for row in found] == ["anthropic/" + name for name in ids]
+        assert len(nim.requests) == 1       # fetched once
+        assert client.request("GET", "/v1/models/anthropic%2Fz-ai/glm-5.3")[0] == 200
+        status, _, error = client.request("GET", "/v1/models/z-ai/glm-5.4")
+        assert status == 404 and "glm-5.3" in error["error"]["message"]
+
+
+def test_models_without_upstream():
+    with both(refuses(500, {}), default_model="d/d") as (nim, client):
+        assert client.request("GET", "/v1/models")[2]["data"][0]["id"] == "d/d"
+
+
+def test_count_tokens():
+    with both(completes("ok")) as (nim, client):
+        status, _, counted = client.request("POST", "/v1/messages/count_tokens", {
+            "messages": [{"role": "user", "content": "Hello, world"}], "model": "x"})
+        assert status == 200 and 3 <= counted["input_tokens"] <= 20
+        assert client.request("POST", "/v1/messages/count_tokens", b"{")[0] == 400
+        assert client.request("POST", "/v1/messages/count_tokens",
+                              {"messages": "x"})[0] == 400
+        assert not nim.requests
+
+
+BAD_JSON = [
+    (b"", "not JSON"), (b"{", "not JSON"), (b"[]", "expected a JSON object, found a list"),
+    (b"null", "found null"), (b'{"a": NaN}', "NaN"), (b"\xff", "not UTF-8: byte 0"),
+    ('{"messages": []}'.encode("utf-16"), "not UTF-8"),
+    (b'{"messages": 5}', "messages: expected a list"),
+    (b'{"messages": [], "model": 5}', "model: expected a string"),
+    (b'{"messages":' + b"[" * 200000, "nested too deeply"),
+    (b'{"messages":[{"role":"user","content":"x"}],"tools":[{"name":"x","input_schema":'
+     + b'{"a":' * 9000 + b"1" + b"}" * 9002 + b"]}", "nested too deeply"),
+]
+
+
+@pytest.mark.parametrize("raw, words", BAD_JSON)
+def test_bad_json_is_answered_with_where(raw, words):
+    with both(completes("ok")) as (nim, client):
+        status, _, error = client.request("POST", "/v1/messages", raw)
+        if status == 200 and len(raw) > 9000:
+            pytest.skip("this Python nests that deep")
+        assert status == 400 and words in error["error"]["message"], error
+        assert not nim.asked
+        assert client.ask()[0] == 200
+
+
+LOCAL = [   # (headers, status)
+    ({}, 200), ({"Host": "localhost:1"}, 200), ({"Host": "LOCALHOST"}, 200),
+    ({"Host": "[::1]:9"}, 200), ({"Host": "evil.example"}, 403),
+    ({"Host": "localhost.evil.example"}, 403), ({"Host": "127.0.0.1.evil.example"}, 403),
+    ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403),
+    ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 200),
+    ({"Origin": "http://localhost:9"}, 403), ({"Sec-Fetch-Site": "cross-site"}, 403),
+    ({"Sec-Fetch-Site": "same-site"}, 403), ({"Sec-Fetch-Site": "none"}, 200),
+]
+
+
+@pytest.mark.parametrize("headers, status", LOCAL)
+def test_web_pages_do_not_get_through(headers, status):
+    with both(completes("ok")) as (nim, client):
+        assert client.request("POST", "/v1/messages", ASK, headers)[0] == status
+        assert len(nim.asked) == (status == 200)
+
+
+KEYS = [({}, 401), ({"x-api-key": "k" * 16}, 200), ({"Authorization": "Bearer " + "k" * 16},
+                                                   200),
+        ({"Authorization": "bearer " + "k" * 16}, 200), ({"x-api-key": "k"}, 401),
+        ({"x-api-key": "k" * 17}, 401), ({"x-api-key": "\xe9"}, 401)]
+
+
+@pytest.mark.parametrize("headers, status", KEYS)
+def test_the_proxys_own_key(headers, status):
+    with both(completes("ok"), proxy_key="k" * 16) as (nim, client):
+        got, _, error = client.request("POST", "/v1/messages", ASK, headers)
+        assert got == status and client.request("GET", "/health")[0] == 200
+        if status == 401:
+            assert error["error"]["type"] == "authentication_error"
+            assert "x-api-key" not in error["error"]["message"]
+
+
+def test_a_fault_of_ours_ends_one_answer_only(monkeypatch, caplog):
+    def fault(*_):
+        raise TypeError("surprise")
+    with both(streams(*HELLO)) as (nim, client):
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "frame_chunks", fault)
+            status, error = client.ask(stream=True)
+            assert status == 500 and "TypeError" in error["error"]["message"]
+        assert np.fold(client.stream())["content"] == [said("Hello")]
+    assert "surprise" in caplog.text
+
+
+def test_status_counts_and_shows_the_last_errors():
+    with both(completes("ok"), refuses(429, {"title": "Slow"})) as (nim, client):
+        client.ask()
+        client.ask()
+        status = client.request("GET", "/status")[2]
+    assert status["counts"]["requests"] == 2 and status["counts"]["errors_429"] == 1
+    assert status["counts"]["input_tokens"] == 7
+    assert "Slow" in status["last_errors"][0]["message"]
+    assert "nvapi-test" not in json.dumps(status)
+
+
+def test_log_lines_cannot_be_forged(caplog):
+    with both(completes("ok")) as (nim, client):
+        caplog.set_level("INFO", "nimproxy")
+        client.ask(model="evil\n12:00:00 INFO forged\u2028")
+    assert len(caplog.records) == 1 and "\n" not in caplog.records[0].getMessage()
+
+
+def test_retired_models_are_replaced_on_nvidias_own_endpoint_only(caplog):
+    hosted = np.Proxy(np.Config())
+    assert hosted.known_as("z-ai/glm-5.2") == "z-ai/glm-5.3"
+    assert hosted.known_as("z-ai/glm-5.2") == "z-ai/glm-5.3"
+    assert caplog.text.count("z-ai/glm-5.2 is retired") == 1
+    assert np.Proxy(np.Config(base_url="http://h/v1")).known_as("z-ai/glm-5.2") == \
+        "z-ai/glm-5.2"
+
+
+def test_stop_sequences_beyond_the_fourth_are_enforced():
+    with both(streams(*text("a five b"))) as (nim, client):
+        message = np.fold(client.stream(stop_sequences=["1", "2", "3", "4", "five"]))
+        assert nim.asked[0]["stop"] == ["1", "2", "3", "4"]
+    assert message["content"] == [said("a ")] and message["stop_sequence"] == "five"
+
+
+# ---- 14. Server --------------------------------------------------------------
+
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+POST = b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n"
+BODY = json.dumps(ASK).encode()
+LENGTH = b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+CHUNKS = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
+CLOSE = b"Connection: close\r\n"
+RAW = [     # (case, bytes, statuses that come back)
+    ("GET", GET + CLOSE + b"\r\n", [200]),
+    ("POST", POST + CLOSE + LENGTH, [200]),
+    ("chunked POST", POST + CLOSE + CHUNKS, [200]),
+    ("an empty line before", b"\r\n" + GET + CLOSE + b"\r\n", [200]),
+    ("pipelined", GET + b"\r\n" + POST + LENGTH + POST + CHUNKS + GET + CLOSE + b"\r\n",
+     [200, 200, 200, 200]),
+    ("HTTP/1.0", GET.replace(b"1.1", b"1.0") + b"\r\n", [200]),
+    ("HTTP/1.0, kept", GET.replace(b"1.1", b"1.0") + b"Connection: keep-alive\r\n\r\n"
+     + GET + CLOSE + b"\r\n", [200, 200]),
+    ("a body on GET", GET + CLOSE + b"Content-Length: 2\r\n\r\n{}", [200]),
+    ("Expect", POST + CLOSE + b"Expect: 100-continue\r\n" + LENGTH, [200]),
+    ("unknown Expect", POST + b"Expect: tea\r\n" + LENGTH, [417]),
+    ("absolute target", b"GET http://localhost/health HTTP/1.1\r\nHost: evil.example\r\n"
+     + CLOSE + b"\r\n", [200]),
+    ("Upgrade is not taken up", GET + CLOSE + b"Upgrade: h2c\r\n\r\n", [200]),
+    ("no length", POST + CLOSE + b"\r\n", [400]),
+    ("noise", b"\x16\x03\x01\x02\x00", [400]),
+    ("bare LF", GET.replace(b"\r\n", b"\n") + b"\n", [400]),
+    ("bare CR", b"GET / HTTP/1.1\rHost: x\r\r", [400]),
+    ("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [505]),
+    ("both framings", POST + b"Content-Length: 5\r\n" + CHUNKS + GET + b"\r\n", [400]),
+    ("two lengths", POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n" + GET + b"\r\n",
+     [400]),
+    ("chunked in HTTP/1.0", POST.replace(b"1.1", b"1.0") + CHUNKS, [400]),
+    ("gzip coding", POST + b"Transfer-Encoding: gzip\r\n\r\n" + GET + b"\r\n", [400]),
+    ("bad chunk", POST + b"Transfer-Encoding: chunked\r\n\r\n0x5\r\n" + GET + b"\r\n", [400]),
+    ("too large", POST + b"Content-Length: 99999999999\r\n\r\n", [413]),
+    ("larger than 64 bits", POST + b"Content-Length: 99999999999999999999\r\n\r\n", [413]),
+    ("too large to expect", POST + b"Expect: 100-continue\r\n"
+     b"Content-Length: 99999999999\r\n\r\n", [413]),
+    ("too large in chunks", POST + b"Transfer-Encoding: chunked\r\n\r\nfffffff\r\n"
+     + b"x" * 5000, [413]),
+    ("long line", b"GET /" + b"x" * 20000, [414]),
+    ("long head", GET + b"A: " + b"x" * 70000, [431]),
+    ("many fields", GET + b"A: b\r\n" * 200 + b"\r\n", [431]),
+    ("body cut", POST + b"Content-Length: 500\r\n\r\n{", []),
+    ("chunk cut", POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{", []),
+]
+
+
+@pytest.mark.parametrize("data, statuses", [row[1:] for row in RAW],
+                         ids=[row[0] for row in RAW])
+def test_requests_on_the_wire(data, statuses, monkeypatch):
+    monkeypatch.setattr(np, "MAX_BODY_BYTES", 4096)
+    with both(completes("ok")) as (nim, client):
+        with socket.create_connection(client.address, 10) as sock:
+            with contextlib.suppress(OSError):
+                sock.sendall(data)
+                if not statuses:
+                    sock.shutdown(socket.SHUT_WR)
+            raw = received(sock)
+        got = [int(code) for code in re.findall(rb"HTTP/1\.1 (\d{3}) ", raw)]
+        assert [code for code in got if code != 100] == statuses
+        assert client.ask()[0] == 200       # the server stands
+
+
+def test_the_same_byte_by_byte():
+    data = GET + b"\r\n" + POST + CLOSE + CHUNKS
+    with both(completes("ok")) as (nim, client):
+        raw = client.raw(*[data[at:at + 1] for at in range(len(data))])
+    assert raw.count(b"HTTP/1.1 200 OK") == 2
+
+
+def test_expect_is_answered_before_the_body():
+    with both(completes("ok")) as (nim, client):
+        with socket.create_connection(client.address, 10) as sock:
+            sock.sendall(POST + CLOSE + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+                         % len(BODY))
+            assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            sock.sendall(BODY)
+            assert received(sock).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_answers_are_well_formed():
+    with both(completes("ok")) as (nim, client):
+        _, headers, _ = client.request("GET", "/health")
+        assert headers["Date"].endswith("GMT") and headers["Content-Type"]
+        raw = client.raw(b"HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\n" + GET + CLOSE + b"\r\n")
+    assert raw.count(b"HTTP/1.1 200 OK") == 2 and raw.count(b'"status"') == 1
+
+
+def test_a_stream_for_http_1_0_ends_with_the_connection():
+    body = json.dumps({**ASK, "stream": True}).encode()
+    with both(streams(*HELLO)) as (nim, client):
+        raw = client.raw(b"POST /v1/messages HTTP/1.0\r\nContent-Length: %d\r\n\r\n"
+                         % len(body) + body)
+    head, _, rest = raw.partition(b"\r\n\r\n")
+    assert b"chunked" not in head and names_of(parse_events(rest))[-1] == "message_stop"
+
+
+def test_a_pipelined_request_waits_for_the_stream_before_it():
+    body = json.dumps({**ASK, "stream": True}).encode()
+    one = POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with both(streams(*HELLO)) as (nim, client):
+        raw = client.raw(one + GET + CLOSE + b"\r\n")
+    assert raw.index(b"message_stop") < raw.index(b'"status":"ok"')
+
+
+def test_slow_heads_have_a_deadline(monkeypatch):
+    monkeypatch.setattr(np, "HEAD_SECONDS", 0.1)
+    with both(completes("ok")) as (nim, client):
+        with socket.create_connection(client.address, 5) as sock:
+            with contextlib.suppress(OSError):
+                for byte in GET:
+                    sock.sendall(bytes([byte]))
+                    time.sleep(0.01)
+            assert received(sock) == b""
+        assert client.ask()[0] == 200
+
+
+def test_silent_bodies_and_idle_connections_have_limits(monkeypatch):
+    monkeypatch.setattr(np, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(np, "IDLE_SECONDS", 0.1)
+    with both(completes("ok")) as (nim, client):
+        for start in (b"", POST + b"Content-Length: 50\r\n\r\n{"):
+            with socket.create_connection(client.address, 5) as sock:
+                sock.sendall(start)
+                assert received(sock) == b""
+
+
+def test_a_refused_request_can_read_its_answer():
+    with both(completes("ok")) as (nim, client):
+        raw = client.raw(b"POST /v1/messages HTTP/1.1\r\nHost: evil.example\r\n"
+                         b"Content-Length: 3000000\r\n\r\n" + b"x" * 3000000)
+    assert raw.startswith(b"HTTP/1.1 403") and b"loopback" in raw
+
+
+def test_connections_have_a_limit(monkeypatch):
+    monkeypatch.setattr(np, "MAX_CONNECTIONS", 2)
+    with both(completes("ok")) as (nim, client):
+        with socket.create_connection(client.address), \
+                socket.create_connection(client.address) as second:
+            second.sendall(GET + CLOSE + b"\r\n")
+            assert b"200 OK" in received(second)
+
+
+def test_a_slow_reader_stops_the_upstream():
+    sent = []
+
+    def flood(handler_steps=0):
+        for _ in range(3000):
+            sent.append(1)
+            yield sse(says(content="x" * 10000), done=False)
+
+    with both(lambda chat: [EVENT_STREAM, *flood()]) as (nim, client):
+        with socket.create_connection(client.address) as sock:
+            body = json.dumps({**ASK, "stream": True}).encode()
+            sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            time.sleep(0.3)
+            assert client.request("GET", "/health")[0] == 200
+
+
+def test_forty_answers_at_once_are_not_mixed_up():
+    def echo(chat):
+        return streams(*text(chat["messages"][0]["content"]))
+
+    with both(echo) as (nim, client):
+        answers = {}
+
+        def ask(number):
+            words = "number %d" % number
+            message = np.fold(client.stream(messages=[user(said(words))]))
+            answers[words] = message["content"][0]["text"]
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(answers) == 40 and all(key == value for key, value in answers.items())
+
+
+def test_background_says_that_a_port_is_taken():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        config = np.Config(port=sock.getsockname()[1])
+        with pytest.raises(OSError):
+            with np.Background(config):
+                pass
+
+
+# ---- 15. Client programs -----------------------------------------------------
+
+CONFIG = np.Config(default_model="z-ai/glm-5.3", opus="o/o", sonnet="s/s", haiku="h/h",
+                   proxy_key="secret")
+
+
+def test_the_clients_environment():
+    added = np.client_environment(CONFIG, "http://127.0.0.1:9", False, {})
+    assert added["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:9"
+    assert added["ANTHROPIC_AUTH_TOKEN"] == "secret"
+    assert added["ANTHROPIC_MODEL"] == "z-ai/glm-5.3"
+    assert added["ANTHROPIC_DEFAULT_HAIKU_MODEL"] == "h/h"
+    assert added["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "1000000"
+    assert added["NO_PROXY"] == "127.0.0.1,localhost,::1"
+    assert "CLAUDE_CODE_SUBAGENT_MODEL" not in added
+    one = np.client_environment(CONFIG, "http://127.0.0.1:9", True, {})
+    assert one["CLAUDE_CODE_SUBAGENT_MODEL"] == "z-ai/glm-5.3"
+
+
+def test_what_the_user_set_wins_unless_it_bypasses_the_proxy():
+    environ = {"ANTHROPIC_MODEL": "mine", "ANTHROPIC_BASE_URL": "http://other",
+               "ANTHROPIC_API_KEY": "sk", "NVIDIA_API_KEY": "nvapi", "NO_PROXY": "corp",
+               "CLAUDE_CODE_USE_BEDROCK": "1", "HOME": "/h"}
+    added = np.client_environment(CONFIG, "http://127.0.0.1:9", False, environ)
+    child = np.child_environment(added, environ)
+    assert child["ANTHROPIC_MODEL"] == "mine" and child["HOME"] == "/h"
+    assert child["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:9"
+    assert child["NO_PROXY"] == "corp,127.0.0.1,localhost,::1"
+    assert not {"ANTHROPIC_API_KEY", "NVIDIA_API_KEY", "CLAUDE_CODE_USE_BEDROCK"} & set(child)
+
+
+EXPORTED = [("sh", "export A='it'\"'\"'s $x'"), ("fish", "set -gx A 'it'\"'\"'s $x'"),
+            ("powershell", "$env:A = 'it''s $x'")]
+
+
+@pytest.mark.parametrize("shell, line", EXPORTED)
+def test_exports_are_quoted(shell, line):
+    assert np.export_lines({"A": "it's $x"}, shell) == [line]
+
+
+def test_sh_reads_back_what_is_exported():
+    added = {"A": "it's $x `y` \"z\" \\"}
+    script = "\n".join(np.export_lines(added, "sh")) + '\nprintf %s "$A"'
+    assert subprocess.check_output(["sh", "-c", script]).decode() == added["A"]
+
+
+# ---- 16. Command line --------------------------------------------------------
+
+@pytest.fixture
+def shell(monkeypatch, tmp_path):
+    """An empty folder and environment, as a newcomer has them."""
+    for name in list(os.environ):
+        if name not in ("PATH", "HOME") and not name.startswith(("PYTEST", "COV")):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(capsys, *argv):
+    """(exit code, standard output, standard error) of a command line."""
+    code = np.main(list(argv))
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_the_demo_needs_nothing(shell, capsys):
+    code, out, _ = run(capsys, "demo")
+    assert code == 0 and out.isascii()
+    for words in ("client asks", "upstream asked", "upstream says", "client gets",
+                  "content_block_start", "tool_use", "Hello, demo!", "nvapi-"):
+        assert words in out
+
+
+def test_help_fits_a_screen_and_names_every_command(shell, capsys):
+    with pytest.raises(SystemExit) as caught:
+        np.main(["--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0 and len(out.splitlines()) <= 40
+    assert all(re.search(rf"^  {name} ", out, re.M) for name in np.COMMANDS)
+    assert np.__doc__.splitlines()[0] in out
+
+
+MISTAKES = [    # (arguments, environment, words)
+    (["sevre"], {}, "no command 'sevre'; did you mean 'serve'?"),
+    (["serve"], {}, "https://build.nvidia.com"),
+    ([], {}, "NVIDIA_API_KEY"),
+    (["serve", "--port", "x"], {}, "--port: expected a port"),
+    (["serve", "--config", "nope.yaml"], {}, "nope.yaml: cannot be read"),
+    (["serve", "--host", "0.0.0.0", "--demo"], {}, "PROXY_API_KEY"),
+    (["serve", "--provider", "olama"], {}, "did you mean 'ollama'?"),
+    (["env", "--shell", "csh"], {}, "--shell"),
+    (["run"], {}, "run -- CMD"),
+    (["serve", "--demo"], {"SSL_CERT_FILE": "/nope.pem"}, "SSL_CERT_FILE=/nope.pem"),
+    (["version"], {"PROXY_PORT": "many"}, "environment PROXY_PORT"),
+    (["version"], {"PROXY_CONFIG": "nope.json"}, "nope.json"),
+]
+
+
+@pytest.mark.parametrize("argv, environ, words", MISTAKES)
+def test_mistakes_are_one_line_and_exit_2(shell, capsys, monkeypatch, argv, environ, words):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and words in err and err.count("\n") == 1
+
+
+def test_show_config_names_sources_and_hides_secrets(shell, capsys, monkeypatch):
+    monkeypatch.setenv("NVIDIA_API_KEY", "nvapi-secret")
+    (shell / "config.yaml").write_text("server:\n  port: 9000\n")
+    (shell / ".env").write_text("PROXY_HOST=::1\n")
+    code, out, _ = run(capsys, "serve", "--show-config", "--model", "m/m")
+    assert code == 0 and "nvapi-secret" not in out
+    assert re.search(r"^port +9000 +config\.yaml:2: server\.port$", out, re.M)
+    assert re.search(r"^host +::1 +\.env PROXY_HOST$", out, re.M)
+    assert re.search(r"^api_key +\(set, hidden\) +environment NVIDIA_API_KEY$", out, re.M)
+    assert re.search(r"^opus +m/m +--model$", out, re.M)
+    assert re.search(r"^eager_after +0\.08 +default$", out, re.M)
+
+
+def test_version_and_models(shell, capsys):
+    code, out, _ = run(capsys, "version")
+    assert code == 0 and np.__version__ in out
+    code, out, _ = run(capsys, "models")
+    assert code == 0 and re.search("^z-ai/glm-5.2 .*retired; use z-ai/glm-5.3$", out, re.M)
+    rows = json.loads(run(capsys, "models", "--json")[1])
+    assert {"id", "window", "retired", "instead", "images"} <= set(rows[0])
+
+
+def test_live_models(shell, capsys):
+    listed = response(json.dumps({"data": [{"id": "a/b"}, {"id": "z-ai/glm-5.2"}]}).encode())
+    with FakeNim(listed) as nim:
+        code, out, _ = run(capsys, "models", "--live", "--base-url", nim.url)
+    assert code == 0 and "a/b" in out and "retired" in out
+
+
+def test_test_asks_and_measures(shell, capsys):
+    with FakeNim(streams(*HELLO)) as nim:
+        code, out, _ = run(capsys, "test", "Say", "hi", "--base-url", nim.url,
+                           "--port", "1", "--model", "x/y")
+        assert nim.asked[0]["messages"][0]["content"] == "Say hi"
+        assert nim.asked[0]["model"] == "x/y"
+    assert code == 0 and out.startswith("Hello\n") and "out 3" in out
+    with FakeNim(refuses(401, {"detail": "Authentication failed"})) as nim:
+        code, _, err = run(capsys, "test", "--base-url", nim.url, "--port", "1")
+    assert code == 2 and "Authentication failed" in err
+
+
+def test_status_of_a_running_proxy(shell, capsys):
+    with both(completes("ok")) as (nim, client):
+        client.ask()
+        port = str(client.address[1])
+        code, out, _ = run(capsys, "status", "--port", port)
+        assert code == 0 and "requests 1" in out and nim.url in out
+        assert json.loads(run(capsys, "status", "--json", "-p", port)[1])["version"]
+        code, out, _ = run(capsys, "test", "--port", port)
+        assert code == 0 and len(nim.asked) == 2        # through the running one
+    code, _, err = run(capsys, "status", "--port", port)
+    assert code == 1 and "no nimproxy answers" in err
+
+
+def test_env_prints_exports(shell, capsys):
+    code, out, _ = run(capsys, "env", "--port", "9", "--model", "m/m")
+    assert code == 0 and "export ANTHROPIC_BASE_URL=http://127.0.0.1:9\n" in out
+    assert "export CLAUDE_CODE_SUBAGENT_MODEL=m/m" in out
+
+
+SPLITS = [  # (argv, ours, the child's)
+    (["code", "-p", "hi"], ["code"], ["-p", "hi"]),
+    (["code", "--model", "x", "-p", "--port=9", "y"], ["code", "--model", "x", "--port=9"],
+     ["-p", "y"]),
+    (["--model", "x", "code", "-c"], ["code", "--model", "x"], ["-c"]),
+    (["code", "--demo", "--", "--demo"], ["code", "--demo"], ["--demo"]),
+    (["run", "--", "ls", "-p"], ["run"], ["ls", "-p"]),
+    (["run", "ls", "-p", "9"], ["run"], ["ls", "-p", "9"]),
+    (["serve", "-p", "9"], ["serve", "-p", "9"], []),
+    (["test", "code"], ["test", "code"], []),
+]
+
+
+@pytest.mark.parametrize("argv, own, rest", SPLITS)
+def test_arguments_are_split(argv, own, rest):
+    assert np.split_arguments(argv) == (own, rest)
+
+
+def program(*argv, piped=False, **kwargs):
+    """nimproxy as a process of its own, also with its text on standard input."""
+    command = [sys.executable, "-", *argv] if piped else [
+        sys.executable, str(HERE / "nimproxy.py"), *argv]
+    stdin = open(HERE / "nimproxy.py") if piped else subprocess.DEVNULL
+    with contextlib.ExitStack() as stack:
+        if piped:
+            stack.enter_context(stdin)
+        return subprocess.run(command, stdin=stdin, stdout=subprocess.PIPE, timeout=60,
+                              stderr=subprocess.PIPE, universal_newlines=True, **kwargs)
+
+
+CHILD = """
+import json, os, sys, urllib.request
+url = os.environ["ANTHROPIC_BASE_URL"] + "/v1/messages"
+headers = {"authorization": "Bearer " + os.environ["ANTHROPIC_AUTH_TOKEN"]}
+body = json.dumps({"model": "opus", "max_tokens": 9, "messages": [
+    {"role": "user", "content": "hi"}]}).encode()
+answer = urllib.request.urlopen(urllib.request.Request(url, body, headers))
+print(json.load(answer)["content"][-1]["text"], sys.argv[1:])
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_run_passes_everything_through(shell, piped):
+    done = program("run", "--demo", "--", sys.executable, "-c", CHILD, "-p", "--x",
+                   piped=piped)
+    assert done.returncode == 7, done.stderr
+    assert "built-in model" in done.stdout and "['-p', '--x']" in done.stdout
+    assert re.fullmatch(r"nimproxy: python\S* on built in \(nimproxy/demo\), by way of "
+                        r"http://127\.0\.0\.1:\d+\n", done.stderr)
+
+
+def test_run_reuses_a_proxy_that_answers(shell):
+    with both(completes("from the running one")) as (nim, client):
+        done = program("run", "--base-url", nim.url, "--port", str(client.address[1]),
+                       "--", sys.executable, "-c", CHILD)
+        assert done.returncode == 7 and "from the running one" in done.stdout
+        assert len(nim.asked) == 1
+
+
+def test_signals_reach_the_child(shell):
+    script = "import signal, sys; print('up', flush=True); signal.pause()"
+    command = [sys.executable, str(HERE / "nimproxy.py"), "run", "--demo", "--",
+               sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"up\n"
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(10) == 128 + signal.SIGTERM
+        child.stderr.read()
+
+
+def test_code_without_claude_says_how_to_get_it(shell, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(np, "CLAUDE_PLACES", ())
+    code, _, err = run(capsys, "code", "--demo")
+    assert code == 1 and "npm install -g @anthropic-ai/claude-code" in err
+
+
+def test_code_runs_claude_with_its_arguments(shell):
+    fake = shell / "claude"
+    fake.write_text("#!/bin/sh\necho \"$@\" $ANTHROPIC_MODEL; exit 3\n")
+    fake.chmod(0o755)
+    environ = {**os.environ, "PATH": "%s:%s" % (shell, os.environ["PATH"])}
+    done = program("code", "--demo", "-p", "hi", "--model", "m/m", env=environ)
+    assert (done.returncode, done.stdout) == (3, "--model m/m -p hi nimproxy/demo\n")
+
+
+def test_no_program_of_that_name(shell, capsys):
+    code, _, err = run(capsys, "run", "--demo", "--", "no-such-program")
+    assert code == 127 and "no-such-program" in err
+
+
+@contextlib.contextmanager
+def serving(*argv):
+    """`serve` as a process of its own: (process, the URL that it prints)."""
+    command = [sys.executable, "-u", str(HERE / "nimproxy.py"), "serve", "--port", "0", *argv]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        try:
+            url = child.stdout.readline().decode().split()[-1]
+            yield child, url
+        finally:
+            child.kill()
+            child.stdout.read(), child.stderr.read()
+
+
+def test_serve_until_a_signal(shell):
+    with serving("--demo") as (child, url):
+        assert Client(url).request("GET", "/health")[0] == 200
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(5) == 0
+
+
+def test_the_first_signal_drains_and_the_second_stops(shell):
+    go = threading.Event()
+    with FakeNim([EVENT_STREAM + sse(says(content="x"), done=False), go, sse(END),
+                  FakeNim.CLOSE]) as nim, serving("--base-url", nim.url) as (child, url):
+        with socket.create_connection(Client(url).address, 10) as sock:
+            body = json.dumps({**ASK, "stream": True}).encode()
+            sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            assert sock.recv(100)
+            child.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                child.wait(0.2)
+            go.set()
+            assert b"message_stop" in received(sock)
+        assert child.wait(5) == 0
+
+
+def test_the_second_signal_stops_at_once(shell):
+    with FakeNim([FakeNim.LEFT]) as nim, serving("--base-url", nim.url) as (child, url):
+        with socket.create_connection(Client(url).address, 10) as sock:
+            body = json.dumps({**ASK, "stream": True}).encode()
+            sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            assert sock.recv(100)
+            child.send_signal(signal.SIGINT)
+            with pytest.raises(subprocess.TimeoutExpired):
+                child.wait(0.2)
+            child.send_signal(signal.SIGINT)
+            assert child.wait(1) == 130
+
+
+def test_a_taken_port_is_named(shell):
+    with serving("--demo") as (child, url):
+        done = program("serve", "--demo", "--port", url.split(":")[-1])
+        assert done.returncode == 1 and "in use by nimproxy already" in done.stderr
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        done = program("serve", "--demo", "--port", str(sock.getsockname()[1]))
+        assert done.returncode == 1 and "try --port" in done.stderr
+
+
+@pytest.mark.parametrize("coding", ["utf-8", "ascii", "latin-1"])
+def test_piped_demo_in_any_encoding(shell, coding):
+    environ = {**os.environ, "PYTHONIOENCODING": coding, "LC_ALL": "C"}
+    done = program("demo", piped=True, env=environ)
+    assert done.returncode == 0 and "Hello, demo!" in done.stdout, done.stderr
+
+
+def test_model_text_is_printed_whatever_the_encoding(shell):
+    with FakeNim(streams(*text("\u4f60\u597d"))) as nim:
+        environ = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        done = program("test", "--base-url", nim.url, "--port", "1", env=environ)
+    assert done.returncode == 0 and done.stdout.startswith("??")
+
+
+def test_importing_is_silent_and_main_is_last():
+    done = subprocess.run([sys.executable, "-X", "dev", "-W", "error", "-c",
+                           "import nimproxy"], cwd=HERE, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert SOURCE.endswith('if __name__ == "__main__":\n    sys.exit(main())\n')
+
+
+# ---- Vendored ----------------------------------------------------------------
+
+VENDORED = """
+import asyncio, json
+import their_copy as np
+
+async def main():
+    body = {"max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}
+    chat = np.chat_body(body, "m")
+    assert chat["messages"] == body["messages"] and np.count_tokens(body) > 0
+    message = np.Message("msg_1", "m")
+    stage = np.translation(message)
+    out = next(stage)
+    out += stage.send(b'data: {"choices":[{"delta":{"content":"ok"},"finish_reason":"stop"}]}')
+    out += stage.send(None)
+    assert b"message_stop" in out[-1]
+    events = np.Message("msg_2", "m")
+    told = events.start() + events.events([{"choices": [{"message": {"content": "ok"}}]}])
+    assert np.fold(told)["content"][0]["text"] == "ok"
+    config, sources = np.resolve_config({"port": "0", "default_model": "nimproxy/demo"},
+                                        {}, {}, np.File())
+    server = await np.serve(config)
+    reader, writer = await asyncio.open_connection(*server.url.split("//")[1].split(":"))
+    writer.write(b"GET /health HTTP/1.1\\r\\nHost: localhost\\r\\nConnection: close\\r\\n\\r\\n")
+    assert b"200 OK" in await reader.read()
+    writer.close()
+    await server.close()
+    with np.Background(config) as url:
+        assert url.startswith("http://127.0.0.1:")
+    try:
+        np.chat_body({}, "m")
+    except np.ProxyError as error:
+        assert error.status == 400
+    assert callable(np.main)
+
+asyncio.run(main())
+print("fine", sorted(np.__all__) == sorted(set(np.__all__)))
+"""
+
+
+def test_vendored_under_another_name(tmp_path):
+    shutil.copy(HERE / "nimproxy.py", tmp_path / "their_copy.py")
+    done = subprocess.run([sys.executable, "-X", "dev", "-W", "error", "-c", VENDORED],
+                          cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.stdout == b"fine True\n", done.stderr.decode()
+    assert all(np.__dict__[name].__doc__ for name in np.__all__ if name != "Config")
+
+
