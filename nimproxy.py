@@ -3340,7 +3340,7 @@ class Proxy:
                 self.remember(question, error)
             yield encode_event("error", error.body())
         finally:
-            await drop(start)
+            drop(start)
 
     async def whole(self, question: Question) -> Response:
         """A request that does not stream: the same translation, folded."""
@@ -3569,10 +3569,16 @@ class Script:
         pass
 
 
-async def drop(start: asyncio.Future) -> None:
-    """Stop an answer that may not have begun, or give its connection back."""
+def drop(start: asyncio.Future) -> None:
+    """Stop an answer that may not have begun, or give its connection back.
+
+    Nothing is awaited: a second cancellation could come in between.
+    """
     start.cancel()
-    await asyncio.gather(start, return_exceptions=True)
+    start.add_done_callback(release_begun)
+
+
+def release_begun(start: asyncio.Future) -> None:
     if not start.cancelled() and not start.exception():
         start.result().answer.release()
 
