@@ -25,7 +25,7 @@ bench:   ## the figures of the README, measured on this machine
 	$(PYTHON) test_nimproxy.py bench
 
 tokens: $(VENV)/tokens    ## count_tokens against a real tokenizer
-	$(PYTEST) test_nimproxy.py -k tokenizer -s
+	NIMPROXY_TOKENS=1 $(PYTEST) test_nimproxy.py -k real_tokenizer -s
 
 cover: $(VENV)/cover    ## line coverage of nimproxy.py by the tests
 	$(VENV)/bin/python -m coverage run --include=nimproxy.py -m pytest -q test_nimproxy.py

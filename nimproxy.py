@@ -377,6 +377,7 @@ FAMILIES = [(re.compile(pattern), family) for pattern, family in [
     (r"inkling",
      Family(template(reasoning_effort="high"), template(reasoning_effort="none"))),
     (r"muse", Family({}, {}, THREE)),
+    (r"stepfun|step-[0-9]", Family({}, {}, (), "field")),
     (r"seed-oss", Family(template(thinking_budget=-1), template(thinking_budget=0))),
 ]]
 NO_FAMILY = Family({}, {})
@@ -918,7 +919,7 @@ def max_tokens(body: Json, model: str, family: Family, prompt_tokens: int) -> in
     wanted = typed(body, "max_tokens", int, "a whole number of tokens")
     if wanted is not None and wanted < 1:
         raise ProxyError(400, f"max_tokens: expected at least 1, found {wanted}")
-    if family.efforts or family.replay == "tags":   # families that always think
+    if (family.efforts or family.replay) and not family.off:    # always thinks
         wanted = max(wanted or facts.output, LEAST_THINKING_TOKENS)
     if model not in MODELS:
         return wanted or facts.output
@@ -2561,10 +2562,6 @@ def json_response(value: Json, status: int = 200, headers: Headers = []) -> Resp
     return Response(status, fields, encode_json(value).encode("ascii"))
 
 
-def error_response(error: ProxyError, request_id: str = "") -> Response:
-    return json_response(error.body(request_id), error.status, error.headers)
-
-
 # ---- 11. The built-in upstream -----------------------------------------------
 # A scripted Chat Completions stream for the model `nimproxy/demo`: thinking, text
 # and, where tools are declared, one call.  Pure, so it needs no key and no network.
@@ -2764,8 +2761,9 @@ class Answer:
                 piece, self.rest = self.decoder.send(data)
             except ProxyError as error:
                 raise ProxyError(502, f"upstream's answer: {error.message}") from None
+            piece = self.inflated(piece) if self.inflate else piece
             if piece:
-                return self.inflated(piece) if self.inflate else piece
+                return piece
         return b""
 
     def finish(self) -> None:
@@ -2794,7 +2792,7 @@ class Answer:
         pieces, size = [], 0
         while True:
             piece = await self.read()
-            if not piece and self.rest is not None:
+            if not piece:
                 return b"".join(pieces)
             pieces.append(piece)
             size += len(piece)
@@ -3189,15 +3187,20 @@ class Proxy:
     # every path
 
     async def respond(self, request: Request) -> Response:
-        request_id = "req_" + secrets.token_hex(12)
         try:
             with guarded():
                 response = await self.route(request)(request)
         except ProxyError as error:
-            self.note(request.path(), error)
-            response = error_response(error, request_id)
-        return response._replace(
-            headers=[*response.headers, ("request-id", request_id)])
+            return self.refuse(request.path(), error)
+        stamp = ("request-id", "req_" + secrets.token_hex(12))
+        return response._replace(headers=[*response.headers, stamp])
+
+    def refuse(self, what: str, error: ProxyError) -> Response:
+        """The answer that an error is, counted and logged."""
+        self.note(what, error)
+        request_id = "req_" + secrets.token_hex(12)
+        headers = [*error.headers, ("request-id", request_id)]
+        return json_response(error.body(request_id), error.status, headers)
 
     def route(self, request: Request) -> Callable[[Request], Any]:
         """The handler of a path; ProxyError(404, 405)."""
@@ -3678,8 +3681,7 @@ class Server:
             request = await self.receive(wire)
         except ProxyError as error:
             wire.allow(LINGER_SECONDS)
-            self.proxy.note("request", error)
-            await self.write_whole(wire, error_response(error), None)
+            await self.write_whole(wire, self.proxy.refuse("request", error), None)
             await self.linger(wire)
             return False
         if request is None:
@@ -3827,8 +3829,7 @@ def response_head(response: Response, framed: Headers, keep: bool) -> bytes:
     with contextlib.suppress(ValueError):
         phrase = HTTPStatus(response.status).phrase
     fields = [("Date", formatdate(usegmt=True)), *response.headers, *framed]
-    if not keep:
-        fields.append(("Connection", "close"))
+    fields.append(("Connection", "keep-alive" if keep else "close"))
     return encode_head(f"HTTP/1.1 {response.status} {phrase}", fields)
 
 
@@ -3871,7 +3872,7 @@ class Background:
         try:
             server = await serve(self.config)
             self.url = server.url
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             self.failed = error
             return
         finally:
@@ -4062,7 +4063,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         context = make_context(options, rest or options.arguments)
         if options.show_config:
             return show_config(context)
-        start_log(context, quiet=command in CHILD_COMMANDS)
+        start_log(context, quiet=command != "serve")
         return globals()[COMMANDS[command].run](context)
     except ProxyError as error:
         complain(error.message)
@@ -4166,7 +4167,7 @@ def show_config(context: Context) -> int:
 
 
 def start_log(context: Context, quiet: bool) -> None:
-    """Log to standard error; for a program on this terminal only if asked to."""
+    """Log to standard error; where the terminal is another's, only if asked to."""
     level = context.config.log_level.upper()
     if quiet and "log_level" not in context.sources:
         level = "CRITICAL"

