@@ -51,5 +51,6 @@ $(VENV)/%: $(VENV)/bin/python
 $(NODE):
 	npm install --silent --no-fund --prefix .cache/e2e \
 	  @anthropic-ai/claude-code @anthropic-ai/sdk
+	node $(NODE)/@anthropic-ai/claude-code/install.cjs
 
 .PHONY: help test check e2e bench tokens cover map install

@@ -2125,9 +2125,9 @@ def split_tags(held: str, closer: str) -> Tuple[List[Tuple[str, str]], str, str]
 
 def orphan(text: str) -> List[Tuple[str, str]]:
     """Text that may hold a closing tag whose opening one was in the prompt."""
-    for closer in TAGS.values():
+    for opener, closer in TAGS.items():
         thought, found, rest = text.partition(closer)
-        if found:
+        if found and opener not in thought:
             return [("thinking", thought)] * bool(thought) + [("text", rest.lstrip())]
     return [("text", text)]
 
@@ -3260,7 +3260,7 @@ class Proxy:
         try:
             await asyncio.wait({start}, timeout=self.config.eager_after)
         except asyncio.CancelledError:      # the client left
-            start.cancel()
+            drop(start)
             raise
         if start.done():
             start.result()                  # an error so early is a real status
@@ -3892,6 +3892,12 @@ REMOVED = ("ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_UNIX_SOCKE
            *(row.key_variable for row in PROVIDERS.values() if row.key_variable))
 
 
+# A wish of the user's, and the variable of ours that would defeat it.
+DEFEATED = {"ENABLE_TOOL_SEARCH": "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS",
+            "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY":
+                "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"}
+
+
 def client_environment(config: Config, url: str, one_model: bool,
                        environ: Mapping[str, str]) -> Dict[str, str]:
     """What to add to a client's environment; what the user has set there wins.
@@ -3917,6 +3923,9 @@ def client_environment(config: Config, url: str, one_model: bool,
     if one_model:
         wanted["ANTHROPIC_CUSTOM_MODEL_OPTION"] = config.default_model
         wanted["CLAUDE_CODE_SUBAGENT_MODEL"] = config.default_model
+    for wish, ours in DEFEATED.items():
+        if environ.get(wish):
+            del wanted[ours]
     added = {name: value for name, value in wanted.items() if not environ.get(name)}
     added["ANTHROPIC_BASE_URL"] = url
     added["ANTHROPIC_AUTH_TOKEN"] = config.proxy_key or "unused"

@@ -1307,6 +1307,8 @@ CONTENTS = [    # (case, chunks, content, stop_reason)
      [thinking("hm"), said("hm")], "end_turn"),
     ("a closer without opener", [says(content="hm</think>ok"), END],
      [thinking("hm"), said("ok")], "end_turn"),
+    ("text about a pair of tags", [says(content="Use <think>x</think>."), END],
+     [said("Use <think>x</think>.")], "end_turn"),
     ("text about tags", [says(content="Use "), says(content="<think>x</think>."), END],
      [said("Use <think>x</think>.")], "end_turn"),
     ("what could have been a tag", [says(content="<thi"), says(content="s>"), END],
@@ -2793,6 +2795,12 @@ def test_what_the_user_set_wins_unless_it_bypasses_the_proxy():
     assert not {"ANTHROPIC_API_KEY", "NVIDIA_API_KEY", "CLAUDE_CODE_USE_BEDROCK"} & set(child)
 
 
+@pytest.mark.parametrize("wish, ours", np.DEFEATED.items())
+def test_ours_does_not_defeat_what_the_user_wants(wish, ours):
+    assert ours in np.client_environment(CONFIG, "http://h", False, {})
+    assert ours not in np.client_environment(CONFIG, "http://h", False, {wish: "1"})
+
+
 EXPORTED = [("sh", "export A='it'\"'\"'s $x'"), ("fish", "set -gx A 'it'\"'\"'s $x'"),
             ("powershell", "$env:A = 'it''s $x'")]
 
@@ -3148,3 +3156,545 @@ def test_vendored_under_another_name(tmp_path):
     assert all(np.__dict__[name].__doc__ for name in np.__all__ if name != "Config")
 
 
+# ---- End to end: the real clients --------------------------------------------
+# Claude Code and both SDKs, as installed by `make e2e`, on a model that follows
+# a script.  Each run has a home and a project of its own, and no network.
+
+NODE_MODULES = os.path.abspath(
+    os.environ.get("NIMPROXY_NODE_MODULES", ".cache/e2e/node_modules"))
+CLAUDE = os.path.abspath(
+    os.environ.get("NIMPROXY_CLAUDE", os.path.join(NODE_MODULES, ".bin", "claude")))
+E2E_MODEL = "acme/scripted"
+RUN_SECONDS = 90
+
+
+class Desk:
+    """Claude Code on a scripted model: a home, a git project, a proxy."""
+
+    def __init__(self, folder, nim, config, url):
+        self.nim, self.config, self.url = nim, config, url
+        self.home, self.project = folder / "home", folder / "project"
+        self.home.mkdir()
+        subprocess.run(["git", "init", "-q", str(self.project)], env=self.environ(),
+                       check=True)
+
+    def environ(self, **more):
+        """Nothing of the tester's own but PATH reaches the client."""
+        return {"PATH": os.environ["PATH"], "HOME": str(self.home), "IS_SANDBOX": "1",
+                "DISABLE_AUTOUPDATER": "1", **more}
+
+    def run(self, command, environ, feed=b""):
+        return subprocess.run(command, env=environ, cwd=self.project, input=feed,
+                              capture_output=True, timeout=RUN_SECONDS,
+                              start_new_session=True)
+
+    def client_environ(self, **over):
+        """What `nimproxy code` gives its client; over it, what a test needs."""
+        added = np.client_environment(self.config, self.url, False, {})
+        return self.environ(**{**added, **over})
+
+    def claude(self, prompt, *flags, **over):
+        """One `claude -p`: its exit code, and the lines it wrote, parsed."""
+        done = self.run([CLAUDE, "-p", prompt, "--output-format", "stream-json",
+                         "--verbose", "--permission-mode", "bypassPermissions", *flags],
+                        self.client_environ(**over))
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        assert lines and lines[-1]["type"] == "result", (done.stdout, done.stderr)
+        return done.returncode, lines
+
+    def succeeds(self, prompt, want, *flags, **over):
+        """A run that ends well, and says what the script's last step says."""
+        code, lines = self.claude(prompt, *flags, **over)
+        result = lines[-1]
+        assert (code, result["is_error"], result["result"]) == (0, False, want), result
+        return lines
+
+    def counts(self):
+        return Client(self.url).request("GET", "/status")[2]["counts"]
+
+
+@contextlib.contextmanager
+def desk(folder, script, model=E2E_MODEL, **settings):
+    config = np.Config(provider="custom", api_key="sk-e2e", port=0, default_model=model,
+                       opus=model, sonnet=model, haiku=model, log_level="critical")
+    with FakeNim(script) as nim:
+        config = config._replace(base_url=nim.url, **settings)
+        with np.Background(config) as url:
+            yield Desk(folder, nim, config, url)
+
+
+WELL = text("Well done.")
+
+
+def story(*steps):
+    """A script that goes by what it is asked: one step for each turn of the model's.
+
+    Side requests, such as a web search, come without tools.  A step is chunks, an
+    answer for FakeNim, or a function of the chat that gives either.
+    """
+    def tell(chat):
+        if not chat.get("tools"):
+            return spoken(chat, text("A side answer"))
+        turn = sum(message["role"] == "assistant" for message in chat["messages"])
+        return spoken(chat, steps[min(turn, len(steps) - 1)])
+    return tell
+
+
+def spoken(chat, step):
+    """A step as an answer, streamed or not as the chat asks."""
+    step = step(chat) if callable(step) else step
+    if isinstance(step, bytes) or not isinstance(step[0], dict):
+        return step
+    if chat.get("stream"):
+        return streams(*step, used())
+    return completes("".join(chunk["choices"][0]["delta"].get("content", "")
+                             for chunk in step))
+
+
+def first(trouble, then):
+    """A step that goes wrong the first time it is asked for."""
+    left = [trouble]
+    return lambda chat: left.pop() if left else then
+
+
+def tool_results(chat):
+    return [message["content"] for message in chat["messages"]
+            if message["role"] == "tool"]
+
+
+def main_chats(nim):
+    return [chat for chat in nim.asked if chat.get("tools")]
+
+
+# ---- what people do with it
+
+@E2E
+def test_e2e_a_failing_test_gets_fixed(tmp_path):
+    check = {"command": "%s -B test_add.py" % sys.executable, "description": "Run"}
+    source = tmp_path / "project" / "add.py"
+    edit = {"file_path": str(source), "old_string": "a - b", "new_string": "a + b"}
+    script = story(calls(("Bash", check)), calls(("Read", {"file_path": str(source)})),
+                   [says(content="I see: "), *calls(("Edit", edit))],
+                   calls(("Bash", check)), text("Fixed", "."))
+    with desk(tmp_path, script) as it:
+        source.write_text("def add(a, b):\n    return a - b\n")
+        test = "from add import add\nassert add(2, 2) == 4\nprint('all is well')\n"
+        (it.project / "test_add.py").write_text(test)
+        it.succeeds("Make test_add.py pass.", "Fixed.")
+        assert source.read_text() == "def add(a, b):\n    return a + b\n"
+        passed = it.run([sys.executable, "-B", "test_add.py"], it.environ())
+        assert passed.stdout == b"all is well\n"
+        before, read, edited, after = tool_results(it.nim.asked[-1])
+        assert before.startswith("Error: Exit code 1") and "AssertionError" in before
+        assert "return a - b" in read and "updated" in edited and "all is well" in after
+        ids = [call["id"] for message in it.nim.asked[-1]["messages"]
+               for call in message.get("tool_calls", [])]
+        assert len(set(ids)) == 4
+
+
+@E2E
+def test_e2e_parallel_results_come_back_in_the_order_of_the_calls(tmp_path):
+    project = tmp_path / "project"
+    three = calls(("Read", {"file_path": str(project / "a.txt")}),
+                  ("Read", {"file_path": str(project / "b.txt")}),
+                  ("Bash", {"command": "echo third", "description": "Say"}))
+    with desk(tmp_path, story(three, text("All read."))) as it:
+        for name, size in (("a", 4000), ("b", 1)):      # the first takes the longest
+            (project / (name + ".txt")).write_text("file %s\n" % name * size)
+        it.succeeds("Read both, and echo.", "All read.")
+        messages = it.nim.asked[-1]["messages"]
+        at = [message["role"] for message in messages].index("assistant")
+        asked = [call["id"] for call in messages[at]["tool_calls"]]
+        answers = messages[at + 1:at + 4]
+        assert [answer.get("tool_call_id") for answer in answers] == asked
+        for answer, word in zip(answers, ("file a", "file b", "third")):
+            assert answer["role"] == "tool" and word in answer["content"]
+        assert [message["role"] for message in messages[at + 4:]] in ([], ["user"])
+
+
+AWKWARD = (     # but no \\u0041: Claude Code itself makes an A of it
+    "\"double\" 'single' `back` \\ \\n \\\\ \\x41 $HOME ${x} %s %% {} {{}}\n"
+    "tab\there\r\nCRLF above; controls \x01\x08\x0b\x0c\x1b[0m\x7f\x85 end\n"
+    "e\u0301 \u00df \u4f60\u597d \u3053 \U0001f600 \U0001f468\u200d\U0001f469\u200d"
+    "\U0001f467 \u2028 \u2029 \ufeff \ufffd \u200f\u05d0 \u00a0\n"
+    "<think>a</think> </think> <tool_call>{\"name\": \"x\"}</tool_call> <|im_end|>\n"
+    "{\"json\": [1, null, {\"deep\": \"\\\"\"}]} data: [DONE]\n\nevent: error\n"
+    "  trailing blanks  \n\n\n")
+
+
+@E2E
+@pytest.mark.parametrize("size", [1, 7, 100000], ids=lambda size: "pieces of %d" % size)
+def test_e2e_a_written_file_is_what_the_model_wrote(tmp_path, size):
+    path = tmp_path / "project" / "awkward.md"      # else it strips trailing blanks
+    arguments = json.dumps({"file_path": str(path), "content": AWKWARD},
+                           ensure_ascii=size > 1)
+    head = {"index": 0, "id": "c", "function": {"name": "Write", "arguments": ""}}
+    pieces = [{"index": 0, "function": {"arguments": arguments[at:at + size]}}
+              for at in range(0, len(arguments), size)]
+    chunks = [says(tool_calls=[piece]) for piece in (head, *pieces)]
+    with desk(tmp_path, story([*chunks, says("tool_calls")], text("Written."))) as it:
+        it.succeeds("Write it.", "Written.")
+        assert path.read_bytes() == AWKWARD.encode()
+
+
+@E2E
+def test_e2e_a_subagent_runs_and_returns(tmp_path):
+    def tell(chat):
+        asked = json.dumps([message["content"] for message in chat["messages"]
+                            if message["role"] == "user"])
+        if "Count the beans" in asked:
+            return spoken(chat, text("Seven beans."))
+        names = {tool["function"]["name"] for tool in chat["tools"]}
+        task = {"description": "Count", "prompt": "Count the beans",
+                "subagent_type": "general-purpose"}
+        name, = names & {"Agent", "Task"}
+        return story(calls((name, task)), text("There are seven."))(chat)
+
+    with desk(tmp_path, tell) as it:
+        it.succeeds("How many are there?", "There are seven.")
+        assert len(it.nim.asked) == 3
+        result, = tool_results(it.nim.asked[-1])
+        assert "Seven beans." in result
+
+
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk"
+                       "+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
+PDF = (b"%PDF-1.1\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n"
+       b"2 0 obj<</Type/Pages/Kids[3 0 R]/Count 1>>endobj\n"
+       b"3 0 obj<</Type/Page/Parent 2 0 R/MediaBox[0 0 9 9]>>endobj\n"
+       b"trailer<</Root 1 0 R>>\n%%EOF\n")
+
+
+@E2E
+def test_e2e_an_image_is_shown_and_a_pdf_is_named(tmp_path):
+    project = tmp_path / "project"
+    reads = [calls(("Read", {"file_path": str(project / name)}))
+             for name in ("dot.png", "page.pdf")]
+    with desk(tmp_path, story(*reads, text("Seen."))) as it:
+        (project / "dot.png").write_bytes(PNG)
+        (project / "page.pdf").write_bytes(PDF)
+        it.succeeds("Look at both.", "Seen.")
+        messages = it.nim.asked[-1]["messages"]
+        lists = [message["content"] for message in messages
+                 if message["role"] == "user" and isinstance(message["content"], list)]
+        parts = sum(lists, [])
+        shown, = [part["image_url"]["url"] for part in parts
+                  if part["type"] == "image_url"]
+        assert shown.startswith("data:image/") and ";base64," in shown
+        texts = json.dumps([message["content"] for message in messages
+                            if isinstance(message["content"], str)]
+                           + [part.get("text") for part in parts])
+        assert "page.pdf" in texts and "application/pdf" in texts
+        for data in (PNG, PDF):
+            assert base64.b64encode(data).decode()[:24] not in texts
+
+
+@E2E
+def test_e2e_tools_can_be_searched_for(tmp_path):
+    script = story(calls(("ToolSearch", {"query": "select:WebFetch"})), text("Found."))
+    with desk(tmp_path, script) as it:
+        it.succeeds("Find it.", "Found.", ENABLE_TOOL_SEARCH="true",
+                    CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS="")
+        before, after = [{tool["function"]["name"] for tool in chat["tools"]}
+                         for chat in it.nim.asked]
+        assert after - before == {"WebFetch"}
+        assert tool_results(it.nim.asked[-1]) == ["Tool WebFetch loaded."]
+
+
+@E2E
+def test_e2e_a_web_search_is_answered_by_the_model(tmp_path):
+    with desk(tmp_path, story(calls(("WebSearch", {"query": "beans"})), WELL)) as it:
+        it.succeeds("Search.", "Well done.")
+        assert "A side answer" in tool_results(it.nim.asked[-1])[0]
+
+
+# ---- what goes wrong
+
+def broken_call(chat):
+    call = {"index": 0, "id": "c", "function": {"name": "Bash", "arguments": '{"comm'}}
+    return streams(says(tool_calls=[call]), says("tool_calls"), used())
+
+
+def begins(*pieces):
+    chunks = [says(content=piece) for piece in pieces]
+    return EVENT_STREAM + sse(*chunks, done=False)
+
+
+CALL_BEGINS = EVENT_STREAM + sse(
+    *calls(("Bash", {"command": "exit 1", "description": "No"}))[:1], done=False)
+FAILED = {"error": {"message": "the engine has died", "code": 500}}
+BUSY = refuses(429, {"error": {"message": "Too Many Requests"}}, "Retry-After: 1")
+WRONG = refuses(400, {"error": {"message": "temperature: no such thing"}})
+
+# No RESET after words: it may overtake them, and then nothing was said.
+RECOVERS = [  # case; the model's turns; requests upstream
+    ("an upstream that does not stream", [completes("Well done.")], 1),
+    ("broken arguments", [broken_call, WELL], 2),
+    ("429, then an answer", [first(BUSY, WELL)], 2),
+    ("503, HTML", [first(response(b"<html>busy</html>", 503, "text/html"), WELL)], 2),
+    ("an error in the stream", [first(chunked(sse(FAILED)), WELL)], 2),
+    ("an empty answer", [first(text(), WELL)], 2),
+    ("reset before a word", [first([EVENT_STREAM, FakeNim.RESET], WELL)], 2),
+    ("cut off in mid-word", [first([begins("Well ", "do"), FakeNim.CLOSE], WELL)], 2),
+    ("cut off in a call", [first([CALL_BEGINS, FakeNim.CLOSE], WELL)], 2),
+    ("the output limit", [first(text("Well ", finish="length"), WELL), WELL], 2),
+]
+
+
+@E2E
+@pytest.mark.parametrize("steps, requests", [row[1:] for row in RECOVERS],
+                         ids=[row[0] for row in RECOVERS])
+def test_e2e_it_ends_well(tmp_path, steps, requests):
+    with desk(tmp_path, story(*steps)) as it:
+        it.succeeds("Do it.", "Well done.")
+        assert len(main_chats(it.nim)) == requests
+
+
+@E2E
+def test_e2e_the_model_hears_that_its_arguments_were_broken(tmp_path):
+    with desk(tmp_path, story(broken_call, WELL)) as it:
+        it.succeeds("Do it.", "Well done.")
+        result, = tool_results(it.nim.asked[-1])
+        assert result.startswith("Error: ") and "JSON" in result
+
+
+# eager_after=0.0 makes every answer begin before upstream has said a word.
+
+@E2E
+def test_e2e_a_late_refusal_is_replayed_with_its_status(tmp_path):
+    with desk(tmp_path, story(WRONG), eager_after=0.0) as it:
+        code, lines = it.claude("Do it.")
+        result = lines[-1]
+        assert (code, result["is_error"], result["api_error_status"]) == (1, True, 400)
+        assert "no such thing" in result["result"]
+        assert it.counts()["requests"] == 2 and len(main_chats(it.nim)) == 1
+
+
+@E2E
+def test_e2e_a_late_429_is_retried_by_the_client(tmp_path):
+    with desk(tmp_path, story(first(BUSY, WELL)), eager_after=0.0) as it:
+        lines = it.succeeds("Do it.", "Well done.")
+        waits = [line for line in lines if line.get("subtype") == "api_retry"]
+        assert [line["error_status"] for line in waits] == [429]
+        assert it.counts()["requests"] == 3 and len(main_chats(it.nim)) == 2
+
+
+@E2E
+def test_e2e_upstream_hears_that_the_user_has_left(tmp_path):
+    asked = threading.Event()
+
+    def tell(chat):
+        asked.set()
+        return [begins("I am working"), FakeNim.LEFT]
+
+    with desk(tmp_path, tell) as it:
+        child = subprocess.Popen(
+            [CLAUDE, "-p", "Work."], env=it.client_environ(), cwd=it.project,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        try:
+            assert asked.wait(RUN_SECONDS)
+            child.send_signal(signal.SIGINT)
+            assert it.nim.left.wait(10)
+        finally:
+            child.kill()
+            child.wait()
+
+
+FULL = ("This model's maximum context length is 131072 tokens. However, your prompt "
+        "contains at least 140001 input tokens, which exceeds this limit even without "
+        "any output tokens. Please reduce the length of the input prompt.")
+
+
+@E2E
+@pytest.mark.parametrize("eager_after", [10.0, 0.0], ids=["at once", "late"])
+def test_e2e_a_full_context_is_compacted(tmp_path, eager_after):
+    def tell(chat):
+        said = json.dumps(chat["messages"])
+        if chat["tool_choice"] == "none":
+            return spoken(chat, text("<summary>They spoke of beans.</summary>"))
+        if "They spoke of beans" in said:
+            return spoken(chat, text("Third."))
+        if "Tell the third" in said:
+            return refuses(400, {"error": {"message": FULL, "type": "BadRequestError"}})
+        return spoken(chat, text("First." if "the second" not in said else "Second."))
+
+    with desk(tmp_path, tell, eager_after=eager_after) as it:
+        it.succeeds("Tell the first.", "First.")
+        it.succeeds("Tell the second.", "Second.", "--continue")
+        lines = it.succeeds("Tell the third.", "Third.", "--continue")
+        assert "compact_boundary" in [line.get("subtype") for line in lines]
+        choices = [chat["tool_choice"] for chat in it.nim.asked]
+        assert choices == ["auto", "auto", "auto", "none", "auto"]
+
+
+# ---- what is kept
+
+@E2E
+def test_e2e_thinking_is_kept_over_turns(tmp_path):
+    model = "deepseek-ai/deepseek-v4.1-flash"
+    think = [says(reasoning_content="First I must "), says(reasoning_content="see.")]
+    call = calls(("Bash", {"command": "echo hi", "description": "Say"}))
+    with desk(tmp_path, story(think + call, text("Done.")), model) as it:
+        lines = it.succeeds("Do it.", "Done.")
+        assistant, = [message for message in it.nim.asked[-1]["messages"]
+                      if message["role"] == "assistant"]
+        assert assistant["reasoning_content"] == "First I must see."
+        assert assistant["tool_calls"][0]["function"]["name"] == "Bash"
+        figures = lines[-1]["modelUsage"][model]
+        assert figures["contextWindow"] == np.known_model(model).window
+        assert (figures["inputTokens"], figures["outputTokens"]) == (14, 6)
+
+
+@E2E
+def test_e2e_a_tool_loop_keeps_its_connection(tmp_path, monkeypatch):
+    ports = []
+    connected = np.Server.connected
+
+    def counted(server, reader, writer):
+        ports.append(writer.get_extra_info("peername")[1])
+        return connected(server, reader, writer)
+
+    monkeypatch.setattr(np.Server, "connected", counted)
+    echo = calls(("Bash", {"command": "echo hi", "description": "Say"}))
+    with desk(tmp_path, story(*[echo] * 14, text("Done."))) as it:
+        it.succeeds("Loop.", "Done.")
+        assert len(main_chats(it.nim)) == 15
+        assert len(ports) <= 3      # one for HEAD, one for the loop, one to spare
+
+
+# ---- how it is started
+
+@E2E
+@pytest.mark.parametrize("piped, answer, want", [
+    (False, WELL, 0), (False, WRONG, 1), (True, WELL, 0),
+], ids=["from a file", "from a file, it fails", "from standard input"])
+def test_e2e_code_runs_claude_on_a_proxy_of_its_own(tmp_path, piped, answer, want):
+    with desk(tmp_path, story(answer)) as it:
+        program = "-" if piped else np.__file__
+        path = os.path.dirname(CLAUDE) + os.pathsep + os.environ["PATH"]
+        done = it.run([sys.executable, program, "code", "--base-url", it.nim.url,
+                       "-p", "Do it.", "--output-format", "json", "--model", E2E_MODEL],
+                      it.environ(PATH=path),
+                      Path(np.__file__).read_bytes() if piped else b"")
+        assert done.returncode == want, done.stderr
+        result = json.loads(done.stdout)["result"]
+        assert result == "Well done." or want and "no such thing" in result
+        line, = done.stderr.decode().splitlines()
+        assert line.startswith("nimproxy: claude on %s, model " % it.nim.url)
+        assert {chat["model"] for chat in it.nim.asked} == {E2E_MODEL}
+
+
+@E2E
+def test_e2e_the_models_are_discovered_and_can_be_chosen(tmp_path):
+    kept = tmp_path / "home" / ".claude" / "cache" / "gateway-models.json"
+    wait = {"command": "until [ -s %s ]; do sleep 0.02; done" % kept,
+            "description": "Wait until the list is kept"}
+    script = story(calls(("Bash", wait)), text("Chosen."))
+
+    def tell(chat):
+        if chat is None:
+            return refuses(200, {"data": [{"id": "acme/one"}, {"id": "acme/two"}]})
+        return script(chat)
+
+    with desk(tmp_path, tell) as it:
+        # The dead proxy is for all other hosts that it asks for what is nonessential.
+        it.succeeds("Hi.", "Chosen.", "--model", "anthropic/acme/two",
+                    CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY="1",
+                    CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="",
+                    HTTPS_PROXY="http://127.0.0.1:9", DISABLE_TELEMETRY="1")
+        rows = json.loads(kept.read_text())["models"]
+        ids = {row["id"]: row["display_name"] for row in rows}
+        assert ids["anthropic/acme/one"] == "acme/one" and "anthropic/acme/two" in ids
+        assert {chat["model"] for chat in it.nim.asked} == {"acme/two"}
+
+
+# ---- the SDKs
+
+FULL_ANSWER = [says(reasoning_content="Hm, "), says(reasoning_content="so."),
+               says(content="I will "), says(content="look."),
+               *calls(("look", {"at": "caf\u00e9"})), used(11, 5)]
+SDK_TOOL = {"name": "look", "description": "Looks.", "input_schema": {
+    "type": "object", "properties": {"at": {"type": "string"}}}}
+SDK_ASK = {"model": "m", "max_tokens": 100, "tools": [SDK_TOOL],
+           "messages": [{"role": "user", "content": "Look there."}]}
+LISTED = refuses(200, {"object": "list", "data": [{"id": "acme/one"}]})
+
+
+def summary(message):
+    """What both SDKs are to make of FULL_ANSWER; `message` is plain JSON."""
+    blocks = [{name: value for name, value in block.items()
+               if name in ("type", "thinking", "text", "name", "input")}
+              for block in message["content"]]
+    usage = [message["usage"][name] for name in ("input_tokens", "output_tokens")]
+    return [blocks, message["stop_reason"], usage]
+
+
+SUMMARY = [[{"type": "thinking", "thinking": "Hm, so."},
+            {"type": "text", "text": "I will look."},
+            {"type": "tool_use", "name": "look", "input": {"at": "caf\u00e9"}}],
+           "tool_use", [11, 5]]
+
+
+def python_sdk(client):
+    import anthropic
+    return anthropic.Anthropic(base_url=client.url, api_key="unused", max_retries=0)
+
+
+@E2E
+def test_e2e_python_sdk(tmp_path):
+    with both(streams(*FULL_ANSWER), LISTED) as (_, client), python_sdk(client) as sdk:
+        with sdk.messages.stream(**SDK_ASK) as stream:
+            assert "".join(stream.text_stream) == "I will look."
+            final = stream.get_final_message()
+        assert summary(final.model_dump()) == SUMMARY
+        ask = {name: value for name, value in SDK_ASK.items() if name != "max_tokens"}
+        assert sdk.messages.count_tokens(**ask).input_tokens > 3
+        assert "acme/one" in [model.id for model in sdk.models.list()]
+
+
+@E2E
+@pytest.mark.parametrize("status, name", [
+    (400, "BadRequestError"), (401, "AuthenticationError"), (404, "NotFoundError"),
+    (429, "RateLimitError"), (500, "InternalServerError"),
+])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_e2e_python_sdk_raises_what_upstream_means(status, name, stream):
+    refused = refuses(status, {"error": {"message": "the reason"}})
+    with both(refused, eager_after=10.0) as (_, client), python_sdk(client) as sdk:
+        import anthropic
+        with pytest.raises(getattr(anthropic, name), match="the reason"):
+            sdk.messages.create(**SDK_ASK, stream=stream)
+
+
+TYPESCRIPT = """
+const Anthropic = require("@anthropic-ai/sdk").default;
+const {url, ask} = JSON.parse(process.argv[2]);
+const sdk = new Anthropic({baseURL: url, apiKey: "unused", maxRetries: 0});
+(async () => {
+  const texts = [];
+  const stream = sdk.messages.stream(ask).on("text", text => texts.push(text));
+  const message = await stream.finalMessage();
+  const {max_tokens, ...counted} = ask;
+  const {input_tokens} = await sdk.messages.countTokens(counted);
+  const models = [];
+  for await (const model of sdk.models.list()) models.push(model.id);
+  const error = await sdk.messages.create(ask).catch(error => error.constructor.name);
+  console.log(JSON.stringify({message, texts, input_tokens, models, error}));
+})();
+"""
+
+
+@E2E
+def test_e2e_typescript_sdk(tmp_path):
+    refused = refuses(429, {"error": {"message": "the reason"}})
+    with both(streams(*FULL_ANSWER), LISTED, refused) as (_, client):
+        given = json.dumps({"url": client.url, "ask": SDK_ASK})
+        done = subprocess.run(
+            ["node", "-", given], input=TYPESCRIPT.encode(), capture_output=True,
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path),
+                 "NODE_PATH": NODE_MODULES}, timeout=RUN_SECONDS)
+        assert not done.stderr, done.stderr
+        found = json.loads(done.stdout)
+        assert summary(found["message"]) == SUMMARY
+        assert "".join(found["texts"]) == "I will look." and found["input_tokens"] > 3
+        assert "acme/one" in found["models"] and found["error"] == "RateLimitError"
