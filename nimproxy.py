@@ -47,17 +47,12 @@ import asyncio
 import base64
 import collections
 import contextlib
-import difflib
-import hashlib
-import hmac
 import ipaddress
 import json
 import logging
 import os
 import re
-import secrets
 import shlex
-import shutil
 import signal
 import socket
 import ssl
@@ -66,12 +61,13 @@ import sys
 import threading
 import time
 import zlib
-from email.utils import formatdate
 from http import HTTPStatus
-from http.client import HTTPConnection, HTTPException
 from typing import (Any, AsyncIterator, Callable, Dict, Generator, Iterable,
                     Iterator, List, Mapping, NamedTuple, Optional, Set, Tuple, Union)
 from urllib.parse import unquote, urlsplit
+
+# difflib, hmac, http.client and shutil are imported where they are used: few runs need
+# them, and together they are a tenth of the time that a start takes.
 
 __version__ = "0.1.0"
 __all__ = ["Background", "Config", "Message", "ProxyError", "chat_body",
@@ -177,8 +173,13 @@ def json_kind(value: Any) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest of `known`, or nothing."""
-    close = difflib.get_close_matches(word, list(known), 1, 0.5)
+    close = close_words(word, known, 1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def close_words(word: str, known: Iterable[str], most: int) -> List[str]:
+    import difflib
+    return difflib.get_close_matches(word, list(known), most, 0.5)
 
 
 def refuse_constant(name: str) -> Any:
@@ -1054,8 +1055,8 @@ def upstream_name(name: str) -> str:
     """A tool name that upstreams take: 64 of A-Z a-z 0-9 _ -, the same every time."""
     if TOOL_NAME.fullmatch(name):
         return name
-    digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
-    return f"t_{re.sub('[^A-Za-z0-9_-]', '_', name)[:53]}_{digest}"
+    digest = zlib.crc32(name.encode("utf-8", "replace"))
+    return f"t_{re.sub('[^A-Za-z0-9_-]', '_', name)[:53]}_{digest:08x}"
 
 
 def tool_names(body: Json) -> Dict[str, str]:
@@ -1508,8 +1509,8 @@ def instead(model: str) -> str:
     """`; use X instead` for a retired id, or the nearest ones of the catalog."""
     if model in SUCCESSORS:
         return f"; use {SUCCESSORS[model]} instead"
-    alive = [name for name, row in MODELS.items() if not row.retired]
-    close = difflib.get_close_matches(model, alive, 3, 0.4)
+    alive = (name for name, row in MODELS.items() if not row.retired)
+    close = close_words(model, alive, 3)
     return f"; nearest known: {', '.join(close)}" if close else ""
 
 
@@ -3162,11 +3163,11 @@ MODELS_FRESH_SECONDS = 3600.0
 
 
 class Question(NamedTuple):
-    """One Messages request on its way upstream."""
-    body: Json
+    """One Messages request on its way upstream; held as long as its answer takes, so
+    the parsed body is not in it."""
+    raw: bytes              # the body as it came: a failure is remembered under it
     session: str            # the client's own id of the conversation, or ""
     model: str              # upstream's id
-    chat: Json
     message: Message
     began: float
 
@@ -3177,7 +3178,7 @@ class Proxy:
     def __init__(self, config: Config, upstream: Optional[Upstream] = None) -> None:
         self.config = config
         self.upstream = upstream or Upstream(config)
-        self.failures: Dict[str, Tuple[float, ProxyError]] = {}
+        self.failures: Dict[int, Tuple[float, ProxyError]] = {}
         self.listed: Tuple[float, List[str]] = (0.0, [])
         self.counts: Dict[str, int] = collections.Counter()
         self.errors: Any = collections.deque(maxlen=KEPT_ERRORS)
@@ -3192,13 +3193,13 @@ class Proxy:
                 response = await self.route(request)(request)
         except ProxyError as error:
             return self.refuse(request.path(), error)
-        stamp = ("request-id", "req_" + secrets.token_hex(12))
+        stamp = ("request-id", "req_" + os.urandom(12).hex())
         return response._replace(headers=[*response.headers, stamp])
 
     def refuse(self, what: str, error: ProxyError) -> Response:
         """The answer that an error is, counted and logged."""
         self.note(what, error)
-        request_id = "req_" + secrets.token_hex(12)
+        request_id = "req_" + os.urandom(12).hex()
         headers = [*error.headers, ("request-id", request_id)]
         return json_response(error.body(request_id), error.status, headers)
 
@@ -3233,6 +3234,7 @@ class Proxy:
         if origin and origin != "http://" + host or site not in ("none", "same-origin"):
             raise ProxyError(403, "requests from web pages are refused")
         if config.proxy_key and request.path() not in OPEN_PATHS:
+            import hmac
             bearer = re.sub("(?i)^bearer +", "", header(headers, "authorization"))
             wanted = config.proxy_key.encode()
             given = (header(headers, "x-api-key").encode("latin-1"),
@@ -3253,10 +3255,11 @@ class Proxy:
 
     async def messages(self, request: Request) -> Response:
         """A Messages request: asked upstream, answered in Anthropic's words."""
-        question = self.question(request, parse_body(request.body))
-        if not question.body.get("stream"):
-            return await self.whole(question)
-        start = asyncio.ensure_future(self.begin(question))
+        question, chat = self.question(request)
+        if "stream" not in chat:
+            return await self.whole(question, chat)
+        start = asyncio.ensure_future(self.begin(question, chat))
+        del chat                            # it need not live as long as its answer
         try:
             await asyncio.wait({start}, timeout=self.config.eager_after)
         except asyncio.CancelledError:      # the client left
@@ -3267,7 +3270,9 @@ class Proxy:
         relay = self.relay(question, start)
         return Response(200, EVENT_STREAM, relay, self.pulse(question.message))
 
-    def question(self, request: Request, body: Json) -> Question:
+    def question(self, request: Request) -> Tuple[Question, Json]:
+        """The question, and the chat that asks it."""
+        body = parse_body(request.body)
         asked = typed(body, "model", str, "a string") or ""
         model = self.known_as(upstream_model(self.config, asked))
         tokens = count_tokens(body)
@@ -3275,10 +3280,10 @@ class Proxy:
         reading = Reading(
             tool_names(body), tuple(stop_sequences(body)), self.config.text_delta_chars,
             tokens, model_family(model).cumulative, Asked(self.config, model, tokens))
-        message = Message("msg_" + secrets.token_hex(12), asked or model, reading)
+        message = Message("msg_" + os.urandom(12).hex(), asked or model, reading)
         session = header(request.headers, "x-claude-code-session-id")
         self.counts["requests"] += 1
-        return Question(body, session, model, chat, message, time.monotonic())
+        return Question(request.body, session, model, message, time.monotonic()), chat
 
     def known_as(self, model: str) -> str:
         """The id to ask for: a retired one's successor on NVIDIA's own endpoint."""
@@ -3290,10 +3295,11 @@ class Proxy:
             log.warning("%s is retired: asking %s instead", model, SUCCESSORS[model])
         return SUCCESSORS[model]
 
-    async def begin(self, question: Question) -> Telling:
+    async def begin(self, question: Question, chat: Json) -> Telling:
         """Ask upstream, up to the first words of its answer; ProxyError if it fails."""
         with guarded():
-            telling = Telling(question.message, await self.ask(question))
+            telling = Telling(question.message, await self.ask(chat))
+            del chat
             try:
                 await self.check(question, telling.answer)
                 await telling.begin()
@@ -3302,9 +3308,8 @@ class Proxy:
                 raise
             return telling
 
-    async def ask(self, question: Question) -> Any:
-        chat = question.chat
-        if question.model == DEMO_MODEL:
+    async def ask(self, chat: Json) -> Any:
+        if chat["model"] == DEMO_MODEL:
             return Script(chat)
         payload = encode_json(chat).encode("ascii")
         return await self.upstream.ask("/chat/completions", payload, "stream" in chat)
@@ -3330,6 +3335,7 @@ class Proxy:
                 yield opening
                 opening = b""
             telling = await start
+            question = question._replace(raw=b"")   # nothing will be replayed now
             yield opening + telling.first
             with guarded():
                 data = await telling.more()
@@ -3345,12 +3351,12 @@ class Proxy:
         finally:
             drop(start)
 
-    async def whole(self, question: Question) -> Response:
+    async def whole(self, question: Question, chat: Json) -> Response:
         """A request that does not stream: the same translation, folded."""
         failure = self.remembered(question)
         if failure:
             raise failure
-        answer = await self.ask(question)
+        answer = await self.ask(chat)
         try:
             await self.check(question, answer)
             chunk = completion(await answer.whole(), question.message.reading.asked)
@@ -3612,11 +3618,11 @@ def completion(raw: bytes, asked: Asked) -> Json:
     return value
 
 
-def failure_key(question: Question) -> str:
-    """Session and body; `stream` is what the replay differs in."""
-    body = {name: value for name, value in question.body.items() if name != "stream"}
-    text = question.session + json.dumps(body, sort_keys=True)
-    return hashlib.sha256(text.encode("ascii", "replace")).hexdigest()
+def failure_key(question: Question) -> int:
+    """Session and body; `stream` is what the client's replay differs in."""
+    body = decode_json(question.raw.decode())
+    body.pop("stream", None)
+    return hash((question.session, json.dumps(body, sort_keys=True)))
 
 
 def model_row(name: str, prefix: str = "") -> Json:
@@ -3688,6 +3694,7 @@ class Server:
             return False
         answering = asyncio.ensure_future(self.answer(wire, request))
         leaving = asyncio.ensure_future(wire.departure())
+        del request                         # a long answer need not hold its body
         try:
             await asyncio.wait({answering, leaving},
                                return_when=asyncio.FIRST_COMPLETED)
@@ -3751,6 +3758,7 @@ class Server:
 
     async def answer(self, wire: Wire, request: Request) -> bool:
         response = await self.proxy.respond(request)
+        request = request._replace(body=b"")
         if isinstance(response.body, bytes):
             return await self.write_whole(wire, response, request)
         return await self.write_stream(wire, response, request)
@@ -3828,7 +3836,8 @@ def response_head(response: Response, framed: Headers, keep: bool) -> bytes:
     phrase = "Overloaded"                   # 529 is Anthropic's own
     with contextlib.suppress(ValueError):
         phrase = HTTPStatus(response.status).phrase
-    fields = [("Date", formatdate(usegmt=True)), *response.headers, *framed]
+    date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+    fields = [("Date", date), *response.headers, *framed]
     fields.append(("Connection", "keep-alive" if keep else "close"))
     return encode_head(f"HTTP/1.1 {response.status} {phrase}", fields)
 
@@ -3966,6 +3975,7 @@ CLAUDE_MISSING = ("the claude program was not found on PATH; install it with "
 
 def claude_program(environ: Mapping[str, str]) -> str:
     """The path of Claude Code, "" if it is nowhere."""
+    import shutil
     path = environ.get("PATH", os.defpath)
     places = os.pathsep.join(map(os.path.expanduser, CLAUDE_PLACES))
     found = (shutil.which("claude", path=path) for path in (path, places))
@@ -4279,6 +4289,7 @@ def run_code(context: Context) -> int:
 def run_program(context: Context) -> int:
     if not context.arguments:
         raise ProxyError(400, "run: expected a command, as in `run -- CMD ...`")
+    import shutil
     program = shutil.which(context.arguments[0], path=context.environ.get("PATH"))
     if not program:
         complain(f"run: no program {context.arguments[0]!r} on PATH")
@@ -4292,7 +4303,7 @@ def launch(context: Context, command: List[str]) -> int:
     if "port" not in context.sources:
         config = config._replace(port=0)
     if not config.proxy_key:
-        config = config._replace(proxy_key=secrets.token_urlsafe(24))
+        config = config._replace(proxy_key=os.urandom(24).hex())
     check_config(config)
     status = running_status(context.config) if config.port else None
     if status and status.get("base_url") == config.base_url:
@@ -4419,12 +4430,17 @@ def streamed_events(config: Config, url: str, body: Json) -> Iterator[Event]:
 
 
 def ask_proxy(config: Config, url: str, method: str, path: str,
-              body: Optional[Json] = None) -> Tuple[HTTPConnection, Any]:
+              body: Optional[Json] = None) -> Tuple[Any, Any]:
+    """http.client's connection and response; OSError for whatever fails."""
+    from http.client import HTTPConnection, HTTPException
     connection = HTTPConnection(urlsplit(url).netloc, timeout=600 if body else 2)
     headers = {"x-api-key": config.proxy_key} if config.proxy_key else {}
     payload = json.dumps(body) if body else None
-    connection.request(method, path, payload, headers)
-    return connection, connection.getresponse()
+    try:
+        connection.request(method, path, payload, headers)
+        return connection, connection.getresponse()
+    except HTTPException as error:
+        raise OSError(f"{url} is no HTTP server: {error}") from None
 
 
 def running_status(config: Config) -> Json:
@@ -4434,7 +4450,7 @@ def running_status(config: Config) -> Json:
         connection, response = ask_proxy(config, url, "GET", "/status")
         with contextlib.closing(connection):
             status = decode_json(response.read().decode("utf-8", "replace"))
-    except (OSError, HTTPException, ValueError):
+    except (OSError, ValueError):
         return {}
     ours = isinstance(status, dict) and status.get("service") == "nimproxy"
     return status if ours else {}

@@ -297,7 +297,7 @@ USES = {            # part: the other parts it may use
 }
 KEPT = {            # names that only some parts may use
     "asyncio": range(12, 17), "time": range(12, 17), "socket": [12], "open": [15, 16],
-    "secrets": [13, 16], "subprocess": [15], "os": [12, 15, 16], "sys": [16],
+    "subprocess": [15], "os": [12, 13, 15, 16], "sys": [16],
     "print": [16], "input": [16], "threading": [14], "logging": [13, 16],
 }
 
