@@ -26,8 +26,8 @@ engine: $(VENV)/pytest $(NODE) $(ENGINE)    ## Claude Code on llama.cpp's server
 	NIMPROXY_ENGINE=$(CURDIR)/$(ENGINE) NIMPROXY_ENGINE_MODEL=$(CURDIR)/.cache/engine/model.gguf \
 	  NIMPROXY_NODE_MODULES=$(CURDIR)/$(NODE) $(PYTEST) test_nimproxy.py -k engine
 
-bench:   ## the figures of the README, measured on this machine
-	$(PYTHON) test_nimproxy.py bench
+bench: $(VENV)/pytest    ## the figures of the README, measured on this machine
+	$(VENV)/bin/python test_nimproxy.py bench
 
 tokens: $(VENV)/tokens    ## count_tokens against a real tokenizer
 	NIMPROXY_TOKENS=1 $(PYTEST) test_nimproxy.py -k real_tokenizer -s

@@ -95,12 +95,14 @@ MAX_LINE_BYTES = 16 << 20       # one line of an event stream: a whole tool call
 MAX_ARGUMENT_BYTES = 16 << 20   # arguments of one message's tool calls, held whole
 MAX_CALLS = 256                 # tool calls of one message
 MAX_BLANK_CHARS = 4096          # leading whitespace that waits for text to lead
+MAX_MODEL_CHARS = 256           # of a model's id; the longest in the catalog has 46
 MAX_REASON_CHARS = 2000         # of an upstream's error text, as quoted
 MAX_CONNECTIONS = 256           # clients at once; well under any descriptor limit
 READ_BYTES = 64 * 1024          # one read; asyncio's own default buffer
 
 HEAD_SECONDS = 15.0             # for a whole request head, from its first byte
 BODY_SECONDS = 30.0             # of silence inside a request body
+WRITE_SECONDS = 600.0           # for a client that takes nothing: it may be suspended
 IDLE_SECONDS = 90.0             # a kept-alive client; longer than clients' own pools
 POOL_SECONDS = 20.0             # an idle upstream connection; CDN edges drop at 30
 CONNECT_SECONDS = 10.0          # per address, and again for TLS; Go takes 30 and 10
@@ -187,8 +189,15 @@ def refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def finite(text: str) -> float:
+    value = float(text)
+    if value - value != 0:  # 1e999 is read as infinity
+        raise ValueError("a number beyond all bounds")
+    return value
+
+
 # NaN and Infinity are refused here, so that they cannot be passed on.
-DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+DECODER = json.JSONDecoder(parse_float=finite, parse_constant=refuse_constant)
 
 
 def decode_json(text: str) -> Any:
@@ -470,7 +479,7 @@ def effort_word(wanted: str, efforts: Tuple[str, ...]) -> str:
 
 # ---- 4. Configuration --------------------------------------------------------
 # Flags over environment over .env over file over the provider's row, merged once
-# by a pure function.  Nothing below part 15 looks at the environment.
+# by a pure function.  Only part 16 looks at the environment.
 
 class Config(NamedTuple):
     """All settings.  Seconds and characters; an empty string is "not set"."""
@@ -497,8 +506,22 @@ class Config(NamedTuple):
     ca_files: Tuple[Tuple[str, str], ...] = ()      # (variable, path)
 
     def __repr__(self) -> str:
-        shown = dict(self._asdict(), api_key="***", proxy_key="***")
-        return f"Config({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.shown().items())
+        return f"Config({shown})"
+
+    def shown(self) -> Json:
+        """All values, with the secret ones as "***"."""
+        values = self._asdict()
+        for name in ("api_key", "proxy_key"):
+            values[name] = values[name] and "***"
+        for name in ("http_proxy", "https_proxy"):
+            values[name] = masked(values[name])
+        return values
+
+
+def masked(url: str) -> str:
+    """A URL without its user and password."""
+    return re.sub(r"//[^/@]*@", "//***@", url)
 
 
 class Setting(NamedTuple):
@@ -555,21 +578,24 @@ def resolve_config(flags: Json, environ: Mapping[str, str],
     for setting in SETTINGS:
         if setting.key.startswith("nvidia.") and provider != "nvidia":
             continue
+        if setting.key == "upstream.api_key":
+            setting = setting._replace(variable=PROVIDERS[provider].key_variable)
         for raw, source in candidates(setting, flags, [environ, dotenv], entries):
             if raw not in (None, "") and setting.field not in found:
                 found[setting.field] = convert(setting.kind, raw, source)
                 sources[setting.field] = source
         provider = found.get("provider", provider)
     row = PROVIDERS[provider]
-    if "api_key" not in found and row.key_variable in environ:
-        found["api_key"] = convert("secret", environ[row.key_variable], "environment")
-        sources["api_key"] = f"environment {row.key_variable}"
     preset_models(found, sources, row)
     if not found.setdefault("base_url", row.base_url):
         raise ProxyError(400, "provider 'custom' needs --base-url URL")
     found["base_url"] = clean_base_url(found["base_url"])
     found[ALIASES] = model_aliases(entries, {**dotenv, **environ})
-    return Config(**found, **network_settings(environ)), sources
+    network = network_settings(environ)
+    named = {ALIASES: found[ALIASES], **network}
+    sources.update({name: "environment or file" if name == ALIASES else "environment"
+                    for name, value in named.items() if value})
+    return Config(**found, **network), sources
 
 
 def candidates(setting: Setting, flags: Json, environs: List[Mapping[str, str]],
@@ -600,7 +626,7 @@ def convert(kind: str, raw: Any, source: str) -> Any:
     try:
         return parse(raw)
     except (ValueError, TypeError):
-        shown = "text that is not that" if kind == "secret" else repr(raw)
+        shown = "text that is not that" if kind == "secret" else masked(repr(raw))
         hint = ""
         if isinstance(raw, str) and kind in ("provider", "level"):
             hint = nearest(raw, PROVIDERS if kind == "provider" else LEVELS)
@@ -627,6 +653,7 @@ def as_url(raw: Any) -> str:
         raise ValueError
     if not re.fullmatch(r"[!-~]+", raw.strip()) or url.port == 0 or url.username:
         raise ValueError
+    url.hostname.encode("idna")             # UnicodeError, a ValueError: no host name
     return raw.strip()
 
 
@@ -706,9 +733,16 @@ def network_settings(environ: Mapping[str, str]) -> Json:
         "http_proxy": pick("http_proxy", *upper, *every),
         "https_proxy": pick("https_proxy", "HTTPS_PROXY", *every),
         "no_proxy": pick("no_proxy", "NO_PROXY"),
-        "ca_files": tuple((name, environ[name]) for name in CA_VARIABLES
-                          if environ.get(name)),
+        "ca_files": tuple((name, path) for name in CA_VARIABLES if environ.get(name)
+                          for path in ca_paths(name, environ[name])),
     }
+
+
+def ca_paths(variable: str, value: str) -> List[str]:
+    """The paths in a variable's value; OpenSSL takes several folders in one."""
+    if variable != "SSL_CERT_DIR":
+        return [value]
+    return [path for path in value.split(":") if path]
 
 
 def file_entries(file: File, environ: Mapping[str, str]) -> Entries:
@@ -720,6 +754,8 @@ def file_entries(file: File, environ: Mapping[str, str]) -> Entries:
     known = [setting.key for setting in SETTINGS] + [ALIASES]
     for path, (value, where) in entries.items():
         key = ".".join(path)
+        if path[0] == ALIASES and len(path) != 2 and value is not None:
+            raise ProxyError(400, f"{where}: {ALIASES}: expected a map of names")
         if path[0] != ALIASES and key not in known:
             section = any(name.startswith(key + ".") for name in known)
             if section and value is None:
@@ -743,11 +779,11 @@ def expanded(value: str, environ: Mapping[str, str], where: str) -> str:
 def json_entries(file: File) -> Entries:
     try:
         tree = json.loads(file.text.lstrip("\ufeff"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProxyError(400, f"{file.name}: not JSON: {error}") from None
 
     def walk(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[Any, Any]]:
-        if isinstance(value, dict) and (value or not path):
+        if isinstance(value, dict):
             for key, item in value.items():
                 yield from walk(item, path + (key,))
         else:
@@ -1059,9 +1095,9 @@ def tool_choice(body: Json, choice: Json, tools: List[Json]) -> Any:
 
 def asks_for_text_only(body: Json) -> bool:
     last = body["messages"][-1] if body.get("messages") else {}
-    return any(block.get("text", "").startswith(TEXT_ONLY)
+    return any(block["text"].startswith(TEXT_ONLY)
                for block in as_blocks(last.get("content"), "messages[-1].content")
-               if block.get("type") == "text")
+               if isinstance(block.get("text"), str))
 
 
 def upstream_name(name: str) -> str:
@@ -1480,7 +1516,7 @@ def refusal(asked: Asked, status: int, text: str, stated: str = "") -> ProxyErro
 
     `stated` is upstream's Retry-After, as it came.
     """
-    text = text[:MAX_REASON_CHARS]
+    text = redacted(text, asked.config.api_key)[:MAX_REASON_CHARS]
     too_long = overflow(asked, text)
     if too_long:
         return too_long
@@ -1491,8 +1527,7 @@ def refusal(asked: Asked, status: int, text: str, stated: str = "") -> ProxyErro
     provider = PROVIDERS[asked.config.provider]
     words = {"key": provider.key_variable or "the key", "page": provider.key_page,
              "model": repr(asked.model), "instead": instead(asked.model)}
-    said = redacted(text, asked.config.api_key)
-    message = f"{provider.label} answered {status}: {said}"
+    message = f"{provider.label} answered {status}: {text}"
     if row.advice:
         message = f"{message.rstrip('.')}. {row.advice.format(**words)}"
     if row.status in (401, 403):    # Claude Code takes that word for "not logged in"
@@ -1565,7 +1600,8 @@ def sentence(value: Any) -> str:
     if not isinstance(value, dict):
         return ""
     if "msg" in value:
-        where = ".".join(str(step) for step in value.get("loc") or [])
+        steps = value.get("loc")
+        where = ".".join(map(str, steps)) if isinstance(steps, list) else ""
         return f"{where}: {value['msg']}" if where else str(value["msg"])
     for name in ("error", "message", "detail", "status_msg", "base_resp"):
         if value.get(name):
@@ -1685,7 +1721,8 @@ class Message:
         if not choices or not isinstance(choices, list):
             return
         choice = choices[0] if isinstance(choices[0], dict) else {}
-        delta = choice.get("delta") or choice.get("message") or {}
+        delta = choice.get("delta") or choice.get("message")
+        delta = delta if isinstance(delta, dict) else {}
         if not REASONING.isdisjoint(delta):
             self.reason(reasoning_text(delta))
         content = delta.get("content")
@@ -1800,8 +1837,8 @@ class Message:
         Raises ProxyError if the finish_reason means failure, or nothing came at all.
         """
         self.over = True
-        self.check()
         self.release()
+        self.check()
         calls = [] if self.halted else self.calls.whole(self.finish)
         reason = self.stop_reason(calls)
         if self.open == "thinking" and reason == "end_turn":    # better than no answer
@@ -1818,7 +1855,8 @@ class Message:
         if self.finish in BROKEN_FINISHES:
             words = f"the model stopped with finish_reason {self.finish!r}"
             raise refusal(self.reading.asked, BROKEN_FINISHES[self.finish], words)
-        if not self.chunks:
+        told = self.index >= 0 or self.calls.calls or self.stop_sequence is not None
+        if not self.chunks or not self.finish and not told:
             raise refusal(self.reading.asked, 503, "an answer without any content")
 
     def release(self) -> None:
@@ -1966,7 +2004,7 @@ class Tail:
 
 
 class Call:
-    """One tool call as it grows; `whole` once nothing more comes."""
+    """One tool call as it grows."""
 
     def __init__(self) -> None:
         self.id = self.name = ""
@@ -1989,11 +2027,11 @@ class Call:
             self.size = 0
         if not isinstance(value, str) or not value:
             return
-        if value[0] == "{" and 8 < self.size <= 2 * len(value):
+        if value[0] == "{" and 0 < self.size <= 2 * len(value):
             so_far = "".join(self.pieces)
             if is_object(so_far):
                 return                      # the whole of it again, in the last chunk
-            if value.startswith(so_far):
+            if self.size > 8 and value.startswith(so_far):
                 self.pieces, self.size = [], 0
         self.pieces.append(value)
         self.size += len(value)
@@ -2163,7 +2201,8 @@ def could_begin(text: str) -> bool:
 
 def ending(text: str, words: Iterable[str]) -> int:
     """How many of the last characters of `text` could begin one of the words."""
-    sizes = ((size, word[:size]) for word in words for size in range(1, len(word)))
+    sizes = ((size, word[:size]) for word in words
+             for size in range(1, min(len(word), len(text) + 1)))
     return max((size for size, start in sizes if text.endswith(start)), default=0)
 
 
@@ -2260,7 +2299,7 @@ def sse_frames() -> Stage:
     piece = yield []
     while piece is not None:
         if after_cr and piece[:1] == b"\n":     # the LF of a CRLF that was cut
-            piece = piece[1:]
+            piece, after_cr = piece[1:], False
         if b"\r" in piece:
             after_cr = piece[-1:] == b"\r"
             piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
@@ -2277,7 +2316,7 @@ def sse_frames() -> Stage:
         if b"\n" in piece:
             *lines, last = b"".join(pieces).split(b"\n")
             if first:
-                lines[0], first = lines[0].replace(b"\xef\xbb\xbf", b"", 1), False
+                lines[0], first = re.sub(rb"^\xef\xbb\xbf", b"", lines[0]), False
             pieces, size = [last], len(last)
             sse_lines(lines, frame, out)
         piece = yield out
@@ -2326,6 +2365,9 @@ def frame_chunks(frames: List[Frame], asked: Asked) -> List[Json]:
             chunk = decode_json(data)
         except (ValueError, RecursionError):
             chunk = None
+            if event != "error" and data.strip():   # may be a piece of a call
+                words = "upstream sent a chunk that is not JSON"
+                raise ProxyError(502, words) from None
         if event == "error":            # Dynamo says it in a comment, or as plain JSON
             words = sentence(chunk) or data.replace("[DONE]", "") or " ".join(comments)
             status = stated_status(chunk, 500) if isinstance(chunk, dict) else 500
@@ -2564,10 +2606,12 @@ def whole_chunks(wire: bytearray, body: bytearray) -> None:
 def trailers(wire: bytearray, body: bytearray) -> Generator[Any, bytes, None]:
     left = MAX_TRAILER_BYTES
     while True:
-        line = yield from chunked_line(wire, body, max(left, 1))
+        line = yield from chunked_line(wire, body, MAX_TRAILER_BYTES)
         left -= len(line)
         if not line:
             return
+        if left < 0:
+            raise ProxyError(431, f"trailers over {MAX_TRAILER_BYTES} bytes")
         if not FIELD.fullmatch(line):
             raise ProxyError(400, "malformed trailer line: expected 'name: value'")
 
@@ -2661,8 +2705,8 @@ def demo_completion(chat: Json) -> bytes:
 def demo_answer(chat: Json) -> Tuple[str, str, Optional[Tuple[str, Json]]]:
     """Thought, text and call.  A conversation that ends with a tool's result is summed
     up; else a tool is called that can be called without guessing."""
-    last = chat["messages"][-1]
-    if last["role"] == "tool":
+    last = chat["messages"][-1] if chat["messages"] else {}
+    if last.get("role") == "tool":
         return "The tool has answered.", f"The tool says: {last['content']}", None
     tool = None if chat.get("tool_choice") == "none" else demo_tool(chat)
     if tool:
@@ -2703,6 +2747,7 @@ class Wire:
         self.heard = self.sent = self.time()    # when bytes last came and went
         self.target: Optional[Target] = None    # whose pool an upstream one goes to
         self.patience = 0.0
+        self.paused = False                 # between two reads of an answer
         self.timer: Optional[asyncio.TimerHandle] = None
         self.expired = False
 
@@ -2720,19 +2765,32 @@ class Wire:
 
         Raises ProxyError(400, 431) as soon as it cannot become one.
         """
+        blank = True                        # one may precede, RFC 9112 section 2.2
         while True:
+            if blank and self.held[:2] == b"\r\n":
+                self.held, blank = self.held[2:], False
             end = self.held.find(b"\r\n\r\n")
             if 0 <= end <= MAX_HEAD_BYTES:
                 head, self.held = self.held[:end + 4], self.held[end + 4:]
                 return head
             check_partial_head(self.held)
-            held, self.held = self.held, b""
-            data = await self.read()
-            self.held = held + data
+            data = await self.reader.read(READ_BYTES)
+            self.heard = self.time()
+            self.held += data
             if not data:
-                if held:
+                if self.held:
                     raise ProxyError(400, "connection closed inside a message head")
                 return b""
+
+    def quiet(self) -> bool:
+        """Whether a read would wait: nothing unasked has come, nor the end."""
+        reading = self.reader.read(1)
+        try:
+            reading.send(None)
+        except (StopIteration, OSError):
+            return False
+        reading.close()
+        return True
 
     async def departure(self) -> None:
         """Return when the peer has closed; what it sends meanwhile is kept."""
@@ -2743,23 +2801,40 @@ class Wire:
             self.held += data
         await asyncio.get_running_loop().create_future()    # full: leave it at that
 
-    def allow(self, seconds: float) -> None:
-        """Abort the connection after so many seconds of silence; 0: never."""
-        self.patience, self.heard = seconds, self.time()
+    def allow(self, seconds: float, total: bool = False) -> None:
+        """Abort the connection after so many seconds of silence, or, if `total`, after
+        so many in any case; 0: never."""
+        self.patience, self.heard, self.paused = seconds, self.time(), False
         if self.timer:
             self.timer.cancel()
         self.timer = None
         if seconds:
             loop = asyncio.get_running_loop()
-            self.timer = loop.call_later(seconds, self.look)
+            self.timer = loop.call_later(seconds, self.expire if total else self.look)
 
     def look(self) -> None:
-        left = self.heard + self.patience - self.time()
+        left = self.patience
+        if not self.paused:             # else it is we who do not listen
+            left += self.heard - self.time()
         if left > 0:
             self.timer = asyncio.get_running_loop().call_later(left, self.look)
         else:
-            self.expired = True
-            self.writer.transport.abort()
+            self.expire()
+
+    def expire(self) -> None:
+        self.expired = True
+        self.writer.transport.abort()
+
+    async def flush(self) -> None:
+        """Wait for a peer that reads slowly, but not for ever."""
+        transport = self.writer.transport
+        if transport.get_write_buffer_size():
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(WRITE_SECONDS, transport.abort)
+            try:
+                await self.writer.drain()
+            finally:
+                timer.cancel()
 
     def close(self) -> None:
         """Close after what was written has gone out."""
@@ -2799,11 +2874,13 @@ class Answer:
         self.decoder = body_decoder(how)
         self.rest: Optional[bytes] = None   # what followed the body, once it has ended
         self.reusable = False
+        self.said = False                   # all that matters; the rest is framing
         coding = header(headers, "content-encoding").lower()
         self.inflate = zlib.decompressobj(47) if coding in ("gzip", "deflate") else None
 
     async def read(self) -> bytes:
         """The next bytes of the body, b"" at its end.  Raises ProxyError(502, 504)."""
+        self.wire.paused, self.wire.heard = False, self.wire.time()
         while self.rest is None:
             try:
                 data = await self.wire.read()
@@ -2818,6 +2895,7 @@ class Answer:
                 raise ProxyError(502, f"upstream's answer: {error.message}") from None
             piece = self.inflated(piece) if self.inflate else piece
             if piece:
+                self.wire.paused = True
                 return piece
         return b""
 
@@ -2856,11 +2934,12 @@ class Answer:
 
     def hurry(self) -> None:
         """All is said: what may still come has little time."""
-        self.wire.allow(GRACE_SECONDS)
+        self.said = True
+        self.wire.allow(GRACE_SECONDS, total=True)
 
     def release(self) -> None:
-        """Keep the connection if the answer is at its end or soon will be."""
-        if self.rest is None and not self.reusable:
+        """Keep the connection if all is said; else close it, so that upstream stops."""
+        if self.rest is None and not (self.said and self.reusable):
             self.wire.abort()
         else:
             self.upstream.settle_soon(self)
@@ -2936,21 +3015,27 @@ class Upstream:
     async def exchange(self, wire: Wire, request: bytes) -> Optional[Answer]:
         """The answer's head; None if the connection closed before its first byte."""
         wire.allow(self.config.first_byte_timeout)
-        wire.writer.write(request)
+        wire.writer.write(request)      # no drain: an early answer may be there
+        interim = 0
         try:
-            with contextlib.suppress(OSError):  # an early answer may be there
-                await wire.writer.drain()
-            for _ in range(MAX_INTERIM_ANSWERS):
+            while interim < MAX_INTERIM_ANSWERS:
                 head = await wire.head()
-                if not head and not wire.expired:
+                if not head and not wire.expired and not interim:
                     return None
+                if not head and not wire.expired:
+                    raise ProxyError(502, "upstream broke off before its answer")
                 if not head:
                     raise ProxyError(504, f"upstream did not answer within "
                                           f"{wire.patience:g} s")
                 status, headers, version = parse_status(head)
                 if status >= 200:
                     return self.answer(wire, status, headers, version)
-        except OSError:
+                if status == 101:
+                    raise ProxyError(502, "upstream switched protocols unasked")
+                interim += 1
+        except OSError as error:
+            if wire.held or interim:        # a byte of an answer: not asked twice
+                raise ProxyError(502, f"upstream broke off ({error})") from error
             return None
         except ProxyError as error:
             if error.status >= 500:
@@ -2974,18 +3059,17 @@ class Upstream:
         wires = self.pool[target]
         while wires:
             wire = wires.pop()
-            if wire.time() - wire.heard < POOL_SECONDS and not wire.reader.at_eof():
+            if wire.time() - wire.heard < POOL_SECONDS and wire.quiet():
                 return wire
             wire.abort()
         return None
 
     async def settle(self, answer: Answer) -> None:
         """Read what is left of an answer and keep its connection, or close it."""
-        answer.wire.allow(GRACE_SECONDS)
+        answer.wire.allow(GRACE_SECONDS, total=True)
         with contextlib.suppress(ProxyError):
-            for _ in range(100):
-                if not await answer.read():
-                    break
+            while await answer.read():
+                pass
         if answer.reusable and answer.rest == b"":
             answer.wire.allow(POOL_SECONDS)
             self.pool[answer.wire.target].append(answer.wire)
@@ -3104,6 +3188,9 @@ def tls_context(ca_files: Tuple[Tuple[str, str], ...]) -> ssl.SSLContext:
     """
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
+    if not context.cert_store_stats()["x509_ca"]:       # python.org's macOS
+        for path in filter(os.path.exists, SYSTEM_CA_FILES):
+            context.load_verify_locations(cafile=path)
     for variable, path in ca_files:
         try:
             if os.path.isdir(path):
@@ -3114,9 +3201,6 @@ def tls_context(ca_files: Tuple[Tuple[str, str], ...]) -> ssl.SSLContext:
             raise ProxyError(502, f"{variable}={path}: {error}") from None
     if ca_files:    # Python 3.13 refuses company authorities that curl and node accept
         context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
-    elif not context.cert_store_stats()["x509_ca"]:     # python.org's macOS
-        for path in filter(os.path.exists, SYSTEM_CA_FILES):
-            context.load_verify_locations(cafile=path)
     return context
 
 
@@ -3130,10 +3214,10 @@ def proxy_for(config: Config, target: Target) -> str:
     if not url or bypasses(config.no_proxy, target):
         return ""
     url = url if "://" in url else "http://" + url
-    if urlsplit(url).scheme != "http" or not urlsplit(url).hostname:
-        scheme = urlsplit(url).scheme
-        raise ProxyError(502, f"proxy {scheme}://...: expected an http:// proxy")
-    return url
+    with contextlib.suppress(ValueError):
+        if urlsplit(url).scheme == "http" and url_target(url).host:
+            return url
+    raise ProxyError(502, f"proxy {masked(url)}: expected http://host:port")
 
 
 def bypasses(no_proxy: str, target: Target) -> bool:
@@ -3328,6 +3412,8 @@ class Proxy:
         """The question, and the chat that asks it."""
         body = parse_body(request.body)
         asked = typed(body, "model", str, "a string") or ""
+        if len(asked) > MAX_MODEL_CHARS:
+            raise ProxyError(400, f"model: longer than {MAX_MODEL_CHARS} characters")
         model = self.known_as(upstream_model(self.config, asked))
         tokens = count_tokens(body)
         chat = chat_body(body, model, PROVIDERS[self.config.provider], tokens)
@@ -3374,8 +3460,9 @@ class Proxy:
             return
         text, status = error_words(await answer.whole(), answer.status)
         if 300 <= status < 400:
-            place = urlsplit(header(answer.headers, "location")).netloc
-            text = f"a redirect to {place or 'nowhere'}, which is not followed"
+            found = re.match(r"https?://([^/?#@]+)", header(answer.headers, "location"))
+            place = found[1] if found else "another place"
+            text = f"a redirect to {place}, which is not followed"
         stated = header(answer.headers, "retry-after")
         raise refusal(question.message.reading.asked, status, text, stated)
 
@@ -3399,7 +3486,7 @@ class Proxy:
             self.record(question)
         except ProxyError as error:
             self.note(question.model, error)
-            if not message.chunks:          # else asking again may well help
+            if message.index < 0 and not message.calls.calls:   # else ask it again
                 self.remember(question, error)
             yield encode_event("error", error.body())
         finally:
@@ -3491,9 +3578,11 @@ class Proxy:
         own = list(dict.fromkeys([self.config.default_model, self.config.opus,
                                   self.config.sonnet, self.config.haiku]))
         live = asyncio.ensure_future(self.live_models())
-        await asyncio.wait({live}, timeout=MODELS_SECONDS)
-        if not live.done():
-            live.cancel()
+        live.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            await asyncio.wait({live}, timeout=MODELS_SECONDS)
+        finally:
+            live.cancel()               # of no effect once it is done
         if live.done() and not live.exception() and live.result():
             ids = list(dict.fromkeys(own + live.result()))
             self.listed = (time.monotonic(), ids)
@@ -3666,7 +3755,8 @@ def completion(raw: bytes, asked: Asked) -> Json:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        shown = printable(raw[:80].decode("latin-1")) or "nothing"
+        shown = redacted(raw.decode("utf-8", "replace"), asked.config.api_key)
+        shown = printable(shown[:80]) or "nothing"
         raise ProxyError(502, f"upstream sent no JSON object, but {shown}")
     check_chunk(value, asked)
     return value
@@ -3766,8 +3856,6 @@ class Server:
             wire.held = await wire.read()
         finally:
             self.idle.discard(wire)
-        if wire.held[:2] == b"\r\n":        # one empty line may precede, RFC 9112 2.2
-            wire.held = wire.held[2:]
         loop = asyncio.get_running_loop()
         deadline = loop.call_later(HEAD_SECONDS, wire.writer.transport.abort)
         try:
@@ -3824,7 +3912,7 @@ class Server:
         length = ("Content-Length", str(len(response.body)))
         body = b"" if request and request.method == "HEAD" else response.body
         wire.writer.write(response_head(response, [length], keep) + body)
-        await wire.writer.drain()
+        await wire.flush()
         return keep
 
     async def write_stream(self, wire: Wire, response: Response,
@@ -3835,7 +3923,6 @@ class Server:
         coding = [("Transfer-Encoding", "chunked")] if chunked else []
         frame = encode_chunk if chunked else bytes
         lead = response_head(response, coding, keep)
-        transport = wire.writer.transport
         wire.sent = wire.time()
         beating = asyncio.ensure_future(self.beat(wire, response, frame))
         try:
@@ -3843,10 +3930,9 @@ class Server:
                 wire.writer.write(lead + frame(data))
                 lead = b""
                 wire.sent = wire.time()
-                if transport.get_write_buffer_size():   # the client is slow
-                    await wire.writer.drain()
+                await wire.flush()
             wire.writer.write(LAST_CHUNK if chunked else b"")
-            await wire.writer.drain()
+            await wire.flush()
         finally:
             beating.cancel()
             await response.body.aclose()
@@ -4123,6 +4209,7 @@ OPTIONS = {                 # name: (what it takes, or "" for a switch; help)
     "--no-claude-settings": ("", "leave Claude Code's own settings alone (always so)"),
 }
 CHILD_COMMANDS = ("code", "run")
+PLAIN_COMMANDS = ("demo", "version")    # of no concern to any setting
 PROGRAM = "python3 nimproxy.py"
 
 
@@ -4135,6 +4222,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         own, rest = split_arguments(list(sys.argv[1:] if argv is None else argv))
         options = argument_parser().parse_args(own)
         command = known_command(options.command)
+        if command in PLAIN_COMMANDS:
+            return globals()[COMMANDS[command].run]()
         context = make_context(options, rest or options.arguments)
         if options.show_config:
             return show_config(context)
@@ -4218,9 +4307,7 @@ def make_context(options: argparse.Namespace, arguments: List[str]) -> Context:
     if options.demo:
         flags["default_model"] = DEMO_MODEL
     config, sources = resolve_config(flags, environ, dotenv, file)
-    known = {**{name: value for name, value in dotenv.items() if name.isupper()},
-             **environ}
-    return Context(options, config, sources, arguments, known)
+    return Context(options, config, sources, arguments, environ)
 
 
 def read_text(path: str) -> str:
@@ -4232,10 +4319,7 @@ def read_text(path: str) -> str:
 
 
 def show_config(context: Context) -> int:
-    shown = context.config._asdict()
-    for name in ("api_key", "proxy_key"):
-        shown[name] = "(set, hidden)" if shown[name] else "(not set)"
-    for name, value in shown.items():
+    for name, value in context.config.shown().items():
         source = context.sources.get(name, "default")
         say(f"{name:20} {str(value):40} {source}")
     return 0
@@ -4274,11 +4358,7 @@ def printable_long(text: str) -> str:
 def run_serve(context: Context) -> int:
     config = context.config
     check_config(config)
-    try:
-        return asyncio.run(serve_forever(config))
-    except OSError as error:
-        complain(address_trouble(config, error))
-        return 1
+    return asyncio.run(serve_forever(config))
 
 
 def check_config(config: Config) -> None:
@@ -4295,7 +4375,11 @@ def check_config(config: Config) -> None:
 
 async def serve_forever(config: Config) -> int:
     """Serve until a signal; the first drains, the second stops at once."""
-    server = await serve(config)
+    try:
+        server = await serve(config)
+    except OSError as error:
+        complain(address_trouble(config, error))
+        return 1
     stopping = asyncio.Event()
 
     def stop(*_: Any) -> None:
@@ -4321,14 +4405,15 @@ async def serve_forever(config: Config) -> int:
 
 async def trim_memory(counts: Mapping[str, int]) -> None:
     """Give free memory back after requests: glibc keeps 20 MB of a hundred."""
-    trim, trimmed = None, 0
+    trim, before, last = None, 0, 0
+    await asyncio.sleep(TRIM_SECONDS)       # ctypes takes 2 ms: not while starting
     with contextlib.suppress(ImportError, OSError, TypeError):      # Windows
         import ctypes
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)      # only glibc has it
     while trim:
-        if counts["requests"] != trimmed:
-            trimmed = counts["requests"]
-            trim(0)
+        if counts["requests"] != before:    # of the time before last: what was asked
+            trim(0)                         # then may have been held until now
+        before, last = last, counts["requests"]
         await asyncio.sleep(TRIM_SECONDS)
 
 
@@ -4336,6 +4421,11 @@ def described_upstream(config: Config) -> str:
     if config.default_model == DEMO_MODEL:
         return "built in (nimproxy/demo)"
     return f"{config.base_url}, model {config.default_model}"
+
+
+def config_url(config: Config) -> str:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return f"http://{host}:{config.port}"
 
 
 def address_trouble(config: Config, error: OSError) -> str:
@@ -4378,14 +4468,15 @@ def launch(context: Context, command: List[str]) -> int:
     check_config(config)
     status = running_status(context.config) if config.port else None
     if status and status.get("base_url") == config.base_url:
-        url = f"http://{config.host}:{config.port}"
+        url = config_url(config)
         return run_client(context, context.config, url, command)
-    try:
-        with Background(config) as url:
-            return run_client(context, config, url, command)
-    except OSError as error:
-        complain(address_trouble(config, error))
-        return 1
+    with contextlib.ExitStack() as stack:
+        try:
+            url = stack.enter_context(Background(config))
+        except OSError as error:
+            complain(address_trouble(config, error))
+            return 1
+        return run_client(context, config, url, command)
 
 
 def run_client(context: Context, config: Config, url: str, command: List[str]) -> int:
@@ -4395,7 +4486,11 @@ def run_client(context: Context, config: Config, url: str, command: List[str]) -
     print(f"nimproxy: {name} on {described_upstream(config)}, by way of {url}",
           file=sys.stderr, flush=True)
     piped = sys.argv[:1] == ["-"]       # python3 - code < nimproxy.py
-    return run_child(command, child_environment(added, context.environ), piped)
+    try:
+        return run_child(command, child_environment(added, context.environ), piped)
+    except OSError as error:
+        complain(f"cannot run {command[0]}: {error.strerror or error}")
+        return 126
 
 
 def run_env(context: Context) -> int:
@@ -4404,7 +4499,7 @@ def run_env(context: Context) -> int:
         raise ProxyError(400, f"--shell: expected one of {', '.join(EXPORTS)}, "
                               f"found {shell!r}{nearest(shell, EXPORTS)}")
     config = context.config
-    url = f"http://{config.host}:{config.port}"
+    url = config_url(config)
     one_model = context.sources.get("default_model", "").startswith("--")
     added = client_environment(config, url, one_model, context.environ)
     say("\n".join(export_lines(added, shell)))
@@ -4416,7 +4511,7 @@ DEMO_TOOL = {"name": "greet", "description": "Greets somebody.", "input_schema":
     "type": "object", "properties": {"whom": {"type": "string"}}, "required": ["whom"]}}
 
 
-def run_demo(context: Context) -> int:
+def run_demo() -> int:
     """One tool round trip through a real server, shown on both wires."""
     config = Config(default_model=DEMO_MODEL, opus=DEMO_MODEL, sonnet=DEMO_MODEL,
                     haiku=DEMO_MODEL, port=0, text_delta_chars=0)
@@ -4457,22 +4552,30 @@ def run_test(context: Context) -> int:
     body = {"model": context.options.model or config.default_model, "max_tokens": 512,
             "stream": True, "messages": [{"role": "user", "content": prompt}]}
     if running_status(config):
-        return show_answer(config, f"http://{config.host}:{config.port}", body)
+        return show_answer(config, config_url(config), body)
     check_config(config)
     with Background(config._replace(port=0)) as url:
         return show_answer(config, url, body)
+
+
+def gave_up(error: Exception) -> int:
+    complain(str(error))
+    return 1
 
 
 def show_answer(config: Config, url: str, body: Json) -> int:
     """Stream an answer to the terminal; then how fast it was, and what it took."""
     began = time.monotonic()
     first, events = 0.0, []
-    for name, data in streamed_events(config, url, body):
-        delta = data.get("delta") or {}
-        if "text" in delta or "thinking" in delta:
-            first = first or time.monotonic() - began
-        say(delta.get("text", ""), end="")
-        events.append((name, data))
+    try:
+        for name, data in streamed_events(config, url, body):
+            delta = data.get("delta") or {}
+            if "text" in delta or "thinking" in delta:
+                first = first or time.monotonic() - began
+            say(delta.get("text", ""), end="")
+            events.append((name, data))
+    except (ProxyError, OSError) as error:
+        return gave_up(error)
     seconds = max(time.monotonic() - began, 1e-6)
     usage = fold(events)["usage"]
     say(f"\n\nfirst token {first:.2f} s, in {usage['input_tokens']} tokens, out "
@@ -4510,13 +4613,14 @@ def ask_proxy(config: Config, url: str, method: str, path: str,
     try:
         connection.request(method, path, payload, headers)
         return connection, connection.getresponse()
-    except HTTPException as error:
-        raise OSError(f"{url} is no HTTP server: {error}") from None
+    except (OSError, HTTPException) as error:
+        connection.close()
+        raise OSError(f"{url} does not answer: {error}") from None
 
 
 def running_status(config: Config) -> Json:
     """The status of a proxy of ours at the configured address; {} if there is none."""
-    url = f"http://{config.host}:{config.port}"
+    url = config_url(config)
     try:
         connection, response = ask_proxy(config, url, "GET", "/status")
         with contextlib.closing(connection):
@@ -4530,8 +4634,11 @@ def running_status(config: Config) -> Json:
 def run_models(context: Context) -> int:
     """The catalog, or the provider's own list; marks what is retired."""
     ids = [name for name in MODELS if "/" in name]
-    if context.options.live:
-        ids = asyncio.run(live_list(context.config))
+    try:
+        if context.options.live:
+            ids = asyncio.run(live_list(context.config))
+    except ProxyError as error:
+        return gave_up(error)
     rows = [{"id": name, "retired": known_model(name).retired,
              "window": known_model(name).window if name in MODELS else None,
              "images": known_model(name).vision if name in MODELS else None,
@@ -4576,7 +4683,7 @@ def run_status(context: Context) -> int:
     return 0
 
 
-def run_version(context: Context) -> int:
+def run_version() -> int:
     place = globals().get("__file__", "<stdin>")
     say(f"nimproxy {__version__}, Python {sys.version.split()[0]}, {place}")
     return 0
