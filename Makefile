@@ -1,7 +1,7 @@
 PYTHON  ?= python3
 PREFIX  ?= $(HOME)/.local
-PYTHONS ?= $(wildcard $(HOME)/.pyenv/versions/3.[89].*/bin/python \
-             $(HOME)/.pyenv/versions/3.1[0-9].*/bin/python)
+PYTHONS ?= $(wildcard $(foreach v,3.[89] 3.1[0-9],/usr/bin/python$(v) \
+             /usr/local/bin/python$(v) $(HOME)/.pyenv/versions/$(v).*/bin/python))
 # One virtual environment for each Python, with pytest in it.
 VENV     = .venv/$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 PYTEST   = $(VENV)/bin/python -X dev -W error -m pytest -q -p no:cacheprovider
@@ -15,7 +15,7 @@ test: $(VENV)/pytest    ## run the tests (no network beyond this machine, under 
 	$(PYTEST) test_nimproxy.py
 
 check:   ## run them on every Python from 3.8 up that is at hand
-	@for p in $(or $(PYTHONS),$(PYTHON)); do $$p -V; \
+	@for p in $(or $(PYTHONS),$(PYTHON)); do $$p -c 'import ensurepip' || continue; $$p -V; \
 	  $(MAKE) --no-print-directory test PYTHON=$$p || exit 1; done
 
 e2e: $(VENV)/e2e $(NODE)    ## the real Claude Code and both Anthropic SDKs
