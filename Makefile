@@ -15,7 +15,7 @@ test: $(VENV)/pytest    ## run the tests (no network beyond this machine, under 
 	$(PYTEST) test_nimproxy.py
 
 check:   ## run them on every Python from 3.8 up that is at hand
-	@for p in $(or $(PYTHONS),$(PYTHON)); do $$p -c 'import ensurepip' || continue; $$p -V; \
+	@for p in $(or $(PYTHONS),$(PYTHON)); do $$p -c 'import ensurepip' 2>/dev/null || continue; $$p -V; \
 	  $(MAKE) --no-print-directory test PYTHON=$$p || exit 1; done
 
 e2e: $(VENV)/e2e $(NODE)    ## the real Claude Code and both Anthropic SDKs

@@ -3486,7 +3486,7 @@ class Proxy:
             self.record(question)
         except ProxyError as error:
             self.note(question.model, error)
-            if message.index < 0 and not message.calls.calls:   # else ask it again
+            if question.raw and not message.calls.calls:    # else asking anew may help
                 self.remember(question, error)
             yield encode_event("error", error.body())
         finally:
