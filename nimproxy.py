@@ -47,6 +47,7 @@ import asyncio
 import base64
 import collections
 import contextlib
+import errno
 import ipaddress
 import json
 import logging
@@ -771,7 +772,8 @@ def file_entries(file: File, environ: Mapping[str, str]) -> Entries:
 def expanded(value: str, environ: Mapping[str, str], where: str) -> str:
     def variable(match: Any) -> str:
         if match[1] not in environ:
-            raise ProxyError(400, f"{where}: ${{{match[1]}}} is not set")
+            raise ProxyError(400, f"{where}: ${{{match[1]}}} is not set: export it, or "
+                                  "take the line out")
         return environ[match[1]]
     return re.sub(r"\$\{(\w+)\}", variable, value)
 
@@ -811,6 +813,8 @@ def yaml_entries(file: File) -> Entries:
         if not text or text[0] == "#" or text == "---" and not entries:
             continue
         match = YAML_KEY.fullmatch(line.rstrip())
+        if line[0] == "\t":
+            raise yaml_error(file, number, line, "spaces, not tabs, before")
         if not match:
             raise yaml_error(file, number, line)
         column, above = len(match[1]), None
@@ -895,13 +899,24 @@ def upstream_model(config: Config, asked: str) -> str:
     return name or config.default_model
 
 
+def upstream_place(config: Config) -> str:
+    return "built in" if config.default_model == DEMO_MODEL else config.base_url
+
+
+def upstream_label(config: Config) -> str:
+    """Who answers, for messages: the provider, or the host that took its place."""
+    row = PROVIDERS[config.provider]
+    own = urlsplit(row.base_url).netloc == urlsplit(config.base_url).netloc
+    return row.label if own else urlsplit(config.base_url).netloc
+
+
 def missing_key(config: Config) -> str:
     """What to say when the provider's own endpoint needs a key and there is none."""
     row = PROVIDERS[config.provider]
     if config.api_key or not row.key_variable or config.base_url != row.base_url:
         return ""
     return (f"no API key for {row.label}: get one at {row.key_page} and set "
-            f"{row.key_variable}, or try `demo`, which needs none")
+            f"{row.key_variable}; `demo` and `code --demo` need none")
 
 
 # ---- 5. Requests: body to chat -----------------------------------------------
@@ -1463,7 +1478,7 @@ REFUSALS = [
             "A wrong key gives this, or a model that the account may not use: "
             "check {key}, from {page}."),
     Refusal((404,), r"Not found for account", 404, "",
-            "{model} is listed but not open to this account{instead}."),
+            "{model} is listed but not open to this account."),
     Refusal((404, 410), "", 404, "", "No model {model} there{instead}."),
     Refusal((413,), "", 413, "", "The request is too large for this provider."),
     Refusal((400, 422), "", 400, "", ""),
@@ -1527,7 +1542,7 @@ def refusal(asked: Asked, status: int, text: str, stated: str = "") -> ProxyErro
     provider = PROVIDERS[asked.config.provider]
     words = {"key": provider.key_variable or "the key", "page": provider.key_page,
              "model": repr(asked.model), "instead": instead(asked.model)}
-    message = f"{provider.label} answered {status}: {text}"
+    message = f"{upstream_label(asked.config)} answered {status}: {text}"
     if row.advice:
         message = f"{message.rstrip('.')}. {row.advice.format(**words)}"
     if row.status in (401, 403):    # Claude Code takes that word for "not logged in"
@@ -1558,6 +1573,8 @@ def instead(model: str) -> str:
     """`; use X instead` for a retired id, or the nearest ones of the catalog."""
     if model in SUCCESSORS:
         return f"; use {SUCCESSORS[model]} instead"
+    if model in MODELS and not MODELS[model].retired:
+        return "; it may not be open to your account"
     alive = (name for name, row in MODELS.items() if not row.retired)
     close = close_words(model, alive, 3)
     return f"; nearest known: {', '.join(close)}" if close else ""
@@ -3427,6 +3444,8 @@ class Proxy:
 
     def known_as(self, model: str) -> str:
         """The id to ask for: a retired one's successor on NVIDIA's own endpoint."""
+        if self.config.default_model == DEMO_MODEL:
+            return DEMO_MODEL               # nothing of a demo goes anywhere else
         hosted = self.config.base_url == PROVIDERS["nvidia"].base_url
         if not hosted or not known_model(model).retired or model not in SUCCESSORS:
             return model
@@ -3617,7 +3636,7 @@ class Proxy:
         return json_response({
             "service": "nimproxy", "version": __version__,
             "uptime_seconds": round(time.time() - self.began, 1),
-            "provider": config.provider, "base_url": config.base_url,
+            "provider": config.provider, "base_url": upstream_place(config),
             "models": {"default": config.default_model, "opus": config.opus,
                        "sonnet": config.sonnet, "haiku": config.haiku},
             "counts": dict(self.counts), "last_errors": list(self.errors),
@@ -4199,18 +4218,20 @@ OPTIONS = {                 # name: (what it takes, or "" for a switch; help)
     "--model": ("ID", "the one model to use"),
     "--base-url": ("URL", "a Chat Completions server, such as http://host:8000/v1"),
     "--host": ("HOST", "address to listen at (default 127.0.0.1)"),
-    "--port": ("PORT", "port to listen at (default 8787; 0: any free one)"),
+    "--port": ("PORT", "port to listen at (default 8787; -p is claude's with code)"),
     "--log-level": ("LEVEL", ", ".join(LEVELS)),
     "--demo": ("", "use the built-in upstream"),
     "--show-config": ("", "print each setting with its source, and exit"),
     "--live": ("", "models: ask the provider"),
     "--json": ("", "models, status: as JSON"),
     "--shell": ("SHELL", "env: sh, fish or powershell"),
-    "--no-claude-settings": ("", "leave Claude Code's own settings alone (always so)"),
+    "--no-claude-settings": ("", ""),       # of an older program: always so here
 }
 CHILD_COMMANDS = ("code", "run")
 PLAIN_COMMANDS = ("demo", "version")    # of no concern to any setting
-PROGRAM = "python3 nimproxy.py"
+# Options that a client's environment depends on: hints repeat them.
+HINTED = ("--config", "--provider", "--model", "--base-url", "--host", "--port",
+          "--demo")
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -4220,7 +4241,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 2
     try:
         own, rest = split_arguments(list(sys.argv[1:] if argv is None else argv))
-        options = argument_parser().parse_args(own)
+        options = argument_parser().parse_intermixed_args(own)
         command = known_command(options.command)
         if command in PLAIN_COMMANDS:
             return globals()[COMMANDS[command].run]()
@@ -4237,6 +4258,14 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def program() -> str:
+    """How this file was started, for hints."""
+    name = sys.argv[0]
+    if name in ("", "-", "-c"):
+        return "python3 nimproxy.py"        # once it is saved
+    return f"python3 {shlex.quote(name)}" if name.endswith(".py") else shlex.quote(name)
 
 
 def split_arguments(argv: List[str]) -> Tuple[List[str], List[str]]:
@@ -4273,8 +4302,8 @@ def argument_parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS))
     listed = [f"  {name:{width}}  {row.help}" for name, row in COMMANDS.items()]
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=summary, allow_abbrev=False,
-        usage=f"{PROGRAM} [COMMAND] [OPTIONS]",
+        prog=program(), description=summary, allow_abbrev=False,
+        usage=f"{program()} [COMMAND] [OPTIONS]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n" + "\n".join(listed))
     parser.add_argument("command", nargs="?", default="serve", help=argparse.SUPPRESS)
@@ -4284,7 +4313,8 @@ def argument_parser() -> argparse.ArgumentParser:
         if takes:
             parser.add_argument(*names, metavar=takes, help=text)
         else:
-            parser.add_argument(*names, action="store_true", help=text)
+            parser.add_argument(*names, action="store_true",
+                                help=text or argparse.SUPPRESS)
     return parser
 
 
@@ -4315,7 +4345,8 @@ def read_text(path: str) -> str:
         with open(path, encoding="utf-8") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise ProxyError(400, f"{path}: cannot be read: {error}") from None
+        why = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise ProxyError(400, f"{path}: cannot be read: {why}") from None
 
 
 def show_config(context: Context) -> int:
@@ -4358,7 +4389,12 @@ def printable_long(text: str) -> str:
 def run_serve(context: Context) -> int:
     config = context.config
     check_config(config)
-    return asyncio.run(serve_forever(config))
+    given = ""
+    for name in HINTED:
+        value = getattr(context.options, name[2:].replace("-", "_"))
+        if value:
+            given += f" {name}" + ("" if value is True else f" {shlex.quote(value)}")
+    return asyncio.run(serve_forever(config, given))
 
 
 def check_config(config: Config) -> None:
@@ -4373,8 +4409,11 @@ def check_config(config: Config) -> None:
             raise ProxyError(400, f"{variable}={path}: no such file")
 
 
-async def serve_forever(config: Config) -> int:
-    """Serve until a signal; the first drains, the second stops at once."""
+async def serve_forever(config: Config, given: str) -> int:
+    """Serve until a signal; the first drains, the second stops at once.
+
+    `given` is the options for the printed hint.
+    """
     try:
         server = await serve(config)
     except OSError as error:
@@ -4396,7 +4435,7 @@ async def serve_forever(config: Config) -> int:
     trimming = asyncio.ensure_future(trim_memory(server.proxy.counts))
     say(f"nimproxy {__version__} listening on {server.url}")
     say(f"  upstream {described_upstream(config)}")
-    say(f"  Claude Code: eval \"$({PROGRAM} env)\" && claude, or: {PROGRAM} code")
+    say(f"  Claude Code: eval \"$({program()} env{given})\" && claude")
     await stopping.wait()
     trimming.cancel()
     await server.close(DRAIN_SECONDS)
@@ -4418,9 +4457,7 @@ async def trim_memory(counts: Mapping[str, int]) -> None:
 
 
 def described_upstream(config: Config) -> str:
-    if config.default_model == DEMO_MODEL:
-        return "built in (nimproxy/demo)"
-    return f"{config.base_url}, model {config.default_model}"
+    return f"{upstream_place(config)}, model {config.default_model}"
 
 
 def config_url(config: Config) -> str:
@@ -4432,8 +4469,10 @@ def address_trouble(config: Config, error: OSError) -> str:
     where = f"{config.host}:{config.port}"
     found = running_status(config)
     if found:
-        return f"{where} is in use by nimproxy already; see `{PROGRAM} status`"
-    return f"cannot listen at {where}: {error.strerror or error}; try --port"
+        return f"{where} is in use by nimproxy already; see `{program()} status`"
+    if error.errno == errno.EADDRINUSE:
+        return f"{where} is in use by another program; try --port {config.port + 1}"
+    return f"cannot listen at {where}: {error.strerror or error}; try --host or --port"
 
 
 def run_code(context: Context) -> int:
@@ -4448,7 +4487,7 @@ def run_code(context: Context) -> int:
 
 
 def run_program(context: Context) -> int:
-    if not context.arguments:
+    if not context.arguments or context.arguments[0].startswith("-"):
         raise ProxyError(400, "run: expected a command, as in `run -- CMD ...`")
     import shutil
     program = shutil.which(context.arguments[0], path=context.environ.get("PATH"))
@@ -4465,9 +4504,10 @@ def launch(context: Context, command: List[str]) -> int:
         config = config._replace(port=0)
     if not config.proxy_key:
         config = config._replace(proxy_key=os.urandom(24).hex())
-    check_config(config)
+    if not {"--help", "-h", "--version", "-v"}.intersection(context.arguments):
+        check_config(config)
     status = running_status(context.config) if config.port else None
-    if status and status.get("base_url") == config.base_url:
+    if status and status.get("base_url") == upstream_place(config):
         url = config_url(config)
         return run_client(context, context.config, url, command)
     with contextlib.ExitStack() as stack:
@@ -4528,22 +4568,31 @@ def run_demo() -> int:
                  "content": f"Hello, {block['input']['whom']}!"}
                 for block in message["content"] if block["type"] == "tool_use"]})
     say(f"\nDone. With a key from https://build.nvidia.com:\n"
-        f"  NVIDIA_API_KEY=nvapi-... {PROGRAM} code")
+        f"  NVIDIA_API_KEY=nvapi-... {program()} code")
     return 0
 
 
 def show_round_trip(config: Config, url: str, body: Json) -> Json:
-    show = {"client asks": encode_json(body["messages"][-1]),
-            "upstream asked": encode_json(chat_body(body, DEMO_MODEL)["messages"][-1])}
-    for who, text in show.items():
-        say(f"  {who:15} {text[:100]}")
-    for frame in demo_stream(chat_body(body, DEMO_MODEL)):
-        say(f"  {'upstream says':15} {frame.decode().strip()[:100]}")
-    events = []
-    for name, data in streamed_events(config, url, body):
-        say(f"  {'client gets':15} {name}: {encode_json(data)[:90]}")
-        events.append((name, data))
-    return fold(events)
+    chat = chat_body(body, DEMO_MODEL)
+    show_lines("client asks", [encode_json(body["messages"][-1])])
+    show_lines("upstream asked", [encode_json(chat["messages"][-1])])
+    show_lines("upstream says", [frame.decode().strip() for frame in demo_stream(chat)])
+    events = list(streamed_events(config, url, body))
+    show_lines("client gets", [f"{name}: {encode_json(data)}" for name, data in events])
+    message = fold(events)
+    for block in message["content"]:
+        kind = block["type"]
+        words = block.get(kind) or f"{block['name']}({encode_json(block['input'])})"
+        say(f"  so there is    {kind}: {words.strip()}")
+    return message
+
+
+def show_lines(who: str, lines: List[str]) -> None:
+    """Lines of a wire, the middle ones of many left out, each within 79 columns."""
+    if len(lines) > 10:
+        lines = lines[:4] + [f"... {len(lines) - 9} more"] + lines[-5:]
+    for line in lines:
+        say(f"  {who:14} {line if len(line) <= 62 else line[:59] + '...'}")
 
 
 def run_test(context: Context) -> int:
@@ -4618,11 +4667,11 @@ def ask_proxy(config: Config, url: str, method: str, path: str,
         raise OSError(f"{url} does not answer: {error}") from None
 
 
-def running_status(config: Config) -> Json:
+def running_status(config: Config, path: str = "/status") -> Json:
     """The status of a proxy of ours at the configured address; {} if there is none."""
     url = config_url(config)
     try:
-        connection, response = ask_proxy(config, url, "GET", "/status")
+        connection, response = ask_proxy(config, url, "GET", path)
         with contextlib.closing(connection):
             status = decode_json(response.read().decode("utf-8", "replace"))
     except (OSError, ValueError):
@@ -4633,6 +4682,9 @@ def running_status(config: Config) -> Json:
 
 def run_models(context: Context) -> int:
     """The catalog, or the provider's own list; marks what is retired."""
+    config = context.config
+    if config.provider != "nvidia" and not context.options.live:
+        raise ProxyError(400, f"there is no catalog for {config.provider}: add --live")
     ids = [name for name in MODELS if "/" in name]
     try:
         if context.options.live:
@@ -4646,6 +4698,7 @@ def run_models(context: Context) -> int:
     if context.options.json:
         say(json.dumps(rows, indent=1))
         return 0
+    say(f"{'model':48} {'window':>8}")
     for row in rows:
         notes = [f"{row['window'] or '?':>8}", "images" if row["images"] else "      "]
         if row["retired"]:
@@ -4667,7 +4720,12 @@ def run_status(context: Context) -> int:
     config = context.config
     status = running_status(config)
     if not status:
-        complain(f"no nimproxy answers at {config.host}:{config.port}")
+        locked = running_status(config, "/health")
+        url = config_url(config)
+        complain(f"a nimproxy is up at {url}; set PROXY_API_KEY to its key" if locked
+                 else f"no nimproxy answers at {url}; start one with `{program()}`")
+        if context.options.json:
+            say(json.dumps({"running": bool(locked)}))
         return 1
     if context.options.json:
         say(json.dumps(status, indent=1))

@@ -541,7 +541,7 @@ BAD_CONFIGS = [
     ("wrong type", "server:\n  port: many\n", "config.yaml:2: server.port: expected a "
      "port from 0 to 65535, found 'many'"),
     ("out of range", "server:\n  port: 70000\n", "found 70000"),
-    ("tab", "server:\n\tport: 1\n", "config.yaml:2:2: expected 'key: value'"),
+    ("tab", "server:\n\tport: 1\n", "config.yaml:2:2: expected spaces, not tabs"),
     ("block list", "- a\n", "config.yaml:1:1: expected 'key: value'"),
     ("block scalar", "log: |\n", "config.yaml:1:1: expected a scalar"),
     ("flow map", "server: {port: 1}\n", "config.yaml:1:1: expected a scalar"),
@@ -1226,6 +1226,16 @@ def test_retired_models_are_answered_with_their_successor():
     asked = np.Asked(np.Config(), "meta/llama-3.3-70b-instruct")
     message = np.refusal(asked, 410, "gone").message
     assert "use nvidia/nemotron-3-super-120b-a12b instead" in message
+
+
+def test_errors_name_who_answered():
+    asked = np.Asked(np.Config(base_url="http://box:8000/v1"), "m")
+    assert np.refusal(asked, 500, "x").message == "box:8000 answered 500: x"
+
+
+def test_a_current_model_is_not_its_own_successor():
+    asked = np.Asked(np.Config(), "z-ai/glm-5.3")
+    assert "may not be open to your account" in np.refusal(asked, 404, "x").message
 
 
 def test_no_secret_and_no_word_for_not_logged_in():
@@ -3194,6 +3204,24 @@ def test_test_asks_and_measures(shell, capsys):
     assert code == 1 and "Authentication failed" in err
 
 
+def test_options_may_stand_before_the_prompt(shell, capsys):
+    for argv in (["test", "--demo", "hi"], ["--demo", "test", "hi"], ["test", "hi",
+                                                                      "--demo"]):
+        code, out, _ = run(capsys, *argv, "--port", "1")
+        assert code == 0 and "built-in model" in out
+
+
+def test_a_proxy_with_a_key_is_told_from_none(shell, capsys):
+    with both(completes("ok"), proxy_key="k" * 16) as (nim, client):
+        code, _, err = run(capsys, "status", "--port", str(client.address[1]))
+    assert code == 1 and "set PROXY_API_KEY to its key" in err
+
+
+def test_there_is_no_catalog_for_every_provider(shell, capsys):
+    code, _, err = run(capsys, "models", "--provider", "ollama")
+    assert code == 2 and "--live" in err
+
+
 def test_status_of_a_running_proxy(shell, capsys):
     with both(completes("ok")) as (nim, client):
         client.ask()
@@ -3261,8 +3289,8 @@ def test_run_passes_everything_through(shell, piped):
                    piped=piped)
     assert done.returncode == 7, done.stderr
     assert "built-in model" in done.stdout and "['-p', '--x']" in done.stdout
-    assert re.fullmatch(r"nimproxy: python\S* on built in \(nimproxy/demo\), by way of "
-                        r"http://127\.0\.0\.1:\d+\n", done.stderr)
+    assert re.fullmatch(r"nimproxy: python\S* on built in, model nimproxy/demo, "
+                        r"by way of http://127\.0\.0\.1:\d+\n", done.stderr)
 
 
 def test_run_reuses_a_proxy_that_answers(shell):
@@ -3323,7 +3351,10 @@ def serving(*argv):
 
 def test_serve_until_a_signal(shell):
     with serving("--demo") as (child, url):
-        assert Client(url).request("GET", "/health")[0] == 200
+        assert b"upstream built in" in child.stdout.readline()
+        assert b" env --port 0 --demo)" in child.stdout.readline()
+        status, message = Client(url).ask(model="z-ai/glm-5.3")
+        assert status == 200 and "built-in" in message["content"][-1]["text"]
         child.send_signal(signal.SIGTERM)
         assert child.wait(5) == 0
 
@@ -3364,7 +3395,7 @@ def test_a_taken_port_is_named(shell):
         assert done.returncode == 1 and "in use by nimproxy already" in done.stderr
     with socket.create_server(("127.0.0.1", 0)) as sock:
         done = program("serve", "--demo", "--port", str(sock.getsockname()[1]))
-        assert done.returncode == 1 and "try --port" in done.stderr
+        assert done.returncode == 1 and "by another program; try --port" in done.stderr
 
 
 @pytest.mark.parametrize("coding", ["utf-8", "ascii", "latin-1"])
