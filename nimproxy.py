@@ -2053,6 +2053,14 @@ class Call:
         self.pieces.append(value)
         self.size += len(value)
 
+    def is_followed(self, name: str, value: Any) -> bool:
+        """Whether a whole call follows this whole one, rather than repeating it."""
+        if not self.size or not isinstance(value, str) or not is_object(value):
+            return False
+        so_far = self.arguments()
+        return is_object(so_far) and (
+            name != self.name or decode_json(value) != decode_json(so_far))
+
     def arguments(self) -> str:
         return "".join(self.pieces).strip()
 
@@ -2087,9 +2095,12 @@ class Calls:
             name = function.get("name")
             name = name if isinstance(name, str) else ""
             call = self.find(entry, name, position if len(entries) > 1 else -1)
+            arguments = function.get("arguments")
+            if name and call.is_followed(name, arguments):
+                call = self.follow(call)
             if name:
                 call.more_name(name, self.names)
-            call.more_arguments(function.get("arguments"))
+            call.more_arguments(arguments)
             if call.size > MAX_ARGUMENT_BYTES or len(self.calls) > MAX_CALLS:
                 raise ProxyError(502, f"upstream sent more than {MAX_CALLS} tool calls "
                                       f"or {MAX_ARGUMENT_BYTES} characters for one")
@@ -2109,6 +2120,14 @@ class Calls:
             self.calls.append(call)
         call.id = call.id or call_id
         return call
+
+    def follow(self, call: Call) -> Call:
+        """A new call at the index of one that is whole."""
+        fresh = Call()
+        self.calls.append(fresh)
+        for index in [index for index, known in self.at.items() if known is call]:
+            self.at[index] = fresh
+        return fresh
 
     def guess(self, call_id: str, name: str, position: int) -> int:
         """An index for an entry without one; negative so as not to meet real ones."""
@@ -3276,12 +3295,13 @@ async def tunnel(proxy: str, target: Target) -> socket.socket:
     Made by hand, because StreamWriter.start_tls exists only from Python 3.11 on.
     """
     loop = asyncio.get_running_loop()
-    _, host, port = url_target(proxy)
-    infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    _, *place = url_target(proxy)
+    infos = await loop.getaddrinfo(*place, type=socket.SOCK_STREAM)
     family, kind, protocol, _, address = infos[0]
     sock = socket.socket(family, kind, protocol)
     sock.setblocking(False)
-    where = f"{target.host}:{target.port}"
+    host = f"[{target.host}]" if ":" in target.host else target.host
+    where = f"{host}:{target.port}"
     try:
         await loop.sock_connect(sock, address)
         headers = [("Host", where), *proxy_authorization(proxy)]
