@@ -2519,6 +2519,14 @@ def test_a_replay_is_known_by_session_and_body():
         assert client.ask(headers=session)[0] == 429
 
 
+def test_no_more_failures_are_kept_than_that():
+    proxy = np.Proxy(np.Config())
+    for number in range(np.KEPT_FAILURES + 9):
+        question = np.Question(b"{}", str(number), "m", np.Message("x", "m"), 0.0)
+        proxy.remember(question, np.ProxyError(500, "x"))
+    assert len(proxy.failures) == np.KEPT_FAILURES
+
+
 def test_a_failure_is_forgotten_in_time(monkeypatch):
     monkeypatch.setattr(np, "FAILURE_SECONDS", 0)
     go = threading.Event()
@@ -2560,14 +2568,14 @@ def test_comments_do_not_hold_a_finished_message_open(monkeypatch):
 
     def chatter(chat):
         yield EVENT_STREAM + sse(*HELLO, done=False)
-        for _ in range(100):
+        for _ in range(500):
             time.sleep(0.02)
             yield b": keep-alive\n\n"
 
     with both(chatter) as (nim, client):
         began = time.monotonic()
         assert np.fold(client.stream())["content"] == [said("Hello")]
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 5
 
 
 def test_done_may_never_come(monkeypatch):
