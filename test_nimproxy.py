@@ -2541,21 +2541,21 @@ def test_a_failure_is_forgotten_in_time(monkeypatch):
 
 BREAKS = [
     ("reset in text", [EVENT_STREAM + sse(says(content="x"), done=False),
-                       FakeNim.RESET], "text"),
+                       FakeNim.RESET]),
     ("end in text", [EVENT_STREAM + sse(says(content="x"), done=False),
-                     FakeNim.CLOSE], "text"),
+                     FakeNim.CLOSE]),
     ("end in a call", [EVENT_STREAM + sse(piece(0, "c", "Bash", '{"command":"rm'),
-                                          done=False), FakeNim.CLOSE], ""),
+                                          done=False), FakeNim.CLOSE]),
     ("lies about its length", [EVENT_STREAM.replace(b"\r\n\r\n", b"\r\nContent-Length: "
                                                     b"9999\r\n\r\n")
                                + sse(*calls(("Bash", {}))[:1], done=False),
-                               FakeNim.CLOSE], ""),
+                               FakeNim.CLOSE]),
 ]
 
 
-@pytest.mark.parametrize("answer, told_first", [row[1:] for row in BREAKS],
+@pytest.mark.parametrize("answer", [row[1] for row in BREAKS],
                          ids=[row[0] for row in BREAKS])
-def test_half_an_answer_is_an_error_and_never_half_a_call(answer, told_first):
+def test_half_an_answer_is_an_error_and_never_half_a_call(answer):
     with both(answer, eager_after=0) as (nim, client):
         events = client.stream()
         assert events[-1][0] == "error" and "message_stop" not in names_of(events)
@@ -2859,6 +2859,14 @@ BODY = json.dumps(ASK).encode()
 LENGTH = b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 CHUNKS = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
 CLOSE = b"Connection: close\r\n"
+
+
+def posted(**changes):
+    """A Messages request as bytes for a socket of one's own."""
+    body = json.dumps({**ASK, **changes}).encode()
+    return POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
 RAW = [     # (case, bytes, statuses that come back)
     ("GET", GET + CLOSE + b"\r\n", [200]),
     ("POST", POST + CLOSE + LENGTH, [200]),
@@ -2999,8 +3007,7 @@ def test_a_client_that_takes_nothing_is_given_up_in_the_end(monkeypatch):
     with both([EVENT_STREAM, *chunks, FakeNim.LEFT],
               text_delta_chars=0) as (nim, client):
         with socket.create_connection(client.address) as sock:
-            body = json.dumps({**ASK, "stream": True}).encode()
-            sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            sock.sendall(posted(stream=True))
             assert nim.left.wait(5)
 
 
@@ -3024,8 +3031,7 @@ def test_a_slow_reader_stops_the_upstream():
 
     with both(flood, text_delta_chars=0) as (nim, client):
         with socket.create_connection(client.address) as sock:
-            body = json.dumps({**ASK, "stream": True}).encode()
-            sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            sock.sendall(posted(stream=True))
             before = -1
             while before != sum(sent):
                 before = sum(sent)
@@ -3373,14 +3379,13 @@ def test_serve_until_a_signal(shell):
         assert child.wait(5) == 0
 
 
-def test_the_first_signal_drains_and_the_second_stops(shell):
+def test_the_first_signal_drains(shell):
     go = threading.Event()
     with FakeNim([EVENT_STREAM + sse(says(content="x"), done=False), go, sse(END),
                   FakeNim.CLOSE]) as nim, \
             serving("--base-url", nim.url) as (child, url):
         with socket.create_connection(Client(url).address, 10) as sock:
-            body = json.dumps({**ASK, "stream": True}).encode()
-            sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            sock.sendall(posted(stream=True))
             assert sock.recv(100)
             child.send_signal(signal.SIGTERM)
             with pytest.raises(subprocess.TimeoutExpired):
@@ -3393,8 +3398,7 @@ def test_the_first_signal_drains_and_the_second_stops(shell):
 def test_the_second_signal_stops_at_once(shell):
     with FakeNim([FakeNim.LEFT]) as nim, serving("--base-url", nim.url) as (child, url):
         with socket.create_connection(Client(url).address, 10) as sock:
-            body = json.dumps({**ASK, "stream": True}).encode()
-            sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            sock.sendall(posted(stream=True))
             assert sock.recv(100)
             child.send_signal(signal.SIGINT)
             with pytest.raises(subprocess.TimeoutExpired):
