@@ -18,7 +18,7 @@ One word, one thing:
     block       one content block            frame       one event of an event stream
     config      all settings, resolved once  stage       generator: pieces in, list out
 
-The parts; each uses only parts above it, and the first eleven do no I/O:
+The parts; each uses only parts above it, and the first thirteen do no I/O:
 
     1. Numbers
     2. Errors and JSON
@@ -27,15 +27,17 @@ The parts; each uses only parts above it, and the first eleven do no I/O:
     5. Requests: body to chat
     6. Token estimate
     7. Refusals: upstream's errors to ours
-    8. Streams: chunks to events
-    9. Event streams: bytes to chunks, events to bytes
-   10. HTTP/1.1 messages
-   11. The built-in upstream
-   12. Upstream
-   13. Proxy
-   14. Server
-   15. Client programs
-   16. Command line
+    8. Arguments: repaired and fitted
+    9. Dialects: tool calls written as text
+   10. Streams: chunks to events
+   11. Event streams: bytes to chunks, events to bytes
+   12. HTTP/1.1 messages
+   13. Demonstration: the built-in upstream
+   14. Upstream
+   15. Proxy
+   16. Server
+   17. Client programs
+   18. Command line
 
 Python 3.8 or newer; nothing else.  https://www.rfc-editor.org/rfc/rfc9112 and
 https://html.spec.whatwg.org/multipage/server-sent-events.html are the two wires.
@@ -63,7 +65,7 @@ import threading
 import time
 import zlib
 from http import HTTPStatus
-from typing import (Any, AsyncIterator, Callable, Dict, Generator, Iterable,
+from typing import (Any, AsyncIterator, Awaitable, Callable, Dict, Generator, Iterable,
                     Iterator, List, Mapping, NamedTuple, Optional, Set, Tuple, Union)
 from urllib.parse import unquote, urlsplit
 
@@ -1123,9 +1125,9 @@ def upstream_name(name: str) -> str:
     return f"t_{re.sub('[^A-Za-z0-9_-]', '_', name)[:53]}_{digest:08x}"
 
 
-def tool_names(body: Json) -> Dict[str, str]:
-    """Upstream's tool names, and what the client calls them."""
-    return {upstream_name(tool["name"]): tool["name"] for tool in client_tools(body)}
+def declared_tools(body: Json) -> Dict[str, Json]:
+    """The client's tools, by the names that upstream knows."""
+    return {upstream_name(tool["name"]): tool for tool in client_tools(body)}
 
 
 # ---- messages
@@ -1639,12 +1641,1011 @@ def stated_status(value: Json, status: int) -> int:
     return status
 
 
-# ---- 8. Streams: chunks to events --------------------------------------------
+# ---- 8. Arguments: repaired and fitted ---------------------------------------
+# What the text of a finished tool call means, as its tool's schema wants it.  Only
+# plain damage is repaired: how a broken-off string ends is never guessed, and a value
+# that fits is never touched.  Text and schema are strangers', so all work is bounded.
+
+MAX_DAMAGED_CHARS = 2 << 20     # of a text to repair; 256k tokens of output are 1 MB
+MAX_REPAIRS = 8     # of one text, then no further round; the worst seen took four
+MAX_DEPTH = 100     # of schemas, and of values; Python's recursion ends at 1000 frames
+MAX_STEPS = 10000   # schemas that meet a value: 0.2 s; unions in unions multiply
+MISFIT = ""         # the note on a value that nothing makes what its schema wants
+
+
+class Fit(NamedTuple):
+    """What fitting must know, and what it finds."""
+    root: Any                   # the whole schema: $ref points into it
+    steps: Iterator[int]        # one for each schema that meets a value; they run out
+    notes: List[str]            # names of repairs, and MISFIT
+
+
+def mended(text: str, schema: Json) -> Tuple[Optional[Json], List[str]]:
+    """The arguments that a text means, fitted to the schema, and what that took.
+
+        {'filePath': '/a', 'limit': '3'     text
+        {"file_path": "/a", "limit": 3}     ["python", "unclosed", "renamed", "coerced"]
+
+    (None, []) where it would take a guess.  "" and null are {} and no repair.  What
+    took repairs is never too deep to be encoded.
+    """
+    try:
+        value, repairs = repaired(text.strip(" \t\r\n"))
+        better = fitted(value, schema, Fit(schema, iter(range(MAX_STEPS)), repairs))
+    except RecursionError:
+        return None, []
+    value = better if isinstance(better, dict) else value   # if not, senseless schema
+    names = [name for name in dict.fromkeys(repairs) if name != MISFIT]
+    if value is None or names and is_deep(value):
+        return None, []
+    return value, names
+
+
+def is_deep(value: Any) -> bool:
+    """Whether lists and objects stand in each other deeper than any tool asks for."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        nests = [outer.values() if isinstance(outer, dict) else outer
+                 for outer in level if isinstance(outer, (dict, list))]
+        level = [inner for nest in nests for inner in nest]
+    return bool(level)
+
+
+def declared_name(name: str, known: Iterable[str]) -> str:
+    """The declared tool that a model's spelling means; "" if none or several.
+
+        functions.Read:0 -> Read    Read<|channel|>json -> Read    web-fetch -> WebFetch
+    """
+    names = known if isinstance(known, dict) else dict.fromkeys(known)
+    bare = plain_name(name)
+    same = next((spelling for spelling in (name, bare) if spelling in names), "")
+    return same or by_letters(names).get(letters(bare), "")
+
+
+def plain_name(name: str) -> str:
+    """A tool's name without what models and templates leave on it."""
+    return re.sub(r"\Afunctions\.|:[0-9]+\Z", "", name.split("<|")[0].strip())
+
+
+def by_letters(names: Iterable[str]) -> Dict[str, str]:
+    """Each name under its letters; "" where two have the same."""
+    out: Dict[str, str] = {}
+    for name in names:
+        out[letters(name)] = "" if letters(name) in out else name
+    return out
+
+
+def letters(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
+
+
+# ---- repairs: a text in, a text out
+
+def repaired(text: str) -> Tuple[Optional[Json], List[str]]:
+    """The object in a text, None if it takes a guess, and the repairs it took."""
+    value, repairs, before = object_in(text), [], ""
+    if value is not None or len(text) > MAX_DAMAGED_CHARS:
+        return value, []
+    text = plain(text)
+    while value is None and text != before and len(repairs) < MAX_REPAIRS:
+        before = text
+        for name, sign, repair in REPAIRS:
+            better = repair(text) if re.search(sign, text) else text
+            if better != text:
+                text, value = better, object_in(better)
+                repairs.append(name)
+    return value, repairs
+
+
+def object_in(text: str) -> Optional[Json]:
+    value = {} if text in ("", "null") else value_in(text)
+    return value if isinstance(value, dict) else None
+
+
+def value_in(text: str) -> Any:
+    """The JSON value that a text is, None if it is none."""
+    try:
+        return decode_json(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def first_value(text: str) -> Tuple[Any, int]:
+    """The JSON value that a text begins with, and where it ends: 0 if there is none."""
+    try:
+        return DECODER.raw_decode(text)
+    except (ValueError, RecursionError):
+        return None, 0
+
+
+def plain(text: str) -> str:
+    r"""The same strings, no \\ or \" in them: what quotes are left begin or end one."""
+    return text.replace("\\\\", "\\u005c").replace('\\"', "\\u0022")
+
+
+def unfenced(text: str) -> str:
+    text = re.sub(r"\A```\w*", "", text)
+    return (text[:-3] if text.endswith("```") else text).strip()
+
+
+def unquoted(text: str) -> str:
+    value = value_in(text)
+    return plain(value.strip()) if isinstance(value, str) else text
+
+
+def unpythoned(text: str) -> str:
+    """{'a': None} -> {"a": null}"""
+    return re.sub(r""""[^"]*"?|'[^']*'?|\b(?:True|False|None)\b""", json_token,
+                  text.replace("\\'", "\\u0027"))
+
+
+JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
+
+
+def json_token(found: re.Match[str]) -> str:
+    token = found[0]
+    if len(token) > 1 and token[0] == token[-1] == "'":
+        inside = token[1:-1].replace('"', "\\u0022").replace("\\x", "\\u00")
+        return f'"{inside}"'
+    return JSON_WORDS.get(token, token)
+
+
+def unescaped(text: str) -> str:
+    r"""{"a": "\d+"} -> {"a": "\\d+"}: what is no escape in JSON."""
+    return re.sub(r"\\(?![\"\\/bfnrt]|u[0-9A-Fa-f]{4})", r"\\u005c", text)
+
+
+def escaped(text: str) -> str:
+    """Control characters in strings as JSON spells them; not after a backslash."""
+    parts = text.split('"')         # outside, inside, outside, ...
+    parts[1::2] = [re.sub(r"(?<!\\)[\0-\x1f]+", json_escapes, part)
+                   for part in parts[1::2]]
+    return '"'.join(parts)
+
+
+def json_escapes(found: re.Match[str]) -> str:
+    return encode_json(found[0])[1:-1]
+
+
+def uncommaed(text: str) -> str:
+    """[1, 2, ] -> [1, 2 ]"""
+    parts = text.split('"')
+    parts[::2] = re.sub(r",(?=\s*[\]}])", "", '"'.join(parts[::2])).split('"')
+    return '"'.join(parts)
+
+
+def trimmed(text: str) -> str:
+    """{"a": 1}]} -> {"a": 1}"""
+    _, end = first_value(text)
+    return text[:end] if end and not text[end:].strip("]} \t\r\n") else text
+
+
+def unrepeated(text: str) -> str:
+    """{"a": 1} {"a": 1} -> {"a": 1}"""
+    first, end = first_value(text)
+    rest = text[end:]
+    return rest if isinstance(first, dict) and value_in(rest) == first else text
+
+
+def closed(text: str) -> str:
+    """{"a": [1 -> {"a": [1]}, but not in a string, nor where more was to follow."""
+    parts = text.split('"')
+    missing: List[str] = []
+    for bracket in re.sub(r"[^][{}]+", "", "".join(parts[::2])):
+        if bracket in "[{":
+            missing.append("]" if bracket == "[" else "}")
+        elif not missing or missing.pop() != bracket:
+            return text
+        if len(missing) > MAX_DEPTH:
+            return text
+    broken_off = len(parts) % 2 == 0 or text[1:].endswith((",", "[", "{"))
+    return text if broken_off else text + "".join(reversed(missing))
+
+
+def unlisted(text: str) -> str:
+    """[{"a": 1}] -> {"a": 1}"""
+    value = value_in(text)
+    lone = isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict)
+    return encode_json(value[0]) if lone else text
+
+
+# Name, a sign without which there is no such damage, and the repair.  Strings come
+# first: the others must know what is inside of one.
+REPAIRS: List[Tuple[str, str, Callable[[str], str]]] = [
+    ("fence", r"\A```|```\Z", unfenced),
+    ("quoted", r'\A"', unquoted),
+    ("python", r"'|True|False|None", unpythoned),
+    ("escapes", r"\\", unescaped),
+    ("newlines", r"[\0-\x1f]", escaped),
+    ("comma", r",\s*[\]}]", uncommaed),
+    ("surplus", r"[\]}]\Z", trimmed),
+    ("repeated", r"\}\s*\{", unrepeated),
+    ("unclosed", r"[\[{]", closed),
+    ("list", r"\A\[", unlisted),
+]
+
+
+# ---- fitting: a value and a schema in, the value out
+
+def fitted(value: Any, schema: Any, fit: Fit, depth: int = 0) -> Any:
+    """The value as the schema wants it; as it is where it fits, or nothing helps."""
+    if not isinstance(schema, dict) or depth > MAX_DEPTH or next(fit.steps, -1) < 0:
+        return value
+    if value is None and schema.get("nullable") is True:
+        return value
+    value = chosen(as_wanted(value, schema, fit.notes), schema, fit.notes)
+    target = referred(schema.get("$ref"), fit.root)
+    for part in [target, *shaped(schema.get("allOf"), list)]:
+        value = fitted(value, part, fit, depth + 1)
+    for union in ("anyOf", "oneOf"):
+        value = fitted_branch(value, shaped(schema.get(union), list), fit, depth + 1)
+    if isinstance(value, dict):
+        return fitted_object(value, schema, fit, depth + 1)
+    if isinstance(value, list):
+        return fitted_list(value, schema, fit, depth + 1)
+    return value
+
+
+def shaped(value: Any, shape: type) -> Any:
+    """The value if it is of a shape, else an empty one of it."""
+    return value if isinstance(value, shape) else shape()
+
+
+JSON_TYPES = {type(None): ("null",), bool: ("boolean",), int: ("integer", "number"),
+              float: ("number",), str: ("string",), list: ("array",), dict: ("object",)}
+ALL_TYPES = sum(JSON_TYPES.values(), ())
+
+
+def as_wanted(value: Any, schema: Json, notes: List[str]) -> Any:
+    """The value as one of the schema's types, the first that it can be."""
+    wanted = schema.get("type")
+    wanted = wanted if isinstance(wanted, list) else [wanted]
+    wanted = [kind for kind in wanted if kind in ALL_TYPES]
+    if not wanted or any(kind in wanted for kind in JSON_TYPES[type(value)]):
+        return value
+    for kind in wanted:
+        better = coerced(value, kind)
+        if kind in JSON_TYPES[type(better)]:
+            notes.append("coerced")
+            return better
+    notes.append(MISFIT)
+    return value
+
+
+def coerced(value: Any, kind: str) -> Any:
+    """The value as another kind where it plainly means one.
+
+        "True" -> true    "3.0", 3.0 -> 3    "[1]" -> [1]    {"a": 1} -> '{"a": 1}'
+    """
+    if kind == "string" and value is not None:
+        return encode_text(value)
+    if isinstance(value, str):
+        inside = value_in(value.lower() if kind == "boolean" else value)
+        value = value if inside is None else inside
+    if kind == "integer" and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value
+
+
+def chosen(value: Any, schema: Json, notes: List[str]) -> Any:
+    """The value as the one of the schema's values that it equals but for case."""
+    values = shaped(schema.get("enum"), list)
+    values = [schema["const"]] if "const" in schema else values
+    if not values or value in values:
+        return value
+    same = [known for known in values if isinstance(known, str)
+            and isinstance(value, str) and known.lower() == value.lower()]
+    notes.append("coerced" if len(same) == 1 else MISFIT)
+    return same[0] if len(same) == 1 else value
+
+
+def referred(pointer: Any, root: Any) -> Any:
+    """What a pointer like #/$defs/a~1b points at; None if that is nothing."""
+    if not isinstance(pointer, str) or not re.match(r"#(/|\Z)", pointer):
+        return None
+    for step in unquote(pointer).split("/")[1:]:
+        if isinstance(root, list):
+            root = {str(place): item for place, item in enumerate(root)}
+        root = shaped(root, dict).get(step.replace("~1", "/").replace("~0", "~"))
+    return root
+
+
+def fitted_branch(value: Any, branches: list, fit: Fit, depth: int) -> Any:
+    """The value as the branch that it fits, else as the first that it can be."""
+    best, best_notes = value, [MISFIT] if branches else []
+    for branch in branches:
+        notes: List[str] = []
+        better = fitted(value, branch, fit._replace(notes=notes), depth)
+        if not notes:
+            return better
+        if MISFIT in best_notes and MISFIT not in notes:
+            best, best_notes = better, notes
+    fit.notes.extend(best_notes)
+    return best
+
+
+def fitted_object(value: Json, schema: Json, fit: Fit, depth: int) -> Json:
+    """The object with its properties fitted; a null that is optional and unfit goes."""
+    declared = shaped(schema.get("properties"), dict)
+    required = shaped(schema.get("required"), list)
+    others = schema.get("additionalProperties")
+    others = None if "patternProperties" in schema else others  # which names, who knows
+    out = {}
+    for name, inner in renamed(value, declared, fit.notes).items():
+        notes: List[str] = []
+        own = fit._replace(notes=notes)
+        better = fitted(inner, declared.get(name, others), own, depth)
+        optional = name in declared and name not in required
+        if inner is None and optional and MISFIT in notes:
+            fit.notes.append("null")
+            continue
+        out[name] = better
+        fit.notes.extend(notes)
+    if any(isinstance(name, str) and name not in out for name in required):
+        fit.notes.append(MISFIT)
+    return out
+
+
+def renamed(value: Json, declared: Json, notes: List[str]) -> Json:
+    """{"filePath": 1} -> {"file_path": 1} if that is declared, and not there itself."""
+    strange = [name for name in value if name not in declared]
+    absent = by_letters(name for name in declared if strange and name not in value)
+    names = {name: absent.pop(letters(name), "") for name in strange if absent}
+    if not any(names.values()):
+        return value
+    notes.append("renamed")
+    return {names.get(name) or name: inner for name, inner in value.items()}
+
+
+def fitted_list(value: list, schema: Json, fit: Fit, depth: int) -> list:
+    items = schema.get("items")
+    first = shaped(schema.get("prefixItems") or items, list)
+    if not first and not isinstance(items, dict):
+        return value
+    return [fitted(item, first[place] if place < len(first) else items, fit, depth)
+            for place, item in enumerate(value)]
+
+
+# ---- 9. Dialects: tool calls written as text ---------------------------------
+# How open models spell a tool call where their server leaves it in the text.  A row
+# says how a call begins, how far it goes and how it is read; Leaks takes calls out
+# of text that comes in pieces, and gives back as text whatever is none.
+
+Tools = Mapping[str, Json]      # the declared tools, by the names upstream knows
+Found = List[Tuple[str, str]]   # calls as (name, arguments), not yet mended
+Extent = Generator[int, str, None]      # text in, where a call ends in it out; or -1
+
+MAX_HELD_CHARS = 16 << 20       # of a call without an end, as of any arguments
+MAX_TICKS = 64                  # a longer run of backticks is told as it comes
+MAX_RESCANS = 4                 # calls that came to nothing and are read again inside;
+                                # without a limit hostile text would take for ever
+TAIL_CHARS = 160                # looked at again for an end that was cut
+
+BODY = object()                         # in a head: here the body begins
+GAP = re.compile(r"\s{0,16}")
+NAME = re.compile(r"[\w.:-]{1,128}")    # of a declared tool, or nearly
+WORD = re.compile(r"\w{0,40}")
+ATTRIBUTES = re.compile(r"[^<>|\n]{0,64}")
+MARKUP = re.compile(r"[^<>|\uff5c\n]{1,64}")
+
+
+class Dialect(NamedTuple):
+    families: str           # who writes it
+    head: Tuple[Any, ...]   # literals, choices of them ("": none), runs, NAME, BODY
+    end: Any = None         # of the body: an Extent's function, or a pattern
+    read: Any = None        # (name, body, properties) to calls; ValueError for none
+    after: Tuple[str, ...] = ()     # what may close it, and is dropped
+    alone: bool = False     # only where the message says nothing else
+    model: str = ""         # only of models with this in their ids
+
+
+def balanced() -> Extent:
+    """To the bracket that closes the first one, as JSON counts."""
+    depth, quoted, escaped = 0, False, False
+    text = yield -1
+    while True:
+        text = "_" + text[1:] if escaped else text
+        text = text.replace("\\\\", "__").replace('\\"', "__")
+        for token in re.finditer(r'[\[\]{}"]', text):
+            if token[0] == '"':
+                quoted = not quoted
+            elif not quoted:
+                depth += 1 if token[0] in "[{" else -1
+                if depth <= 0:
+                    yield token.end()
+        escaped = text[-1:] == "\\"         # what it escapes comes with the next text
+        text = yield -1
+
+
+def up_to(pattern: str) -> Extent:
+    """To the end of a match of TAIL_CHARS at most; its \\A is where the body begins."""
+    tail, begun = "", 0
+    text = yield -1
+    while True:
+        window = tail + text
+        match = re.compile(pattern).search(window, begun)
+        end = match.end() - len(tail) if match else -1
+        window = window[:match.end()] if match else window
+        begun = 1 if begun or len(window) > TAIL_CHARS else 0   # \\A is passed
+        tail = window[-TAIL_CHARS:]
+        text = yield end
+
+
+def to_the_end() -> Extent:
+    while True:
+        yield -1
+
+
+# ---- how a call is read
+
+def own_arguments(name: str, body: str, known: Json) -> Found:
+    """{"file_path": "/a"}"""
+    return [(name, body)]
+
+
+def xml_arguments(name: str, body: str, known: Json) -> Found:
+    """{"file_path": "/a"} up to the closing tag; before it a tag or a name may be."""
+    begin = body.find("{")
+    text = re.sub(r"(?i)(</\s?tool(_code)?\s?>\s*)+\Z", "", body)
+    return [(name, text[begin:] if begin >= 0 else "")]
+
+
+def named_calls(name: str, body: str, known: Json) -> Found:
+    """{"name": "Read", "arguments": {...}}; several of them, or lists of them."""
+    found: Found = []
+    for value in several_values(body):
+        if len(found) > MAX_CALLS:
+            raise ValueError("too many calls")
+        for call in value if isinstance(value, list) else [value]:
+            call = call if isinstance(call, dict) else {}
+            inner = call.get("function")
+            call = inner if isinstance(inner, dict) else {"name": inner, **call}
+            own = next((call[key] for key in NAME_KEYS if key in call), "")
+            arguments = next((call[key] for key in ARGUMENT_KEYS if key in call), {})
+            text = arguments if isinstance(arguments, str) else encode_text(arguments)
+            found.append((str(own), text))
+    return found
+
+
+NAME_KEYS = ("name", "tool", "tool_name")
+ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
+KEYS = tuple(f'"{key}"' for key in (*NAME_KEYS, *ARGUMENT_KEYS, "type", "function"))
+AROUND = r"\A\s*(functools|```(json)?)|(```|<\|eo[tm]_id\|>|;)\s*\Z"
+
+
+def several_values(body: str) -> Iterator[Any]:
+    """JSON values, one behind the other, or behind `;`."""
+    text = re.sub(AROUND, "", body)
+    blank = re.compile(r"[\s;]*")
+    at = blank.match(text).end()
+    while at < len(text):
+        try:
+            value, at = DECODER.raw_decode(text, at)
+        except ValueError:
+            # Behind a key, so that a list is repaired like an object.
+            value, _ = repaired('{"calls":' + text[at:])
+            value, at = (value or {}).get("calls"), len(text)
+        yield value
+        at = blank.match(text, at).end()
+
+
+def shown_calls(name: str, body: str, known: Json) -> Found:
+    """[Tool call: Read({...})]"""
+    calls = [re.fullmatch(r"(?s)([\w.:-]{1,128})\((.*)\)\]\s*", part)
+             for part in body.split("[Tool call: ")[1:]]
+    return [(call[1], call[2]) if call else ("", "") for call in calls]
+
+
+def python_calls(name: str, body: str, known: Json) -> Found:
+    """[Read(file_path="/a", limit=2)], as JSON but for its quotes and constants."""
+    def spelled(match: Any) -> str:
+        if match["call"]:
+            return '{"name":"%s","arguments":{' % match["call"]
+        if match["key"]:
+            return '"%s":' % match["key"]
+        return "}}" if match[0] == ")" else match[0]
+    text = body.partition("<|")[0]
+    return named_calls(name, re.sub(PYTHON_CALL, spelled, text), known)
+
+
+PYTHON_CALL = (r"""(?s)"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|(?P<call>[\w.:-]+)\(|"""
+               r"(?P<key>\w+)\s*=|\)")
+
+
+def gemma_arguments(name: str, body: str, known: Json) -> Found:
+    """{file_path:<|"|>/a<|"|>,limit:2}"""
+    def spelled(match: Any) -> str:
+        return encode_text(match[1]) if match[2] is None else f'"{match[2]}":'
+    body = body.rpartition("<tool_call|>")[0] or body
+    return [(name, re.sub(r'(?s)<\|"\|>(.*?)<\|"\|>|([\w-]+)\s*:', spelled, body))]
+
+
+def pairs(opener: str, closer: str) -> Callable[[str, str, Json], Found]:
+    """The reader of parameters that have a tag each.  Values are raw text, whose types
+    the schema decides; in `opener`, 1 is the key, 2 may say that the value is JSON."""
+    def read(name: str, body: str, known: Json) -> Found:
+        bare = body.strip()
+        if bare[:1] == "{":                 # JSON between the tags of the call
+            return [(name, bare[:bare.rfind("}") + 1])]
+        values: Json = {}
+        key, marks, place = "", "", 0
+        for start in re.finditer(rf"({closer}\s{{0,64}}|\A\s{{0,64}})?{opener}", body):
+            # Where no parameter has ended, another one begins only if it is missing:
+            # else it is text, for a file may be about this very format.
+            given = start[2] == key or start[2] in values
+            if start[1] is None and (given or start[2] not in known):
+                continue
+            if key:
+                values[key] = unwrapped(body[place:start.start()], marks)
+            key, marks, place = start[2], start[3], start.end()
+        if not key and bare and not re.match("</|<.close", bare):
+            raise ValueError("expected parameters")
+        if key:
+            ends = [end.start() for end in re.finditer(closer, body)]
+            value = (body[place:ends[-1]] if ends and ends[-1] >= place
+                     else re.split(CLOSERS, body[place:])[0])
+            values[key] = unwrapped(value, marks)
+        return [(name, encode_text(values))]
+    return read
+
+
+CLOSERS = r"\s{0,16}(?:</[^<>]{1,40}>\s{0,16}|<\|close\|>\w+<\|sep\|>){1,4}\Z"
+
+
+def unwrapped(value: str, marks: str) -> Any:
+    """A parameter's value without the line ends around it; JSON if it is marked so."""
+    if value[:1] == "\n":
+        value = value[1:-1] if value[1:] and value[-1] == "\n" else value[1:]
+    if 'string="false"' in marks or "type=" in marks and '"string"' not in marks:
+        with contextlib.suppress(ValueError, RecursionError):
+            return decode_json(value.strip())
+    return value
+
+
+def minimax_arguments(name: str, body: str, known: Json) -> Found:
+    """]<]minimax[>[<path>/a]<]minimax[>[</path>: a tag a name, <item> in lists."""
+    root: Json = {}
+    stack: List[Tuple[str, Any, List[str]]] = [("", root, [])]
+    for part in body.split(MINIMAX)[1:]:
+        tag = re.match(r"<(/?)([\w.-]{1,128})>", part)
+        if not tag or len(stack) > MAX_NESTED:
+            raise ValueError("expected tags")
+        if not tag[1]:
+            stack.append((tag[2], {}, [part[tag.end():]]))
+            continue
+        if tag[2] == "invoke":
+            break
+        key, inner, words = stack.pop()
+        if key != tag[2] or not stack:
+            raise ValueError("tags that cross")
+        add_value(stack[-1][1], key, inner or unwrapped("".join(words), ""))
+    return [(name, encode_text(listed(root)))]
+
+
+MAX_NESTED = 32         # objects in objects; deeper than any tool's schema
+
+
+def add_value(holder: Json, key: str, value: Any) -> None:
+    holder.setdefault(key, []).append(value)
+
+
+def listed(value: Any) -> Any:
+    """Names with all their values, as an object, or as a list if they are items."""
+    if not isinstance(value, dict):
+        return value
+    if list(value) == ["item"]:
+        return [listed(item) for item in value["item"]]
+    return {key: listed(items[0]) if len(items) == 1 else [*map(listed, items)]
+            for key, items in value.items()}
+
+
+# ---- the rows
+
+BAR = "\uff5c"
+DSML, MINIMAX, ANT = f"{BAR}DSML{BAR}", "]<]minimax[>[", "antml:"
+QUOTE = ('"', "'", "")
+
+
+def deep(words: str) -> str:
+    """A token of DeepSeek's: its bars and its blanks are none of ASCII's."""
+    return f"<{BAR}{words}{BAR}>".replace(" ", "\u2581")
+
+
+def wrapped(begin: str) -> Tuple[str, ...]:
+    """The tags that DeepSeek's later models put around their calls."""
+    words = "function_calls tool_calls toolcalls tool calls".split()
+    words += [" calls", " tool_calls"]
+    return tuple(f"{begin}{DSML}{word}>" for word in words)
+
+
+QWEN = pairs(r"<parameter=([^<>\n]{1,128})()>", "</parameter>")
+GLM = pairs(r"<arg_key>([^<>]{1,128})()</arg_key>\s{0,16}<arg_value>", "</arg_value>")
+INVOKE = pairs(rf"<(?:{DSML} ?|antml:|atem:|steptml:)?parameter name=[\"']?"
+               r"([^\"'<>]{1,128})[\"']?([^<>]{0,64})>",
+               rf"</(?:{DSML} ?|antml:|atem:|steptml:)?parameter>")
+K3 = pairs(r'<\|open\|>argument key="([^"<>]{1,128})"([^<>|]{0,64})<\|sep\|>',
+           r"<\|close\|>argument<\|sep\|>")
+BLANKS = r"\s{0,64}"
+INVOKED = (rf"(?:parameter>|\}}|\A){BLANKS}</(?:{DSML} ?|antml:|atem:|steptml:)?"
+           r"invoke>")
+
+# Head, end, reader, closers.  Heads are tried from the top.
+DIALECTS = [
+    Dialect("Hermes, Qwen 2.5 and 3",
+            ("<tool_call>", GAP, BODY, ("{", "["), GAP, (*KEYS, "{")),
+            balanced, named_calls, ("</tool_call>",)),
+    Dialect("Qwen-Coder, Qwen 3.5, Nemotron 3, Step 3.5, Seed-OSS",
+            (("<tool_call>", "<seed:tool_call>", ""), GAP, "<function=", NAME, ">",
+             BODY), rf"(?:</parameter>|\A){BLANKS}</(?:function|(?:seed:)?tool_call)>",
+            QWEN, ("</function>", "</tool_call>", "</seed:tool_call>")),
+    Dialect("GLM, Laguna",
+            ("<tool_call>", GAP, NAME, GAP, BODY, ("<arg_key>", "</tool_call>")),
+            rf"(?:</arg_value>|\A){BLANKS}</tool_call>", GLM),
+    Dialect("Kimi K2",
+            (("<|tool_calls_section_begin|>", ""), GAP, "<|tool_call_begin|>", GAP,
+             NAME, GAP, "<|tool_call_argument_begin|>", GAP, BODY, "{"),
+            balanced, own_arguments, ("<|tool_call_end|>",
+                                      "<|tool_calls_section_end|>")),
+    Dialect("Kimi K3",
+            (("<|open|>tools<|sep|>", ""), GAP, '<|open|>call tool="', NAME, '"',
+             ATTRIBUTES, "<|sep|>", BODY),
+            rf"(?:argument<\|sep\|>|\A){BLANKS}<\|close\|>call<\|sep\|>", K3,
+            ("<|close|>tools<|sep|>",)),
+    Dialect("DeepSeek V3, R1, V3.1",
+            ((deep("tool calls begin"), ""), GAP, deep("tool call begin"),
+             ("function" + deep("tool sep"), ""), NAME, (deep("tool sep"), ""), GAP,
+             ("```json", ""), GAP, BODY, "{"), balanced, own_arguments,
+            ("```", deep("tool call end"), deep("tool calls end"))),
+    Dialect("DeepSeek V3.2, V4",
+            ((*wrapped("<"), ""), GAP,
+             (f"<{DSML}invoke name=", f"<{DSML} invoke name="), QUOTE, NAME, QUOTE,
+             ATTRIBUTES, ">", BODY), INVOKED, INVOKE, wrapped("</")),
+    Dialect("MiniMax M2, Muse, imitators of Claude",
+            (("<minimax:tool_call>", "<function_calls>", f"<{ANT}function_calls>",
+              "<atem:function_calls>", ""), GAP,
+             ("<invoke name=", f"<{ANT}invoke name=", "<atem:invoke name="), QUOTE,
+             NAME, QUOTE, ATTRIBUTES, ">", BODY), INVOKED, INVOKE,
+            ("</minimax:tool_call>", "</function_calls>", f"</{ANT}function_calls>",
+             "</atem:function_calls>")),
+    Dialect("Step 3",
+            ((f"<{BAR}tool_calls_begin{BAR}>", ""), GAP,
+             (f"<{BAR}tool_call_begin{BAR}>", ""), GAP,
+             (f"function<{BAR}tool_sep{BAR}>", ""), GAP, "<steptml:invoke name=", QUOTE,
+             NAME, QUOTE, ATTRIBUTES, ">", BODY), INVOKED, INVOKE,
+            (f"<{BAR}tool_call_end{BAR}>", f"<{BAR}tool_calls_end{BAR}>")),
+    Dialect("MiniMax M3",
+            ((MINIMAX + "<tool_call>", ""), GAP, MINIMAX + "<invoke name=", QUOTE, NAME,
+             QUOTE, ">", BODY), r"\]<\]minimax\[>\[</invoke>", minimax_arguments,
+            (MINIMAX + "</tool_call>",)),
+    Dialect("Mistral",
+            ("[TOOL_CALLS]", GAP, BODY, "[", GAP, "{"), balanced, named_calls),
+    Dialect("Mistral, later",
+            ("[TOOL_CALLS]", GAP, NAME, ("[CALL_ID]", ""), WORD, ("[ARGS]", ""), GAP,
+             BODY, "{"), balanced, own_arguments),
+    Dialect("gpt-oss",
+            (("<|start|>assistant<|channel|>commentary", "<|start|>assistant",
+              "<|channel|>commentary", "<|channel|>analysis"), GAP, "to=", NAME, GAP,
+             ("<|channel|>commentary", "<|channel|>analysis", ""), GAP,
+             ("<|constrain|>json", "<|constrain|>", "json", "code", ""), GAP,
+             "<|message|>", GAP, BODY, "{"), balanced, own_arguments,
+            ("<|call|>", "<|end|>")),
+    Dialect("Nemotron 1 and 2",
+            ("<TOOLCALL>", GAP, BODY, ("[", "{"), GAP, ("{", *KEYS)),
+            balanced, named_calls, ("</TOOLCALL>",)),
+    Dialect("Gemma 4",
+            ("<|tool_call>", GAP, "call:", NAME, BODY, "{"),
+            r"\}\s{0,8}<tool_call\|>", gemma_arguments),
+    Dialect("Inkling",
+            ("<|content_invoke_tool_json|>", GAP, BODY, "{", GAP, KEYS),
+            balanced, named_calls, ("<|end_message|>",)),
+    Dialect("Llama 4",
+            ("<|python_start|>", GAP, BODY, "[", NAME, "("),
+            r"\)\s{0,8}\]\s{0,8}<\|python_end\|>", python_calls),
+    Dialect("the XML mode",
+            (("<tool_code", "<TOOL_CODE"), GAP, ("name", "NAME"), GAP, "=", GAP, QUOTE,
+             NAME, QUOTE, GAP, ">", BODY), r"(?i)</\s?tool_code\s?>", xml_arguments),
+    Dialect("Llama 3",
+            ("<|python_tag|>", GAP, BODY, "{", GAP, KEYS), to_the_end, named_calls),
+    Dialect("Llama 3, bare",
+            (BODY, "{", GAP, KEYS), to_the_end, named_calls, (), True),
+    Dialect("Llama 4, bare",
+            (BODY, "[", NAME, "("), to_the_end, python_calls, (), True),
+    Dialect("Phi 4",
+            ("functools", GAP, BODY, "["), to_the_end, named_calls, (), True),
+    Dialect("a fenced call",
+            (BODY, "```json", GAP, "{", GAP, KEYS), to_the_end, named_calls, (), True),
+    Dialect("a call as Claude Code shows it",
+            (BODY, "[Tool call: ", NAME, "("), to_the_end, shown_calls, (), True),
+    # Marks that are no call, and nothing to read either.
+    Dialect("gpt-oss, final",
+            (("<|start|>assistant", ""), "<|channel|>final", GAP,
+             ("<|constrain|>json", ""), "<|message|>"), model="gpt-oss"),
+    Dialect("gpt-oss, end", (("<|return|>", "<|end|>"),), model="gpt-oss"),
+    Dialect("DeepSeek's debris",
+            (("<" + BAR, "<|"), MARKUP, (BAR + ">", "|>")), model="deepseek"),
+]
+
+
+def literals(head: Tuple[Any, ...]) -> Iterator[str]:
+    """The words that a head may begin with."""
+    for step in head:
+        words = step if isinstance(step, tuple) else (step,)
+        yield from (word for word in words if isinstance(word, str) and word)
+        if isinstance(step, (str, tuple)) and "" not in words:
+            return
+
+
+STARTS = sorted({word for row in DIALECTS if not row.alone
+                 for word in literals(row.head)}, key=len, reverse=True)
+LONGEST = len(STARTS[0])
+BEGUN = {start[:size] for start in STARTS for size in range(1, len(start))}
+ALONE = [row for row in DIALECTS if row.alone]
+ROWS = {start: [row for row in DIALECTS if not row.alone
+                and any(map(start.startswith, literals(row.head)))] for start in STARTS}
+CODE = "`+|~+"
+OUTSIDE = re.compile("|".join([CODE, *map(re.escape, STARTS)]))
+INSIDE = re.compile(CODE + r"|\n")
+MARKS = re.compile(r"[<\[\]`~]")        # text without them begins and ends nothing
+
+Head = Tuple[int, int, str]     # where head and body begin, and whose call it is
+UNFINISHED: Head = (-1, -1, "")
+
+
+def head_at(row: Dialect, text: str, begin: int, tools: Tools) -> Optional[Head]:
+    """The row's head at a place of the text; UNFINISHED if more text could make one."""
+    name, body, at = "", -1, begin
+    for step in row.head:
+        if step is BODY:
+            body = at
+        elif isinstance(step, (str, tuple)):
+            words = (step,) if isinstance(step, str) else step
+            found = None
+            for word in words:
+                if text.startswith(word, at):
+                    found = word
+                    break
+                if len(text) - at < len(word) and word.startswith(text[at:]):
+                    return UNFINISHED
+            if found is None:
+                return None
+            at += len(found)
+        else:
+            run = step.match(text, at)
+            at = run.end() if run else at
+            if at == len(text):
+                return UNFINISHED
+            name = declared_name(run[0], tools) if run and step is NAME else name
+            if not run or step is NAME and not name:
+                return None
+    return begin, at if body < 0 else body, name
+
+
+def code_after(code: str, word: str) -> str:
+    """What opened the code that we are in once `word` is read: backticks, tildes or a
+    line end.  Three open a block, fewer a passage in a line."""
+    if word[0] == "~" and len(word) < 3:
+        return code
+    if word[0] == "~" and len(word) < 3:
+        return code
+    if not code:
+        return word
+    if len(code) < 3:
+        return "" if word in (code, "\n") else code
+    return "" if word.startswith(code) else code
+
+
+class Written:
+    """A call in the text, from its head on; its body comes in pieces."""
+
+    def __init__(self, row: Dialect, name: str, head: str) -> None:
+        self.row, self.name, self.head = row, name, head
+        self.body: List[str] = []
+        self.size = 0
+        self.tries = MAX_RESCANS
+        self.extent = up_to(row.end) if isinstance(row.end, str) else row.end()
+        next(self.extent)
+
+    def calls(self, body: str, tools: Tools, ended: bool) -> Pieces:
+        """All calls in the body, whole and mended; none if there is anything else.
+
+        One that has not `ended` must have all that its tool requires.
+        """
+        schema = input_schema(tools.get(self.name, {}))
+        out: Pieces = []
+        with contextlib.suppress(ValueError, RecursionError):
+            known = shaped(schema.get("properties"), dict)
+            for own, text in self.row.read(self.name, body, known):
+                name = declared_name(own, tools)
+                schema = input_schema(tools.get(name, {}))
+                value, repairs = mended(text, schema)
+                needed = shaped(schema.get("required"), list)
+                if not name or value is None or not ended and any(
+                        key not in value for key in needed):
+                    return []
+                call = (tools[name]["name"], encode_json(value), repairs)
+                out.append(("call", call))
+        return out
+
+
+def input_schema(tool: Json) -> Json:
+    return shaped(tool.get("input_schema"), dict)
+
+
+class Leaks:
+    """Takes the calls out of a text that comes in pieces.
+
+    Out, in order: ("text", words); ("call", (name, arguments, repairs)); ("cut",
+    (name, arguments)) for one that the output limit cut.  What is held back is a call,
+    or could be the head of one.
+    """
+
+    def __init__(self, tools: Tools, model: str = "") -> None:
+        self.tools = tools
+        self.model = model.lower()
+        self.held = ""
+        self.call: Optional[Written] = None
+        self.after: Tuple[str, ...] = ()    # what may follow the last call
+        self.code = ""                      # what opened the code that we are in
+        self.begun = False                  # something was told that is not blank
+        self.idle = False                   # a text without MARKS is just text
+        self.rescans = MAX_RESCANS
+        self.out: Pieces = []               # of the feed under way
+
+    def feed(self, text: str, last: bool = False) -> Pieces:
+        """What a piece adds, the last one all that was held: a finished message's."""
+        text, self.held = self.held + text, ""
+        while text or last and self.call:
+            text = self.read(text, last) if self.call else self.scan(text, last)
+        self.idle = self.begun and not (self.held or self.call or self.after
+                                        or 0 < len(self.code) < 3)
+        out, self.out = self.out, []
+        return out
+
+    def cut(self) -> Pieces:
+        """What is left where the output limit struck: a call is never completed."""
+        if not self.call:
+            return self.feed("", True)
+        call, self.call = self.call, None
+        if call.row.end is to_the_end:      # whether it is whole cannot be seen
+            return [("text", call.head + "".join(call.body))]
+        body = "".join(call.body)
+        found = re.search(r'"name"\s*:\s*"([^"]{1,128})"', body[:1024])
+        name = call.name or declared_name(found[1] if found else "", self.tools)
+        if not name:
+            return [("text", call.head + body)]
+        return [("cut", (self.tools[name]["name"], body))]
+
+    def tell(self, text: str) -> None:
+        if text:
+            self.out.append(("text", text))
+
+    def read(self, text: str, last: bool) -> str:
+        """Add a piece to the open call; what follows it, or is to be read again."""
+        call = self.call
+        end = call.extent.send(text) if text else -1
+        if end < 0 and not last and call.size < MAX_HELD_CHARS:
+            call.body.append(text)
+            call.size += len(text)
+            return ""
+        body = "".join(call.body) + text[:end if end >= 0 else None]
+        rest = text[end:] if end >= 0 else ""
+        found = call.calls(body, self.tools, end >= 0)
+        if not found and end >= 0 and call.tries and isinstance(call.row.end, str):
+            call.tries -= 1                 # its end may stand in an argument
+            call.body.append(text[:end])
+            return rest
+        if not found and end < 0:           # finished, but for its own last mark
+            body, rest = split_at(body, call.row.after)
+            found = call.calls(body, self.tools, True) if rest else []
+        self.call = None
+        self.begun = True
+        if found:
+            self.out += found
+            self.after = call.row.after
+            return rest
+        self.tell(call.head)
+        if self.rescans:
+            self.rescans -= 1
+            return body + rest
+        self.tell(body)
+        return rest
+
+    def scan(self, text: str, last: bool) -> str:
+        """Tell text up to what is or may be the head of a call; what follows that."""
+        text = self.past_closers(text, last)
+        if text and not self.begun:
+            text = self.beginning(text, last)
+        told = at = 0
+        while text and not self.call:
+            mark = (INSIDE if self.code else OUTSIDE).search(text, at)
+            if not mark:
+                break
+            begin, at = mark.span()
+            if mark[0][0] in "`~\n":
+                if at == len(text) and not last and at - begin < MAX_TICKS:
+                    return self.hold(text[told:], begin - told)
+                self.code = code_after(self.code, mark[0])
+                continue
+            row, head = self.head(ROWS[mark[0]], text, begin, last)
+            if head is UNFINISHED:
+                return self.hold(text[told:], begin - told)
+            if head:
+                self.tell(text[told:begin])
+                told = at = head[1]
+                self.open(row, head, text)
+        if self.call or not text:
+            return text[told:]
+        end = len(text) if last or self.code else certain(text)
+        return self.hold(text[told:], max(end - told, 0))
+
+    def head(self, rows: List[Dialect], text: str, begin: int,
+             last: bool) -> Tuple[Any, Optional[Head]]:
+        """The first of the rows whose head is at a place, or may come to be."""
+        for row in rows:
+            head = row.model in self.model and head_at(row, text, begin, self.tools)
+            if head and not (last and head is UNFINISHED):
+                return row, head
+        return None, None
+
+    def open(self, row: Dialect, head: Head, text: str) -> None:
+        begin, body, name = head
+        if row.end:
+            self.call = Written(row, name, text[begin:body])
+
+    def hold(self, text: str, place: int) -> str:
+        """Tell the text up to a place; nothing follows."""
+        self.tell(text[:place])
+        self.held = text[place:]
+        return ""
+
+    def beginning(self, text: str, last: bool) -> str:
+        """The text, unless all of it may be one call without any mark of its own."""
+        place = len(text) - len(text.lstrip())
+        if place == len(text):
+            return self.hold(text, place)
+        row, head = self.head(ALONE, text, place, last)
+        if head is UNFINISHED:
+            return self.hold(text, place)
+        self.begun = True
+        if head:
+            self.tell(text[:place])
+            self.open(row, head, text)
+        return text[head[1]:] if head else text
+
+    def past_closers(self, text: str, last: bool) -> str:
+        """The text without what may close the call before it, each mark once."""
+        while self.after:
+            bare = text.lstrip()
+            word = next(filter(bare.startswith, self.after), "")
+            open_end = not last and len(text) - len(bare) < MAX_TICKS
+            if not word and open_end and any(w.startswith(bare) for w in self.after):
+                return self.hold(text, 0)
+            self.after = tuple(w for w in self.after if w != word) if word else ()
+            text = bare[len(word):] if word else text
+        return text
+
+
+def certain(text: str) -> int:
+    """How much of the text cannot be part of a head that is cut at its end."""
+    sizes = (size for size in range(min(LONGEST, len(text)), 0, -1)
+             if text[-size:] in BEGUN)
+    return len(text) - next(sizes, 0)
+
+
+def split_at(text: str, words: Tuple[str, ...]) -> Tuple[str, str]:
+    """The text up to the first of the words, and from there on."""
+    places = [place for place in map(text.find, words) if place >= 0]
+    place = min(places, default=len(text))
+    return text[:place], text[place:]
+
+
+# ---- 10. Streams: chunks to events -------------------------------------------
 # Sans-I/O.  One completion's chunks become one message's events, whatever their
 # cut: one block open at a time, numbered from 0.  A tool call is told when it is
 # whole, because Claude Code runs it as soon as its block closes.
 
 Event = Tuple[str, Json]
+Told = List[Tuple[str, str]]    # calls as (the client's name, arguments)
 Stage = Generator[list, Any, None]
 DONE: Json = {"done": True}     # the chunk that [DONE] stands for
 SIGNATURE = "nimproxy"          # marks thinking blocks as ours; nobody verifies it
@@ -1652,12 +2653,18 @@ SIGNATURE = "nimproxy"          # marks thinking blocks as ours; nobody verifies
 
 class Reading(NamedTuple):
     """How to read one completion, known before it comes."""
-    names: Mapping[str, str] = {}       # upstream's tool names: the client's
+    tools: Tools = {}                   # the declared ones, by upstream's names
     stops: Tuple[str, ...] = ()         # stop sequences, all of them
     text_delta_chars: int = 0           # 0: text deltas as long as they come
     input_tokens: int = 0               # our estimate, until upstream says
     cumulative: bool = False            # reasoning deltas may repeat all so far
+    opens: bool = False                 # text may begin inside of thinking
+    again: bool = False                 # a broken call is raised: BrokenCall
     asked: Asked = Asked(Config(), "")  # for error texts
+
+
+class BrokenCall(Exception):
+    """A finished call has arguments that mean nothing: ask again, then `amended`."""
 
 
 class Message:
@@ -1676,13 +2683,18 @@ class Message:
         self.index = -1
         self.open = ""                      # "thinking", "text" or nothing
         self.told: List[Event] = []         # since the last call of events()
+        self.leaked: Told = []              # calls that stood in the text
+        self.repairs: List[str] = []        # what it took to make calls good
         # what is held
         self.pending: List[str] = []        # of the open block
         self.blank = ""                     # leading whitespace
         self.thought = Tail()
         self.fielded = False                # reasoning came in a field of its own
-        self.calls = Calls(reading.names)
-        self.tags: Optional[Stage] = started(think_tags())
+        self.calls = Calls(reading.tools)
+        self.tags: Optional[Stage] = started(think_tags(reading.opens))
+        self.leaks = leaks_of(reading)      # calls in the text
+        self.musings = leaks_of(reading)    # calls in the thinking, the last resort
+        self.mused: Told = []
         self.stops = started(stop_watch(reading.stops)) if reading.stops else None
         # how it ends
         self.chunks = 0
@@ -1758,6 +2770,8 @@ class Message:
     def reason(self, text: str) -> None:
         """Reasoning from a field of its own; it may be empty."""
         if text:
+            if not self.fielded and self.reading.opens and self.index < 0:
+                self.tags = started(think_tags())   # the server knows where it ends
             self.fielded = True
             self.think(text)
 
@@ -1765,7 +2779,14 @@ class Message:
         if self.reading.cumulative:
             text = self.thought.news(text)
         self.thought.add(text)
+        musings = self.musings
+        if musings and not (musings.idle and not MARKS.search(text)):
+            self.muse(musings.feed(text))
         self.put("thinking", text)
+
+    def muse(self, pieces: Pieces) -> None:
+        """Keep the calls that stand in the thinking."""
+        self.mused += [value[:2] for kind, value in pieces if kind == "call"]
 
     def say(self, content: Any) -> None:
         """Text that may hold think tags, or a list of parts."""
@@ -1787,7 +2808,29 @@ class Message:
                 self.think(text)
 
     def speak(self, text: str) -> None:
-        """Text that is certainly the answer's."""
+        """Text that is certainly the answer's, but for the calls in it."""
+        leaks = self.leaks
+        if leaks is None or leaks.idle and not MARKS.search(text):
+            return self.write(text)             # the path of a token
+        self.spell(leaks.feed(text))
+
+    def spell(self, pieces: Pieces) -> None:
+        """Text and the calls that stood in it, each in its place."""
+        for kind, value in pieces:
+            if kind == "text":
+                self.write(value)
+            elif kind == "cut":
+                self.calls.add(*value)
+            elif not self.halted:
+                name, arguments, repairs = value
+                self.leaked.append((name, arguments))
+                self.repairs += ["leaked", *repairs]
+                self.blank = ""
+                self.close()
+                self.tell_call(name, arguments)
+
+    def write(self, text: str) -> None:
+        """Text up to a stop sequence; blanks wait for something to lead."""
         if self.halted:
             return
         if self.stops:
@@ -1857,12 +2900,37 @@ class Message:
         self.release()
         self.check()
         calls = [] if self.halted else self.calls.whole(self.finish)
+        if self.calls.broken and self.reading.again:
+            raise BrokenCall
+        return self.conclude(calls)
+
+    def amended(self, answer: Json) -> List[Event]:
+        """The last events after a BrokenCall: with the calls of a second completion if
+        those are sound, else with the broken one as it came."""
+        second = Calls(self.reading.tools)
+        choice = (answer.get("choices") or [{}])[0]
+        second.grow((choice.get("message") or {}).get("tool_calls") or [])
+        calls = second.whole(str(choice.get("finish_reason") or ""))
+        if calls and not second.broken and not second.cut:
+            self.calls = second
+            self.repairs.append("asked_again")
+        return self.conclude(self.calls.whole(self.finish))
+
+    def conclude(self, calls: Told) -> List[Event]:
+        leaked = [(name, parsed_input(text)) for name, text in self.leaked]
+        calls = [(name, text) for name, text in calls
+                 if not leaked or (name, parsed_input(text)) not in leaked]
+        if not (calls or self.leaked or self.halted or self.finish == "length"):
+            calls = self.mused
+        self.repairs += self.calls.repairs
         reason = self.stop_reason(calls)
         if self.open == "thinking" and reason == "end_turn":    # better than no answer
-            self.put("text", self.thought.last_paragraph())
+            opened = self.reading.opens and not self.fielded    # it may be the answer
+            self.put("text", self.thought.end if opened else
+                     self.thought.last_paragraph())
         self.close()
-        for number, (name, arguments) in enumerate(calls):
-            self.tell_call(number, name, arguments)
+        for name, arguments in calls:
+            self.tell_call(name, arguments)
         delta = {"stop_reason": reason, "stop_sequence": self.stop_sequence}
         last = {"delta": delta, "usage": self.final_usage()}
         self.told += [("message_delta", last), ("message_stop", {})]
@@ -1880,14 +2948,18 @@ class Message:
         """What was held in case more came is text or thinking after all."""
         if self.tags:
             self.untag(self.tags.send(None))
+        if self.leaks:
+            cut = self.finish == "length"
+            self.spell(self.leaks.cut() if cut else self.leaks.feed("", True))
+            self.muse(self.musings.feed("", True))
         if self.stops and not self.halted:
             held, self.stops = self.stops.send(None), None
             self.speak(held[0][0])
 
-    def tell_call(self, number: int, name: str, arguments: str) -> None:
+    def tell_call(self, name: str, arguments: str) -> None:
         """One whole tool call as a block; its id is unique because the message's is."""
         self.index += 1
-        call_id = f"toolu_{self.id.replace('msg_', '', 1)}{number}"
+        call_id = f"toolu_{self.id.replace('msg_', '', 1)}{self.index}"
         block = {"type": "tool_use", "id": call_id, "name": name, "input": {}}
         delta = {"type": "input_json_delta", "partial_json": arguments}
         self.output_chars += len(arguments)
@@ -1897,12 +2969,13 @@ class Message:
             ("content_block_stop", {"index": self.index}),
         ]
 
-    def stop_reason(self, calls: List[Tuple[str, str]]) -> str:
+    def stop_reason(self, calls: Told) -> str:
         if self.stop_sequence is not None:
             return "stop_sequence"
         if self.finish == "length" and (not calls or self.calls.cut):
             return "max_tokens"
-        return "tool_use" if calls else STOP_REASONS.get(self.finish, "end_turn")
+        told = calls or self.leaked
+        return "tool_use" if told else STOP_REASONS.get(self.finish, "end_turn")
 
     def final_usage(self) -> Dict[str, int]:
         """Upstream's figures; where there are none, estimates instead of zeros."""
@@ -2029,7 +3102,7 @@ class Call:
         self.pieces: List[str] = []
         self.value: Json = {}               # of servers that send an object
 
-    def more_name(self, name: str, known: Mapping[str, str]) -> None:
+    def more_name(self, name: str, known: Tools) -> None:
         """The name whole, whole again, growing, or in pieces; not after arguments."""
         if not self.name or name.startswith(self.name):
             self.name = name
@@ -2079,11 +3152,13 @@ class Calls:
     every call the same; by its place in the list where there is neither.
     """
 
-    def __init__(self, names: Mapping[str, str]) -> None:
-        self.names = names
+    def __init__(self, tools: Tools) -> None:
+        self.tools = tools
         self.calls: List[Call] = []
         self.at: Dict[int, Call] = {}
         self.cut = False                    # the last call ends in the middle
+        self.broken = False                 # arguments that cannot be mended
+        self.repairs: List[str] = []
 
     def grow(self, entries: Any) -> None:
         entries = entries if isinstance(entries, list) else [entries]
@@ -2099,7 +3174,7 @@ class Calls:
             if name and call.is_followed(name, arguments):
                 call = self.follow(call)
             if name:
-                call.more_name(name, self.names)
+                call.more_name(name, self.tools)
             call.more_arguments(arguments)
             if call.size > MAX_ARGUMENT_BYTES or len(self.calls) > MAX_CALLS:
                 raise ProxyError(502, f"upstream sent more than {MAX_CALLS} tool calls "
@@ -2142,31 +3217,48 @@ class Calls:
         new = name and call and (name != call.name or is_object(call.arguments()))
         return fresh if new else last
 
-    def whole(self, finish: str) -> List[Tuple[str, str]]:
-        """All calls as (client's name, arguments), at the end of the completion.
+    def add(self, name: str, arguments: str) -> None:
+        """A call that stood in the text, and that the output limit cut."""
+        call = Call()
+        call.name, call.pieces = name, [arguments]
+        self.calls.append(call)
+
+    def whole(self, finish: str) -> Told:
+        """All calls, mended, at the end of the completion.
 
         One that the output limit cut is passed on as it is, no JSON and so nothing
         that could run; if it has no arguments yet, it is left out.
         """
-        out = []
+        out, self.repairs = [], []
         for call in self.calls:
             arguments = call.arguments()
-            if finish == "length" and not is_object(arguments):
-                self.cut = True
-                if not arguments:
-                    continue
+            cut = finish == "length" and not is_object(arguments)
+            self.cut = self.cut or cut
+            if cut and not arguments:
+                continue
             if not call.name:
                 raise ProxyError(502, "upstream sent a tool call without a name")
-            out.append((self.client_name(call.name), arguments or "{}"))
+            name = declared_name(call.name, self.tools)
+            tool = self.tools.get(name) or {"name": plain_name(call.name)}
+            good = arguments if cut else self.good(arguments, tool)
+            out.append((tool["name"], good))
         return out
 
-    def client_name(self, name: str) -> str:
-        """The client's name of a tool; gpt-oss leaves parts of its markup on it."""
-        bare = re.sub(r"^functions\.", "", name.split("<|")[0].strip())
-        return self.names.get(name) or self.names.get(bare) or bare
+    def good(self, arguments: str, tool: Json) -> str:
+        """The arguments as the tool's schema wants them, or as they came."""
+        value, repairs = mended(arguments, input_schema(tool))
+        self.broken = self.broken or value is None
+        self.repairs += repairs
+        if value is not None and (repairs or not arguments):
+            return encode_json(value)
+        return arguments
 
 
 # ---- think tags and stop sequences in text
+
+def leaks_of(reading: Reading) -> Optional[Leaks]:
+    return Leaks(reading.tools, reading.asked.model) if reading.tools else None
+
 
 TAGS = {
     "<think>": "</think>",
@@ -2174,15 +3266,21 @@ TAGS = {
     "<mm:think>": "</mm:think>",
     "<seed:think>": "</seed:think>",
     "[THINK]": "[/THINK]",
-    "\u25c1think\u25b7": "\u25c1/think\u25b7",
+    "\u25c1think\u25b7": "\u25c1/think\u25b7",         # Kimi K2
+    "<|open|>think<|sep|>": "<|close|>think<|sep|>",    # Kimi K3
+    "<|channel>thought\n": "<channel|>",                # Gemma 4
+    "<|channel|>analysis<|message|>": "<|end|>",        # gpt-oss
+    "<|start|>assistant<|channel|>analysis<|message|>": "<|end|>",
+    "Here's my thought process:": "Here's my response:",    # Granite
 }
 
 
-def think_tags() -> Stage:
+def think_tags(opens: bool = False) -> Stage:
     """Text in, [(kind, text)] out: leading tagged passages are thinking.
 
     A tag counts only before the answer has begun: what is written about tags later
-    is text.  Held back is no more than could become a tag.
+    is text.  Held back is no more than could become a tag.  With `opens` the opening
+    tag was in the prompt: all up to a closing one is thinking.
     """
     held = closer = ""
     after = False           # a passage: then whitespace before the answer is its own
@@ -2192,6 +3290,9 @@ def think_tags() -> Stage:
         after = after or bool(out or closer)
         bare = held.lstrip()
         begun = bare and not could_begin(bare) or len(held) > MAX_BLANK_CHARS
+        if begun and not closer and opens and not after:
+            piece, held, closer = held, "", "</think>"
+            continue
         if begun and not closer:
             piece = yield out + ([("text", bare)] if after else orphan(held))
             while piece is not None:
@@ -2296,7 +3397,7 @@ def parsed_input(text: str) -> Json:
     return {"__unparsedToolInput": {"raw": text, "len": len(text)}}
 
 
-# ---- 9. Event streams: bytes to chunks, events to bytes ----------------------
+# ---- 11. Event streams: bytes to chunks, events to bytes ---------------------
 # The WHATWG event stream, sans-I/O and cut anywhere, and the whole translation:
 # upstream's bytes in, the client's bytes out.
 
@@ -2441,7 +3542,7 @@ def encode_event(name: str, data: Json) -> bytes:
     return f"event: {name}\ndata: {payload}\n\n".encode("ascii")
 
 
-# ---- 10. HTTP/1.1 messages ---------------------------------------------------
+# ---- 12. HTTP/1.1 messages ---------------------------------------------------
 # RFC 9112, the part that both sides of a proxy need, on bytes and strictly: what
 # is doubtful is refused, because two readings of one request are an attack.
 
@@ -2697,7 +3798,7 @@ def json_response(value: Json, status: int = 200, headers: Headers = []) -> Resp
     return Response(status, fields, encode_json(value).encode("ascii"))
 
 
-# ---- 11. The built-in upstream -----------------------------------------------
+# ---- 13. Demonstration: the built-in upstream --------------------------------
 # A scripted Chat Completions stream for the model `nimproxy/demo`: thinking, text
 # and, where tools are declared, one call.  Pure, so it needs no key and no network.
 
@@ -2764,7 +3865,7 @@ def demo_tool(chat: Json) -> Optional[Tuple[str, Json]]:
     return None
 
 
-# ---- 12. Upstream ------------------------------------------------------------
+# ---- 14. Upstream ------------------------------------------------------------
 # The first part that waits.  Connections over plain TCP, TLS or an HTTP proxy,
 # kept alive in a pool; one request and its answer at a time on each.
 
@@ -3322,7 +4423,7 @@ async def tunnel(proxy: str, target: Target) -> socket.socket:
     return sock
 
 
-# ---- 13. Proxy ---------------------------------------------------------------
+# ---- 15. Proxy ---------------------------------------------------------------
 # What each path does.  `messages` is the file's story; `relay` is the one place
 # where waiting meets translation.
 
@@ -3455,8 +4556,10 @@ class Proxy:
         tokens = count_tokens(body)
         chat = chat_body(body, model, PROVIDERS[self.config.provider], tokens)
         reading = Reading(
-            tool_names(body), tuple(stop_sequences(body)), self.config.text_delta_chars,
-            tokens, model_family(model).cumulative, Asked(self.config, model, tokens))
+            tools=declared_tools(body), stops=tuple(stop_sequences(body)),
+            text_delta_chars=self.config.text_delta_chars, input_tokens=tokens,
+            cumulative=model_family(model).cumulative, again=True,
+            asked=Asked(self.config, model, tokens))
         message = Message("msg_" + os.urandom(12).hex(), asked or model, reading)
         session = header(request.headers, "x-claude-code-session-id")
         self.counts["requests"] += 1
@@ -3477,7 +4580,8 @@ class Proxy:
     async def begin(self, question: Question, chat: Json) -> Telling:
         """Ask upstream, up to the first words of its answer; ProxyError if it fails."""
         with guarded():
-            telling = Telling(question.message, await self.ask(chat))
+            answer = await self.ask(chat)
+            telling = Telling(question.message, answer, self.again(question, chat))
             del chat
             try:
                 await self.check(question, telling.answer)
@@ -3492,6 +4596,30 @@ class Proxy:
             return Script(chat)
         payload = encode_json(chat).encode("ascii")
         return await self.upstream.ask("/chat/completions", payload, "stream" in chat)
+
+    def again(self, question: Question, chat: Json) -> Again:
+        """What asks a chat once more, for a call that can be used; {} if that fails.
+
+        Only a chat with tools is kept for it, as bytes: they take less memory.
+        """
+        payload = encode_json(chat) if "tools" in chat else ""
+
+        async def ask() -> Json:
+            chat = decode_json(payload or "{}")
+            for name in ("stream", "stream_options"):
+                chat.pop(name, None)
+            try:
+                answer = await self.ask(chat)
+                try:
+                    await self.check(question, answer)
+                    asked = question.message.reading.asked
+                    return completion(await answer.whole(), asked)
+                finally:
+                    answer.release()
+            except ProxyError as error:
+                log.warning("asked again in vain: %s", printable(error.message))
+                return {}
+        return ask
 
     async def check(self, question: Question, answer: Any) -> None:
         """Raise what an answer other than 200 means."""
@@ -3537,13 +4665,14 @@ class Proxy:
         if failure:
             raise failure
         answer = await self.ask(chat)
+        message = question.message
+        telling = Telling(message, answer, self.again(question, chat))
         try:
             await self.check(question, answer)
-            chunk = completion(await answer.whole(), question.message.reading.asked)
+            chunk = completion(await answer.whole(), message.reading.asked)
         finally:
             answer.release()
-        message = question.message
-        events = message.start() + message.events([chunk]) + message.events([DONE])
+        events = message.start() + await telling.last([chunk, DONE])
         self.record(question)
         return json_response(fold(events))
 
@@ -3577,6 +4706,7 @@ class Proxy:
         """Count an answer, and log one line about it."""
         usage = question.message.final_usage()
         self.counts["answers"] += 1
+        self.counts.update("calls_" + name for name in question.message.repairs)
         self.counts["input_tokens"] += usage["input_tokens"]
         self.counts["output_tokens"] += usage["output_tokens"]
         log.info("%s -> %s: in=%d out=%d %.2f s", printable(question.message.model),
@@ -3699,11 +4829,14 @@ def guarded() -> Iterator[None]:
         raise ProxyError(500, f"internal error: {type(error).__name__}") from error
 
 
+Again = Callable[[], Awaitable[Json]]   # asks anew, without streaming
+
+
 class Telling:
     """An upstream's answer while it is being told."""
 
-    def __init__(self, message: Message, answer: Any) -> None:
-        self.message, self.answer = message, answer
+    def __init__(self, message: Message, answer: Any, again: Again) -> None:
+        self.message, self.answer, self.again = message, answer, again
         self.stage = translation(message)
         self.hurried = False
         self.first = b""                    # what follows message_start, once begun
@@ -3714,10 +4847,16 @@ class Telling:
         if "json" in header(self.answer.headers, "content-type"):
             asked = self.message.reading.asked
             chunk = completion(await self.answer.whole(), asked)
-            events = self.message.events([chunk]) + self.message.events([DONE])
-            self.first = b"".join(encoded(events))
+            self.first = b"".join(encoded(await self.last([chunk, DONE])))
         else:
             self.first = await self.more()
+
+    async def last(self, chunks: List[Json]) -> List[Event]:
+        """The events of the last chunks, of a second answer's if a call is broken."""
+        try:
+            return self.message.events(chunks)
+        except BrokenCall:
+            return self.message.amended(await self.again())
 
     async def more(self) -> bytes:
         """The next bytes for the client, one piece per read; b"" at the end."""
@@ -3728,7 +4867,10 @@ class Telling:
                 if not self.message.finish:     # all was said; the end is a formality
                     raise
                 data = b""
-            out = self.stage.send(data or None)
+            try:
+                out = self.stage.send(data or None)
+            except BrokenCall:
+                out = encoded(self.message.amended(await self.again()))
             if self.message.finish and not self.hurried:
                 self.hurried = True
                 self.answer.hurry()
@@ -3822,7 +4964,7 @@ def printable(text: str) -> str:
     return re.sub(r"[^ -~]", lambda match: f"\\x{ord(match[0]):02x}", text[:400])
 
 
-# ---- 14. Server --------------------------------------------------------------
+# ---- 16. Server --------------------------------------------------------------
 # Bytes to Request, Response to bytes, until the connection ends.  It knows nothing
 # of what the paths mean.
 
@@ -4071,7 +5213,7 @@ class Background:
         await server.close()
 
 
-# ---- 15. Client programs -----------------------------------------------------
+# ---- 17. Client programs -----------------------------------------------------
 # The environment that makes Claude Code and the SDKs work through the proxy, and
 # running them: terminal, signals and exit code are theirs.
 
@@ -4202,7 +5344,7 @@ def hand_on(children: List[subprocess.Popen]) -> Callable[[int, Any], None]:
     return handler
 
 
-# ---- 16. Command line --------------------------------------------------------
+# ---- 18. Command line --------------------------------------------------------
 # The only part that reads the environment and files, prints, or exits.
 
 class Context(NamedTuple):

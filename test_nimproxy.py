@@ -283,6 +283,11 @@ def no_leaks():
     assert not [leak.exc_value for leak in LEAKS]
 
 
+def named(rows):
+    """The rows of a table as pytest's parameters, under their phrases."""
+    return [pytest.param(*row[1:], id=row[0]) for row in rows]
+
+
 # ---- 0. The file itself ------------------------------------------------------
 # The map in the docstring is true, and each part uses only what it may.
 
@@ -290,21 +295,43 @@ SOURCE = Path(np.__file__).read_text(encoding="utf-8")
 BANNERS = [(SOURCE.count("\n", 0, found.start()) + 1, int(found[1]), found[2])
            for found in re.finditer(r"^# ---- (\d+)\. (.+?) -+$", SOURCE, re.M)]
 
-PURE = 11           # parts 1 to 11 do no I/O and read no clock
+PARTS = [title.split()[0].strip(":") for _, _, title in BANNERS]
+WAITING = PARTS.index("Upstream")       # the parts before it do no I/O, read no clock
 USES = {            # part: the other parts it may use
-    1: [], 2: [], 3: [2], 4: [2, 3], 5: [1, 2, 3], 6: [5], 7: [1, 2, 3, 4],
-    8: [1, 2, 4, 7], 9: [1, 2, 7, 8], 10: [1, 2], 11: [2, 3, 8], 12: [1, 2, 4, 10],
-    13: range(1, 13), 14: [1, 2, 4, 10, 12, 13], 15: [3, 4], 16: range(1, 16),
+    "Numbers": "",
+    "Errors": "",
+    "Models": "Errors",
+    "Configuration": "Errors Models",
+    "Documents": "Numbers",
+    "Requests": "Numbers Errors Models Documents",
+    "Token": "Requests",
+    "Refusals": "Numbers Errors Models Configuration",
+    "Mends": "Numbers Errors Models Requests Refusals",
+    "Arguments": "Errors",
+    "Dialects": "Numbers Errors Arguments",
+    "Streams": "Numbers Errors Configuration Refusals Arguments Dialects",
+    "Event": "Numbers Errors Refusals Streams",
+    "HTTP/1.1": "Numbers Errors",
+    "Demonstration": "Errors Models Streams",
+    "Upstream": "Numbers Errors Configuration HTTP/1.1",
+    "Memory": "Numbers Errors Mends",
+    "Proxy": " ".join(PARTS[:PARTS.index("Proxy")]),
+    "Server": "Numbers Errors Configuration HTTP/1.1 Upstream Proxy",
+    "Client": "Models Configuration",
+    "Command": " ".join(PARTS[:-1]),
 }
+WAIT = ["Upstream", "Proxy", "Server", "Client", "Command"]
 KEPT = {            # names that only some parts may use
-    "asyncio": range(12, 17), "time": range(12, 17), "socket": [12], "open": [15, 16],
-    "subprocess": [15], "os": [12, 13, 15, 16], "sys": [16],
-    "print": [16], "input": [16], "threading": [14], "logging": [13, 16],
+    "asyncio": WAIT, "time": WAIT, "socket": ["Upstream"],
+    "open": ["Memory", "Client", "Command"], "subprocess": ["Client"],
+    "os": WAIT, "sys": ["Command"], "print": ["Command"], "input": ["Command"],
+    "threading": ["Server"], "logging": ["Memory", "Proxy", "Command"],
 }
 
 
 def part_of(line):
-    return max((number for start, number, _ in BANNERS if start <= line), default=0)
+    numbers = [number for start, number, _ in BANNERS if start <= line]
+    return PARTS[max(numbers) - 1] if numbers else ""
 
 
 def defined(node):
@@ -337,15 +364,19 @@ def test_parts_use_what_they_may():
         for leaf in ast.walk(node):
             if not here or not isinstance(leaf, ast.Name):
                 continue
-            allowed = home.get(leaf.id, 0) in [0, here, *USES[here]]
+            allowed = home.get(leaf.id, "") in ["", here, *USES[here].split()]
             if not allowed or here not in KEPT.get(leaf.id, [here]):
                 breaches.append((leaf.lineno, here, leaf.id))
     assert not breaches
 
 
-def test_pure_parts_are_those_that_may_not_wait():
-    assert min(min(parts) for name, parts in KEPT.items() if name in (
-        "asyncio", "time", "socket", "open")) == PURE + 1
+def test_no_name_is_defined_twice():
+    names = [name for node in ast.parse(SOURCE).body for name in defined(node)]
+    assert len(names) == len(set(names))
+
+
+def test_the_parts_that_wait_come_last():
+    assert PARTS[WAITING:] == WAIT
 
 
 def test_it_is_one_file_of_the_standard_library():
@@ -922,12 +953,12 @@ def test_long_names_are_shortened_and_found_again():
     tools = [{"name": LONG, "input_schema": {}},
              {"name": LONG + "y", "input_schema": {}},
              {"name": "a.b c", "input_schema": {}}, {"name": "9x", "input_schema": {}}]
-    names = np.tool_names({"tools": tools})
-    assert list(names.values()) == [tool["name"] for tool in tools]
+    names = np.declared_tools({"tools": tools})
+    assert list(names.values()) == tools
     assert all(re.fullmatch("[A-Za-z_][A-Za-z0-9_-]{0,63}", name) for name in names)
     chat = chat_of(assistant(call(name=LONG)), user(result()), tools=tools)
     called = chat["messages"][0]["tool_calls"][0]["function"]["name"]
-    assert names[called] == LONG
+    assert names[called]["name"] == LONG
 
 
 PARAMETERS = [
@@ -1328,6 +1359,894 @@ def test_overflows_are_said_in_anthropics_words(words, figures):
             assert figures in ("", f"{found[1]} > {found[2]}")
 
 
+# ---- 8. Arguments: repaired and fitted ---------------------------------------
+
+AB = {"a": "b"}
+LINES = {"a": "x\n\ty"}
+
+DAMAGED = [     # what is wrong, the text, the object, what it took
+    ("nothing", '{"a": "b"}', AB, []),
+    ("blanks around it", ' \r\n{"a": "b"}\t\n', AB, []),
+    ("an empty object", "{}", {}, []),
+    ("no text", "", {}, []),
+    ("blanks alone", " \n", {}, []),
+    ("null", "null", {}, []),
+    ("escapes of every kind", r'{"a": "\"\\\/\b\f\n\r\t\u0041"}',
+     {"a": '"\\/\b\f\n\r\tA'}, []),
+    ("a duplicate key", '{"a": "x", "a": "b"}', AB, []),
+
+    ("a fence", '```json\n{"a": "b"}\n```', AB, ["fence"]),
+    ("a fence without a language", '```\n{"a": "b"}\n```', AB, ["fence"]),
+    ("a fence on one line", '```{"a": "b"}```', AB, ["fence"]),
+    ("a fence that only opens", '```json\n{"a": "b"}', AB, ["fence"]),
+    ("a fence that only closes", '{"a": "b"}\n```', AB, ["fence"]),
+    ("an empty fence", "```json\n```", {}, ["fence"]),
+    ("a fence inside a string", '{"a": "```"}', {"a": "```"}, []),
+
+    ("JSON in a string", json.dumps('{"a": "b"}'), AB, ["quoted"]),
+    ("JSON in a string in a string", json.dumps(json.dumps('{"a": "b"}')), AB,
+     ["quoted"]),
+    ("a string of nothing", '""', {}, ["quoted"]),
+    ("a string of null", '"null"', {}, ["quoted"]),
+    ("quotes and backslashes in a string", json.dumps(json.dumps({"a": '\\"\\'})),
+     {"a": '\\"\\'}, ["quoted"]),
+
+    ("an escape that JSON does not know", r'{"a": "\d+\.\u12"}',
+     {"a": r"\d+\.\u12"}, ["escapes"]),
+    ("a backslash before a raw newline", '{"a": "x\\\ny"}', {"a": "x\\\ny"},
+     ["escapes", "newlines"]),
+    ("one behind a backslash", r'{"a": "\\d\q"}', {"a": "\\d\\q"}, ["escapes"]),
+
+    ("raw newline and tab", '{"a": "x\n\ty"}', LINES, ["newlines"]),
+    ("raw NUL and escape", '{"a": "\0\x1b"}', {"a": "\0\x1b"}, ["newlines"]),
+    ("newlines between, too", '{\n"a":\n"x\n\ty"\n}', LINES, ["newlines"]),
+    ("a newline in a key", '{"a\n": 1}', {"a\n": 1}, ["newlines"]),
+
+    ("a brace missing", '{"a": "b"', AB, ["unclosed"]),
+    ("three missing", '{"a": [{"b": 1', {"a": [{"b": 1}]}, ["unclosed"]),
+    ("one of two missing", '{"a": {"b": 1}', {"a": {"b": 1}}, ["unclosed"]),
+    ("brackets in strings", '{"a": "}]{"', {"a": "}]{"}, ["unclosed"]),
+    ("a brace alone", "{", {}, ["unclosed"]),
+
+    ("a brace too many", '{"a": "b"}}', AB, ["surplus"]),
+    ("five too many", '{"a": "b"}}]\n} ]}', AB, ["surplus"]),
+
+    ("repeated", '{"a": "b"}{"a": "b"}', AB, ["repeated"]),
+    ("repeated on a line of its own", '{"a": "b"}\n{ "a":"b" }', AB, ["repeated"]),
+    ("an empty object repeated", "{}{}", {}, ["repeated"]),
+
+    ("a comma too many", '{"a": "b",}', AB, ["comma"]),
+    ("commas at every end", '{"a": [1, 2, ], "b": {"c": 1,\n},\n}',
+     {"a": [1, 2], "b": {"c": 1}}, ["comma"]),
+    ("commas in strings stay", '{"a": ",}",}', {"a": ",}"}, ["comma"]),
+
+    ("single quotes", "{'a': 'b'}", AB, ["python"]),
+    ("Python's words", "{'a': [True, False, None]}", {"a": [True, False, None]},
+     ["python"]),
+    ("Python's words with JSON's quotes", '{"a": True}', {"a": True}, ["python"]),
+    ("Python's words in strings", "{'a': 'True None'}", {"a": "True None"}, ["python"]),
+    ("both kinds of quotes", """{'a': "it's", "b": 'say "hi"'}""",
+     {"a": "it's", "b": 'say "hi"'}, ["python"]),
+    ("an escaped apostrophe", r"""{'a': 'it\'s "x" \\'}""", {"a": "it's \"x\" \\"},
+     ["python"]),
+    ("an escaped apostrophe in JSON's quotes", r'{"a": "it\'s"}', {"a": "it's"},
+     ["python"]),
+    ("Python's hex escape", r"{'a': '\x1b[0m'}", {"a": "\x1b[0m"}, ["python"]),
+    ("None alone", "None", {}, ["python"]),
+
+    ("a list of one object", '[{"a": "b"}]', AB, ["list"]),
+
+    ("a fence around single quotes", "```json\n{'a': 'b'}\n```", AB,
+     ["fence", "python"]),
+    ("newline and a missing brace", '{"a": "x\n\ty"', LINES, ["newlines", "unclosed"]),
+    ("a fence in a string", json.dumps('```json\n{"a": "b"}\n```'), AB,
+     ["quoted", "fence"]),
+    ("a fence in a string, with blanks", json.dumps('\n```json\n{"a": "b"}\n```\n'), AB,
+     ["quoted", "fence"]),
+    ("a string with raw newlines", '"{\n\\"a\\": \\"b\\"\n}"', AB,
+     ["newlines", "quoted"]),
+    ("single quotes in a string", '''"{'a': 'b'}"''', AB, ["quoted", "python"]),
+    ("JSON in single quotes", """'{"a": "b"}'""", AB, ["python", "quoted"]),
+    ("comma and surplus", '{"a": "b",}}', AB, ["comma", "surplus"]),
+    ("comma and a missing brace", '{"a": [1,]', {"a": [1]}, ["comma", "unclosed"]),
+    ("a list that is not closed", '[{"a": "b"}', AB, ["unclosed", "list"]),
+    ("a fence in a fence, a list, a surplus",
+     "```\n```json\n[{'a': 'b',}]]\n```\n```", AB,
+     ["fence", "python", "comma", "surplus", "list"]),
+]
+
+
+@pytest.mark.parametrize("text, value, repairs", named(DAMAGED))
+def test_damage_is_repaired(text, value, repairs):
+    assert np.mended(text, {}) == (value, repairs)
+
+
+BEYOND_REPAIR = [
+    ("half a file", '{"file_path": "/a", "content": "def f():\\n    retu'),
+    ("half a file in single quotes", "{'file_path': '/a', 'content': 'def f"),
+    ("half a file with raw newlines", '{"content": "def f():\n    return "'[:-1]),
+    ("half a file in a fence", '```json\n{"content": "def f'),
+    ("half a file that ends with a fence", '{"content": "# Title\n```'),
+    ("half a string of JSON", json.dumps('{"a": "b"}')[:-1]),
+    ("an opening quote", '{"a": "'),
+    ("an opening apostrophe", "{'a': '"),
+    ("half an escape", '{"a": "b\\'),
+    ("an escaped quote at the end", '{"a": "b\\"'),
+    ("half a key", '{"a": 1, "fi'),
+    ("a key without a value", '{"a": 1, "b"'),
+    ("a colon at the end", '{"a": 1, "b":'),
+    ("a comma at the end", '{"a": 1,'),
+    ("an empty list at the end", '{"todos": ['),
+    ("half a word", '{"a": tru'),
+    ("brackets that do not match", '{"a": [1}'),
+    ("a bracket missing in the middle", '{"a": [1, "b": 2}'),
+    ("repeated, but not the same", '{"a": 1}{"a": 2}'),
+    ("null before half of it", 'null{"a": "}{"'),
+    ("two objects in a list", '[{"a": 1}, {"b": 2}]'),
+    ("an empty list", "[]"),
+    ("a list of no object", "[1]"),
+    ("a list in a list", '[[{"a": 1}]]'),
+    ("a number", "3"),
+    ("a string", '"hello"'),
+    ("prose", "I will call the tool now."),
+    ("prose around it", 'Here: {"a": 1} ok?'),
+    ("brackets alone", "}}}"),
+    ("bare words", "{a: b}"),
+    ("quotes in quotes", '{"a": "say "hi" now"}'),
+    ("apostrophes in apostrophes", "{'a': 'it's here'}"),
+    ("no number", '{"a": NaN}'),
+    ("infinity", '{"a": 1e999}'),
+]
+
+
+@pytest.mark.parametrize("text", named(BEYOND_REPAIR))
+def test_guesses_are_not_made(text):
+    assert np.mended(text, {}) == (None, [])
+
+
+def test_depth_matters_to_damage_only():
+    value = json.loads('{"a":' * 150 + "1" + "}" * 150)
+    assert np.mended(json.dumps(value), {}) == (value, [])
+    assert np.mended(repr(value) * 2, {}) == (None, [])
+    assert np.mended(json.dumps({"A": value}), {"properties": {"a": {}}}) == (None, [])
+
+
+def test_every_repair_has_rows():
+    used = {name for *_, repairs in DAMAGED for name in repairs}
+    assert used == {name for name, _, _ in np.REPAIRS}
+
+
+WORDS = ["a", "file_path", "it's", 'say "hi"', "x\ny", "\\", "C:\\new", "```json",
+         "True", "{}", "[1,", "\u00e9\u2028", "", ",", "'", '"', "{'a': 1}", '{"a": 1}',
+         "null", "}", "]", "\U0001f600", ", 'b': '"]
+
+
+def some_value(dice, depth=0):
+    kind = dice.randrange(9 if depth < 4 else 6)
+    if kind < 3:
+        return "".join(dice.choices(WORDS, k=dice.randrange(4)))
+    if kind < 6:
+        return dice.choice([0, -5, 2.5, 1e300, 10 ** 30, True, False, None])
+    if kind == 6:
+        return [some_value(dice, depth + 1) for _ in range(dice.randrange(4))]
+    return some_object(dice, depth + 1)
+
+
+def some_object(dice, depth=0):
+    names = dice.choices(WORDS, k=dice.randrange(5))
+    return {name: some_value(dice, depth) for name in names}
+
+
+def places_in_strings(text):
+    inside, escape = False, False
+    for place, char in enumerate(text):
+        if inside:
+            yield place
+        if inside and char == "\\" and not escape:
+            escape = True
+            continue
+        if char == '"' and not escape:
+            inside = not inside
+        escape = False
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_an_object_is_itself_and_survives_every_wrapping(seed):
+    value = some_object(random.Random(seed))
+    for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):
+        assert np.mended(text, {}) == (value, [])
+        assert np.mended(json.dumps(text), {}) == (value, ["quoted"])
+        assert np.mended(f"```json\n{text}\n```", {}) == (value, ["fence"])
+        assert np.mended(f"{text} {text}", {}) == (value, ["repeated"])
+        assert np.mended(f"[{text}]", {}) == (value, ["list"])
+        assert np.mended(f"{text}]}}", {}) == (value, ["surplus"])
+        plain = np.plain(text)
+        assert {repair(plain) for _, _, repair in np.REPAIRS} == {plain}
+    assert np.mended(repr(value), {})[0] == value
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_a_cut_inside_a_string_is_never_mended(seed):
+    value = some_object(random.Random(seed))
+    for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):
+        for place in places_in_strings(text):
+            assert np.mended(text[:place], {}) == (None, []), text[:place]
+    text = json.dumps(json.dumps(value))
+    assert {np.mended(text[:place], {})[0] for place in range(1, len(text))} == {None}
+
+
+# ---- fitting
+
+STRING, INTEGER, NUMBER, BOOLEAN, ARRAY, OBJECT, NULL = (
+    {"type": kind} for kind in
+    ("string", "integer", "number", "boolean", "array", "object", "null"))
+COERCED, RENAMED, DROPPED = ["coerced"], ["renamed"], ["null"]
+
+VALUES = [      # a phrase, a property's schema, what is sent, what is meant, repairs
+    ("a string for a string", STRING, "3", "3", []),
+    ("a text of JSON for a string", STRING, '{"a": 1}', '{"a": 1}', []),
+    ("a number for a string", STRING, 3, "3", COERCED),
+    ("a fraction for a string", STRING, 2.50, "2.5", COERCED),
+    ("a boolean for a string", STRING, True, "true", COERCED),
+    ("an object for a string", STRING, {"b": "\u00e9"}, '{"b": "\u00e9"}', COERCED),
+    ("a list for a string", STRING, [1, None], "[1, null]", COERCED),
+    ("digits for an integer", INTEGER, "3", 3, COERCED),
+    ("digits with blanks", INTEGER, " -3\n", -3, COERCED),
+    ("a whole fraction for an integer", INTEGER, 3.0, 3, COERCED),
+    ("text of a whole fraction", INTEGER, "3.0", 3, COERCED),
+    ("text of a fraction for an integer", INTEGER, "3.5", "3.5", []),
+    ("a fraction for an integer", INTEGER, 3.5, 3.5, []),
+    ("words for an integer", INTEGER, "three", "three", []),
+    ("no JSON number", INTEGER, "0x10", "0x10", []),
+    ("a boolean for an integer", INTEGER, True, True, []),
+    ("text of a boolean for an integer", INTEGER, "true", "true", []),
+    ("4,000 digits", INTEGER, "9" * 4000, int("9" * 4000), COERCED),
+    ("5,000 digits", INTEGER, "9" * 5000, None, None),
+    ("an integer for a number", NUMBER, 3, 3, []),
+    ("text of a number", NUMBER, "3.5", 3.5, COERCED),
+    ("text of an integer for a number", NUMBER, "3", 3, COERCED),
+    ("text of a whole fraction for a number", NUMBER, "3.0", 3.0, COERCED),
+    ("infinity", NUMBER, "1e999", "1e999", []),
+    ("NaN", NUMBER, "NaN", "NaN", []),
+    ("'true' for a boolean", BOOLEAN, "true", True, COERCED),
+    ("'False' for a boolean", BOOLEAN, "False", False, COERCED),
+    ("'TRUE' for a boolean", BOOLEAN, "TRUE", True, COERCED),
+    ("'yes' for a boolean", BOOLEAN, "yes", "yes", []),
+    ("a number for a boolean", BOOLEAN, 1, 1, []),
+    ("text of a list", ARRAY, '["a", 1]', ["a", 1], COERCED),
+    ("text of an object", OBJECT, '{"a": 1}', {"a": 1}, COERCED),
+    ("text of an object for a list", ARRAY, '{"a": 1}', '{"a": 1}', []),
+    ("half a list", ARRAY, "[1, 2", "[1, 2", []),
+    ("an object for a list", ARRAY, {"a": 1}, {"a": 1}, []),
+    ("a string for null", NULL, "null", "null", []),
+    ("no type", {}, "3", "3", []),
+    ("a type that nobody knows", {"type": "any"}, "3", "3", []),
+    ("true as a schema", True, "3", "3", []),
+
+    ("null for an optional string", STRING, None, ..., DROPPED),
+    ("null for null", NULL, None, None, []),
+    ("null for anything", {}, None, None, []),
+    ("null for a nullable", {"type": "string", "nullable": True}, None, None, []),
+    ("text of an integer for a nullable", {"type": "integer", "nullable": True}, "3", 3,
+     COERCED),
+    ("null for a nullable enum", {"enum": ["x"], "nullable": True}, None, None, []),
+    ("null for one of the types", {"type": ["string", "null"]}, None, None, []),
+    ("null for one of the values", {"enum": ["x", None]}, None, None, []),
+    ("null for none of the values", {"enum": ["x"]}, None, ..., DROPPED),
+    ("null for a branch", {"anyOf": [STRING, NULL]}, None, None, []),
+    ("null for no branch", {"anyOf": [STRING, INTEGER]}, None, ..., DROPPED),
+
+    ("one of the values", {"enum": ["Red", "red"]}, "red", "red", []),
+    ("another case", {"enum": ["Red", "green"]}, "RED", "Red", COERCED),
+    ("another case of two", {"enum": ["Red", "red"]}, "RED", "RED", []),
+    ("another word", {"enum": ["red"]}, "blue", "blue", []),
+    ("the constant in another case", {"const": "red"}, "Red", "red", COERCED),
+    ("a number among values", {"type": "integer", "enum": [1, 2]}, "2", 2, COERCED),
+    ("a word among values", {"type": "string", "enum": ["true"]}, True, "true",
+     COERCED),
+
+    ("the second of the types", {"type": ["integer", "string"]}, "3", "3", []),
+    ("the first that it can be", {"type": ["null", "integer"]}, "3", 3, COERCED),
+    ("a list or a string", {"type": ["array", "string"]}, "[1]", "[1]", []),
+
+    ("texts of integers in a list", {"type": "array", "items": INTEGER},
+     ["1", 2], [1, 2], COERCED),
+    ("text of a list of texts", {"type": "array", "items": INTEGER}, '["1", "x"]',
+     [1, "x"], COERCED),
+    ("null in a list", {"type": "array", "items": STRING}, [None], [None], []),
+    ("a tuple", {"prefixItems": [INTEGER, STRING], "items": BOOLEAN},
+     ["1", "1", "true", "true"], [1, "1", True, True], COERCED),
+    ("an old tuple", {"items": [INTEGER, STRING]}, ["1", 1, "1"], [1, "1", "1"],
+     COERCED),
+    ("additional properties", {"additionalProperties": INTEGER}, {"x": "1"}, {"x": 1},
+     COERCED),
+    ("null in a map", {"additionalProperties": INTEGER}, {"x": None}, {"x": None}, []),
+    ("properties by pattern", {"patternProperties": {"^x": INTEGER},
+                               "additionalProperties": STRING},
+     {"x": 1}, {"x": 1}, []),
+    ("an object in an object", {"properties": {"b": INTEGER}}, {"b": "1", "c": "1"},
+     {"b": 1, "c": "1"}, COERCED),
+
+    ("the branch that fits", {"anyOf": [INTEGER, STRING]}, "3", "3", []),
+    ("the first branch that it can be", {"anyOf": [NULL, INTEGER, BOOLEAN]}, "3", 3,
+     COERCED),
+    ("the first of two branches that it can be", {"anyOf": [INTEGER, NUMBER]}, "3.0", 3,
+     COERCED),
+    ("half a branch", {"anyOf": [{"properties": {"b": INTEGER, "c": NULL}}]},
+     {"b": "1", "c": 1}, {"b": "1", "c": 1}, []),
+    ("no branch", {"anyOf": [INTEGER, BOOLEAN]}, "x", "x", []),
+    ("oneOf", {"oneOf": [NULL, ARRAY]}, "[1]", [1], COERCED),
+    ("all of allOf", {"allOf": [{"properties": {"b": INTEGER}},
+                                {"properties": {"c": BOOLEAN}}]},
+     {"b": "1", "c": "true"}, {"b": 1, "c": True}, COERCED),
+    ("branches that only require", {"properties": {"b": INTEGER}, "anyOf": [
+        {"required": ["b"]}, {"required": ["c"]}]}, {"b": "1"}, {"b": 1}, COERCED),
+    ("the branch with the right constant", {"anyOf": [
+        {"properties": {"kind": {"const": "x"}, "n": STRING}},
+        {"properties": {"kind": {"const": "y"}, "n": INTEGER}}]},
+     {"kind": "y", "n": "1"}, {"kind": "y", "n": 1}, COERCED),
+    ("the branch with what is required", {"anyOf": [
+        {"required": ["b"], "properties": {"n": STRING}},
+        {"required": ["c"], "properties": {"n": INTEGER}}]},
+     {"c": 0, "n": "1"}, {"c": 0, "n": 1}, COERCED),
+    ("no trace of a branch that failed", {"anyOf": [
+        {"properties": {"b": INTEGER, "c": NULL}}, OBJECT]},
+     {"b": "1", "c": 1}, {"b": "1", "c": 1}, []),
+]
+
+
+@pytest.mark.parametrize("schema, sent, meant, repairs", named(VALUES))
+def test_values_are_fitted(schema, sent, meant, repairs):
+    value, took = np.mended(json.dumps({"p": sent}), {"properties": {"p": schema}})
+    if repairs is None:     # as Python decides: some refuse integers of 5,000 digits
+        assert value == {"p": sent} or value == {"p": int(sent)}
+        return
+    want = {} if meant is ... else {"p": meant}
+    assert (value, took) == (want, repairs)
+    assert json.dumps(value) == json.dumps(want)    # 1 is neither 1.0 nor true
+
+
+FILE_PATHS = {"type": "object", "required": ["file_path"],
+         "properties": {"file_path": STRING, "limit": INTEGER}}
+OBJECTS = [
+    ("as declared", FILE_PATHS, {"file_path": "a"}, {"file_path": "a"}, []),
+    ("camel case", FILE_PATHS, {"filePath": "a"}, {"file_path": "a"}, RENAMED),
+    ("capitals", FILE_PATHS, {"FILE_PATH": "a"}, {"file_path": "a"}, RENAMED),
+    ("hyphens", FILE_PATHS, {"file-path": "a"}, {"file_path": "a"}, RENAMED),
+    ("renamed, then fitted", FILE_PATHS, {"filePath": "a", "Limit": "3"},
+     {"file_path": "a", "limit": 3}, RENAMED + COERCED),
+    ("renamed, then dropped", FILE_PATHS, {"file_path": "a", "LIMIT": None},
+     {"file_path": "a"}, RENAMED + DROPPED),
+    ("the declared one is there", FILE_PATHS, {"file_path": "a", "filePath": "b"},
+     {"file_path": "a", "filePath": "b"}, []),
+    ("two for one", FILE_PATHS, {"filePath": "a", "FILE_PATH": "b"},
+     {"file_path": "a", "FILE_PATH": "b"}, RENAMED),
+    ("one for two", {"properties": {"a_b": {}, "ab": {}}}, {"A-B": 1}, {"A-B": 1}, []),
+    ("another word", FILE_PATHS, {"path": "a"}, {"path": "a"}, []),
+    ("unknown keys stay", FILE_PATHS, {"file_path": "a", "x": None},
+     {"file_path": "a", "x": None}, []),
+    ("two nulls", {"properties": {"a": STRING, "b": {}, "c": STRING}},
+     {"a": None, "b": 1, "c": None}, {"b": 1}, DROPPED),
+    ("null for what is required", FILE_PATHS, {"file_path": None},
+     {"file_path": None}, []),
+    ("deep inside", {"properties": {"edits": {"items": {"properties": {
+        "old_string": {}, "all": BOOLEAN}}}}},
+     {"edits": [{"oldString": "a", "all": "true"}, {"old_string": "b", "all": None}]},
+     {"edits": [{"old_string": "a", "all": True}, {"old_string": "b"}]},
+     RENAMED + COERCED + DROPPED),
+]
+
+
+@pytest.mark.parametrize("schema, sent, meant, repairs", named(OBJECTS))
+def test_properties_are_fitted(schema, sent, meant, repairs):
+    assert np.mended(json.dumps(sent), schema) == (meant, repairs)
+    assert list(np.mended(json.dumps(meant), schema)[0].items()) == list(meant.items())
+
+
+def test_the_order_of_properties_is_kept():
+    value, _ = np.mended('{"limit": "1", "x": 0, "filePath": "a"}', FILE_PATHS)
+    assert list(value) == ["limit", "x", "file_path"]
+
+
+POINTERS = [
+    ("definitions", "#/definitions/n", 1),
+    ("$defs", "#/$defs/n", 1),
+    ("a slash and a tilde", "#/$defs/a~1b~0c", 1),
+    ("percent escapes", "#/$defs/a%20b", 1),
+    ("a chain", "#/$defs/chain", 1),
+    ("into a list", "#/$defs/union/anyOf/1", 1),
+    ("a beside-type", "#/$defs/loop", "1"),
+    ("to nothing", "#/$defs/nowhere", "1"),
+    ("through a string", "#/$defs/n/type/x", "1"),
+    ("past a list", "#/$defs/union/anyOf/7", "1"),
+    ("another document", "schema.json#/definitions/n", "1"),
+    ("an anchor", "#n", "1"),
+    ("a number", 5, "1"),
+]
+
+
+@pytest.mark.parametrize("pointer, meant", named(POINTERS))
+def test_references_are_followed(pointer, meant):
+    definitions = {"n": INTEGER, "a/b~c": INTEGER, "a b": INTEGER,
+                   "chain": {"$ref": "#/definitions/n"},
+                   "loop": {"$ref": "#/$defs/loop"},
+                   "union": {"anyOf": [STRING, INTEGER]}}
+    schema = {"$defs": definitions, "definitions": {"n": INTEGER},
+              "properties": {"p": {"$ref": pointer, "description": "p"}}}
+    assert np.mended('{"p": "1"}', schema)[0] == {"p": meant}
+
+
+def test_a_recursive_schema_reaches_down():
+    kids = {"type": "array", "items": {"$ref": "#"}}
+    tree = {"properties": {"n": INTEGER, "kids": kids}}
+    sent = {"n": "1", "kids": '[{"n": "2", "kids": [{"N": 3.0}]}]'}
+    meant = {"n": 1, "kids": [{"n": 2, "kids": [{"n": 3}]}]}
+    assert np.mended(json.dumps(sent), tree) == (meant, COERCED + RENAMED)
+
+
+GARBAGE = [
+    None, 5, "x", [], [{}], True, {}, {"type": 5}, {"type": [[], {}, None, "string"]},
+    {"type": "string"}, {"type": "array"}, {"nullable": "x"}, {"const": None},
+    {"properties": []}, {"properties": {"a": 5, "b": []}}, {"patternProperties": 5},
+    {"properties": {"a": {"enum": 5}}}, {"properties": {"a": {"enum": [[], {}]}}},
+    {"required": 5}, {"required": [[], {}, 5]}, {"required": "a"}, {"items": 5},
+    {"anyOf": 5}, {"anyOf": []}, {"anyOf": [5, None]}, {"allOf": {"a": 1}},
+    {"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}, {"allOf": [{"$ref": "#"}] * 2},
+    {"$ref": "#"}, {"$ref": []}, {"$ref": "#/%zz/~2"}, {"$ref": "#/" + "x/" * 9999},
+    {"additionalProperties": {"$ref": "#"}}, {"additionalProperties": []},
+]
+
+
+@pytest.mark.parametrize("schema", GARBAGE, ids=lambda schema: json.dumps(schema)[:40])
+def test_garbage_for_a_schema_changes_nothing(schema):
+    value = {"a": "b", "c": [1, {"d": None}]}
+    assert np.mended(json.dumps(value), schema)[0] == value
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_garbage_within_schemas_does_not_raise(seed):
+    dice = random.Random(seed)
+    keys = ["type", "properties", "items", "prefixItems", "additionalProperties",
+            "$ref", "anyOf", "oneOf", "allOf", "enum", "const", "required", "nullable",
+            "$defs"]
+    leaves = ["object", "string", "integer", "array", "#", "#/$defs/a", "#/anyOf/0", 5,
+              None, True, [], {}]
+
+    def garbage(depth):
+        kind = dice.randrange(4 if depth < 5 else 1)
+        if kind == 0:
+            return dice.choice(leaves)
+        if kind == 1:
+            return [garbage(depth + 1) for _ in range(3)]
+        names = keys if kind == 2 else WORDS
+        return {name: garbage(depth + 1) for name in dice.sample(names, 4)}
+
+    schema = {name: garbage(0) for name in keys}
+    value, _ = np.mended(json.dumps(some_object(dice)), schema)
+    assert isinstance(value, dict)
+
+
+# ---- hostile sizes
+
+MEGA = 1000 * 1000
+HOSTILE = [     # a phrase, the text, whether it can be mended
+    ("10,000 opening brackets", "[" * 10000, False),
+    ("10,000 opening braces", '{"a":' * 10000, False),
+    ("10,000 nested objects", '{"a":' * 10000 + "1" + "}" * 10000, None),
+    ("10,000 nested lists, a brace short", '{"a":' + "[" * 10000 + "]" * 10000, False),
+    ("10,000 nested lists in a string", json.dumps({"p": "[" * 10000}), True),
+    ("200 nested lists that need a brace", '{"a":' + "[" * 200 + "]" * 200, False),
+    ("200 objects twice", ('{"a":' * 200 + "1" + "}" * 200) * 2, False),
+    ("a million braces", "{" * MEGA, False),
+    ("a million closing braces", "}" * MEGA, False),
+    ("half a million lists", '{"a":' + "[]" * (MEGA // 2), False),
+    ("half a million objects", "{}" * (MEGA // 2), False),
+    ("a string of 5 MB", json.dumps({"p": "x" * 5 * MEGA}), True),
+    ("a number's place taken by 5 MB", json.dumps({"n": "9" * 5 * MEGA}), True),
+    ("an open string of 5 MB", '{"a": "' + "x" * 5 * MEGA, False),
+    ("a string of 5 MB, a brace short", '{"a": "' + "x" * 5 * MEGA + '"', False),
+    ("a megabyte of lines", '{"a": "' + ("x" * 40 + "\n") * (MEGA // 41) + '"', True),
+    ("a megabyte of newlines", '{"a": "' + "\n" * MEGA + '"}', True),
+    ("a megabyte in single quotes", "{'a': '" + "x\n" * (MEGA // 2) + "'}", True),
+    ("a megabyte of quotes", '"' * MEGA, False),
+    ("a megabyte of quotes in an object", '{"a":' + '"' * MEGA, False),
+    ("a megabyte of quotes in single quotes", "{'a': '" + '"' * MEGA + "'}", True),
+    ("a megabyte of apostrophes", "'" * MEGA, False),
+    ("a megabyte of apostrophes in an object", "{'a':" + "'" * MEGA, False),
+    ("a megabyte of backslashes", "\\" * MEGA, False),
+    ("a megabyte of backslashes in a string", '{"a": "' + "\\" * MEGA, False),
+    ("a megabyte of backslashes, a brace short", '{"a": "' + "\\" * MEGA + '"', True),
+    ("half a million escaped quotes", '{"a": "' + '\\"' * (MEGA // 2), False),
+    ("half a million escaped apostrophes", "{'a': '" + "\\'" * (MEGA // 2), False),
+    ("a megabyte of backticks", "`" * MEGA, False),
+    ("a million commas", '{"a": [' + "," * MEGA, False),
+    ("half a million commas and blanks", '{"a": [' + ", " * (MEGA // 2), False),
+    ("a million blanks after a comma", "{," + " " * MEGA + "x", False),
+    ("two hundred thousand words", "True " * (MEGA // 5), False),
+    ("100,000 objects in a list", '{"a": [' + '{"P": "1"},' * 90000 + "]", True),
+    ("100,000 keys", json.dumps({f"P{n}": None for n in range(100000)}), True),
+]
+
+
+def mended_quickly(text, schema):
+    """mended() in less than a second, at the third try at last: machines are busy."""
+    for _ in range(3):
+        begin = time.process_time()
+        answer = np.mended(text, schema)
+        if time.process_time() - begin < 1:
+            return answer
+    pytest.fail("it took more than a second")
+
+
+@pytest.mark.parametrize("text, can_be", named(HOSTILE))
+def test_hostile_text_takes_less_than_a_second(text, can_be):
+    schema = {"properties": {"p": ARRAY, "n": INTEGER, "a": {"items": FILE_PATHS}}}
+    value, repairs = mended_quickly(text, schema)
+    if can_be is not None:      # else as deep as this Python's decoder goes
+        assert (value is not None) == can_be
+    if repairs:
+        json.dumps(value)
+
+
+HOSTILE_SCHEMAS = [
+    ("a union of itself", {"anyOf": [{"$ref": "#"}] * 2}),
+    ("all of itself", {"allOf": [{"$ref": "#"}] * 2}),
+    ("a recursive union that never fits", {"type": "object", "anyOf": [
+        {"required": ["x"], "additionalProperties": {"$ref": "#"}},
+        {"required": ["y"], "additionalProperties": {"$ref": "#"}}]}),
+    ("a deep schema", json.loads('{"properties":{"a":' * 200 + "{}" + "}}" * 200)),
+]
+
+
+@pytest.mark.parametrize("schema", named(HOSTILE_SCHEMAS))
+def test_hostile_schemas_take_less_than_a_second(schema):
+    text = '{"a":' * 90 + '"1"' + "}" * 90
+    assert mended_quickly(text, schema)[0] == json.loads(text)
+
+
+def test_a_long_list_is_fitted_as_far_as_the_steps_reach():
+    value, _ = np.mended(json.dumps({"a": ["1"] * 50000}),
+                         {"properties": {"a": {"items": INTEGER}}})
+    assert value["a"][:9000] == [1] * 9000 and value["a"][-1] == "1"
+
+
+# ---- names of tools
+
+TOOLS = ["Read", "WebFetch", "mcp__files__read-file", "a_b", "A-B", "functions.odd",
+         "x:0"]
+SPELLINGS = [
+    ("exact", "Read", "Read"),
+    ("exact though odd", "functions.odd", "functions.odd"),
+    ("exact though numbered", "x:0", "x:0"),
+    ("a prefix", "functions.Read", "Read"),
+    ("a number", "Read:0", "Read"),
+    ("a prefix and a number", "functions.Read:12", "Read"),
+    ("markup behind", "Read<|channel|>commentary", "Read"),
+    ("everything", " functions.read:1 <|constrain|>json", "Read"),
+    ("another case", "READ", "Read"),
+    ("underscores", "web_fetch", "WebFetch"),
+    ("hyphens", "mcp-files-read-file", "mcp__files__read-file"),
+    ("equal to one of two", "a_b", "a_b"),
+    ("like two", "AB", ""),
+    ("unknown", "Write", ""),
+    ("a part", "Rea", ""),
+    ("another prefix", "tools.Read", ""),
+    ("nothing", "", ""),
+    ("markup alone", "<|channel|>", ""),
+]
+
+
+@pytest.mark.parametrize("spelling, name", named(SPELLINGS))
+def test_spellings_of_tools(spelling, name):
+    assert np.declared_name(spelling, TOOLS) == name
+    assert np.declared_name(spelling, iter(TOOLS + TOOLS)) == name
+
+
+# ---- 9. Dialects: tool calls written as text ---------------------------------
+
+BAR, MINIMAX = "\uff5c", "]<]minimax[>["
+DSML = BAR + "DSML" + BAR
+DECLARED = {name: {"name": name, "input_schema": {
+    "type": "object", "required": keys[:1],
+    "properties": {key: {"type": "integer" if key == "limit" else "string"}
+                   for key in keys}}} for name, keys in [
+    ("Read", ["file_path", "limit"]), ("Bash", ["command"]),
+    ("Write", ["file_path", "content"])]}
+PATH = '{"file_path":"/a"}'
+NAMED = '{"name": "Read", "arguments": {"file_path": "/a"}}'
+
+
+def deep(*words):
+    return "".join("<%s%s%s>" % (BAR, word.replace(" ", "\u2581"), BAR)
+                   for word in words)
+
+
+def invoked(prefix="", wrapper="function_calls", blank="", marks=""):
+    """A call in tags like those that Claude is asked with."""
+    line = ('<{w}>{b}<{p}invoke name="Read">{b}<{p}parameter name="file_path"{m}>/a'
+            "</{p}parameter>{b}</{p}invoke>{b}</{w}>")
+    return line.format(w=wrapper, p=prefix, b=blank, m=marks)
+
+
+WRITTEN = [     # who writes so, the text: each means Read(file_path="/a")
+    ("Hermes", "<tool_call>\n%s\n</tool_call>" % NAMED),
+    ("Hermes, parameters", "<tool_call>%s</tool_call>" % NAMED.replace(
+        "arguments", "parameters")),
+    ("Hermes, arguments first", '<tool_call>\n{"arguments": %s, "name": "Read"}\n'
+     "</tool_call>" % PATH),
+    ("Hermes, arguments as a string", '<tool_call>{"name": "Read", "arguments": %s}'
+     "</tool_call>" % json.dumps(PATH)),
+    ("Hermes, a list", "<tool_call>\n[%s]\n</tool_call>" % NAMED),
+    ("Hermes, without the last brace", "<tool_call>\n%s\n</tool_call>" % NAMED[:-1]),
+    ("Qwen-Coder, Nemotron 3", "<tool_call>\n<function=Read>\n<parameter=file_path>\n"
+     "/a\n</parameter>\n</function>\n</tool_call>"),
+    ("Qwen-Coder, bare", "<function=Read>\n<parameter=file_path>\n/a\n</parameter>\n"
+     "</function>"),
+    ("Qwen-Coder, the inner end missing", "<tool_call>\n<function=Read>\n"
+     "<parameter=file_path>\n/a\n</parameter>\n</tool_call>"),
+    ("Seed-OSS", "<seed:tool_call>\n<function=Read>\n<parameter=file_path>/a"
+     "</parameter>\n</function>\n</seed:tool_call>"),
+    ("GLM-4.5", "<tool_call>Read\n<arg_key>file_path</arg_key>\n<arg_value>/a"
+     "</arg_value>\n</tool_call>"),
+    ("GLM-4.7", "<tool_call>Read<arg_key>file_path</arg_key><arg_value>/a</arg_value>"
+     "</tool_call>"),
+    ("Kimi K2", "<|tool_calls_section_begin|><|tool_call_begin|>functions.Read:0"
+     "<|tool_call_argument_begin|>%s<|tool_call_end|>" % PATH
+     + "<|tool_calls_section_end|>"),
+    ("Kimi K2, a short id", "<|tool_call_begin|>Read:0<|tool_call_argument_begin|>%s"
+     "<|tool_call_end|>" % PATH),
+    ("Kimi K3", '<|open|>tools<|sep|><|open|>call tool="Read" index="1"<|sep|><|open|>'
+     'argument key="file_path" type="string"<|sep|>/a<|close|>argument<|sep|><|close|>'
+     "call<|sep|><|close|>tools<|sep|>"),
+    ("DeepSeek V3, R1", deep("tool calls begin", "tool call begin") + "function"
+     + deep("tool sep") + "Read\n```json\n%s\n```" % PATH
+     + deep("tool call end", "tool calls end")),
+    ("DeepSeek V3.1", deep("tool calls begin", "tool call begin") + "Read"
+     + deep("tool sep") + PATH + deep("tool call end", "tool calls end")),
+    ("DeepSeek V3.2", invoked(DSML, DSML + "function_calls", "\n", ' string="true"')),
+    ("DeepSeek V3.2, unmarked", invoked(DSML, DSML + "function_calls")),
+    ("DeepSeek V3.2, JSON", "<%sfunction_calls>\n<%sinvoke name=\"Read\">\n%s\n"
+     "</%sinvoke>\n</%sfunction_calls>" % (DSML, DSML, PATH, DSML, DSML)),
+    ("DeepSeek V4", invoked(DSML, DSML + "tool_calls")),
+    ("DeepSeek V4, toolcalls", invoked(DSML, DSML + "toolcalls")),
+    ("DeepSeek V4, tool", invoked(DSML, DSML + "tool")),
+    ("DeepSeek V4.1", invoked(DSML + " ", DSML + " calls")),
+    ("MiniMax M2", invoked("", "minimax:tool_call", "\n")),
+    ("MiniMax M2, single quotes", invoked("", "minimax:tool_call").replace('"', "'")),
+    ("MiniMax M2, no quotes", invoked("", "minimax:tool_call").replace('"', "")),
+    ("MiniMax M3", MINIMAX + "<tool_call>" + MINIMAX + '<invoke name="Read">' + MINIMAX
+     + "<file_path>/a" + MINIMAX + "</file_path>" + MINIMAX + "</invoke>" + MINIMAX
+     + "</tool_call>"),
+    ("Llama 3", "<|python_tag|>" + NAMED.replace("arguments", "parameters")),
+    ("Llama 3, bare", NAMED.replace("arguments", "parameters")),
+    ("Llama 3, typed", '{"type": "function", "name": "Read", "parameters": %s}' % PATH),
+    ("Llama 3, an inner object",
+     '{"function": {"name": "Read", "arguments": %s}}' % PATH),
+    ("Llama 4", '<|python_start|>[Read(file_path="/a")]<|python_end|>'),
+    ("Llama 4, bare", "[Read(file_path='/a')]"),
+    ("Mistral, to v7", "[TOOL_CALLS] [%s]" % NAMED),
+    ("Mistral v11", "[TOOL_CALLS]Read[CALL_ID]abc123def[ARGS]" + PATH),
+    ("Mistral v13", "[TOOL_CALLS]Read[ARGS]" + PATH),
+    ("Mistral, no mark", "[TOOL_CALLS]Read" + PATH),
+    ("gpt-oss", "<|start|>assistant<|channel|>commentary to=functions.Read "
+     "<|constrain|>json<|message|>%s<|call|>" % PATH),
+    ("gpt-oss, the recipient first", "<|start|>assistant to=functions.Read<|channel|>"
+     "commentary json<|message|>%s<|call|>" % PATH),
+    ("Nemotron 1 and 2", "<TOOLCALL>[%s]</TOOLCALL>" % NAMED),
+    ("Nemotron 1 and 2, left open", "<TOOLCALL>[%s]" % NAMED),
+    ("Gemma 4", '<|tool_call>call:Read{file_path:<|"|>/a<|"|>}<tool_call|>'),
+    ("Phi 4", "functools[%s]" % NAMED),
+    ("Step 3", "<%stool_calls_begin%s><%stool_call_begin%s>function<%stool_sep%s>"
+     '<steptml:invoke name="Read"><steptml:parameter name="file_path">/a'
+     "</steptml:parameter></steptml:invoke><%stool_call_end%s><%stool_calls_end%s>"
+     % ((BAR,) * 10)),
+    ("Muse", invoked("atem:", "atem:function_calls")),
+    ("Inkling", '<|content_invoke_tool_json|>{"name":"Read","args":%s}<|end_message|>'
+     % PATH),
+    ("an imitator of Claude", invoked()),
+    ("an imitator, prefixed", invoked("antml:", "antml:function_calls")),
+    ("an imitator, unwrapped", '<invoke name="Read"><parameter name="file_path">/a'
+     "</parameter></invoke>"),
+    ("a fenced call", "```json\n%s\n```" % NAMED),
+    ("a call as it is shown", "[Tool call: Read(%s)]" % PATH),
+    ("the XML mode", '<tool_code name="Read">\n%s\n</tool_code>' % PATH),
+    ("the XML mode, careless",
+     "<TOOL_CODE name = 'Read' >\nRead\n%s</ tool_code >" % PATH),
+]
+ALONE = {case for case, words in WRITTEN if case.startswith((
+    "Llama 3", "Llama 4, bare", "Phi", "a fenced", "a call as"))}   # or it is no call
+OPEN = {"Nemotron 1 and 2, left open"}      # what follows would be taken for the end
+
+
+def leaked(pieces, cut=False, model=""):
+    """What Leaks makes of a text: words joined, calls without their repairs."""
+    leaks, out = np.Leaks(DECLARED, model), []
+    found = [each for piece in pieces for each in leaks.feed(piece)]
+    for kind, value in found + (leaks.cut() if cut else leaks.feed("", True)):
+        if kind != "text":
+            out.append((kind, *value[:2]))
+        elif out and out[-1][0] == "text":
+            out[-1] = ("text", out[-1][1] + value)
+        else:
+            out.append(("text", value))
+    return out
+
+
+READ_A = ("call", "Read", PATH)
+
+
+@pytest.mark.parametrize("words", named(WRITTEN))
+def test_every_dialect_whole_byte_by_byte_and_cut_anywhere(words):
+    assert leaked([words]) == [READ_A]
+    assert leaked(words) == [READ_A]
+    assert all(leaked([words[:place], words[place:]]) == [READ_A]
+               for place in range(1, len(words)))
+
+
+@pytest.mark.parametrize("case, words", named([(row[0], *row) for row in WRITTEN]))
+def test_text_around_a_call_keeps_its_place(case, words):
+    framed = "I look <b>now</b>.\n" + words + "\nThat `was` it [1]."
+    got = leaked([framed])
+    assert got == leaked(framed)
+    if case in ALONE:
+        assert got == [("text", framed)]
+    elif case not in OPEN:
+        before, call, after = got
+        assert (before, call) == (("text", "I look <b>now</b>.\n"), READ_A)
+        assert after[1].strip() == "That `was` it [1]."
+
+
+@pytest.mark.parametrize("words", named(WRITTEN))
+def test_what_only_shows_a_call_is_text(words):
+    line = words.replace("\n", " ").replace("```json", "").replace("```", "")
+    for shown in (words.replace("Read", "Reed"), "So: `%s` it is." % line,
+                  "So:\n```\n%s\n```\nit is." % line, "So:\n~~~xml\n%s" % line,
+                  "``" + line + "``"):
+        assert leaked([shown]) == leaked(shown) == [("text", shown)]
+
+
+@pytest.mark.parametrize("words", named(WRITTEN))
+def test_a_call_that_the_output_limit_cut_is_never_run(words):
+    for place in range(1, words.index("/a") + 2):
+        for kind, *value in leaked([words[:place]], cut=True):
+            assert kind == "text" or kind == "cut" and not np.is_object(value[1])
+
+
+def test_several_calls_in_a_row():
+    one = "<function=Bash>\n<parameter=command>\nls\n</parameter>\n</function>"
+    three = "<tool_call>\n%s\n%s\n</tool_call>\n<tool_call>%s</tool_call>" % (
+        one, one, one)
+    for pieces in ([three], three):
+        found = [piece for piece in leaked(pieces) if piece[1].strip()]
+        assert found == [("call", "Bash", '{"command":"ls"}')] * 3
+    kimi = dict(WRITTEN)["Kimi K2"].replace("<|tool_calls_section_end|>", "")
+    assert leaked(kimi + kimi) == [READ_A] * 2
+    assert leaked("[Bash(command='ls'), Read(file_path='/a', limit=3)]") == [
+        ("call", "Bash", '{"command":"ls"}'),
+        ("call", "Read", '{"file_path":"/a","limit":3}')]
+    llama = '{"name": "Read", "parameters": %s}; ' % PATH * 2
+    assert leaked(llama) == [READ_A] * 2
+
+
+VALUES_IN_TAGS = [      # case, the value as it stands in the tag, what it means
+    ("line ends around it", "\nx\n", "x"), ("inline", "x", "x"),
+    ("its own last line end", "x\n", "x\n"), ("blanks", "\n  x  \n", "  x  "),
+    ("tags", "<b>&amp;</b>", "<b>&amp;</b>"), ("nothing", "", ""),
+    ("this very format", "\n<parameter=content>\nx\n", "<parameter=content>\nx"),
+    ("its end", "\na </function> b\n", "a </function> b"),
+    ("a fence", "\n```\nx\n```\n", "```\nx\n```"),
+]
+
+
+@pytest.mark.parametrize("raw, value", named(VALUES_IN_TAGS))
+def test_values_in_tags_are_raw(raw, value):
+    words = ("<tool_call>\n<function=Write>\n<parameter=file_path>\n/a\n</parameter>\n"
+             "<parameter=content>%s</parameter>\n</function>\n</tool_call>" % raw)
+    (_, name, arguments), = leaked(words)
+    assert json.loads(arguments) == {"file_path": "/a", "content": value}
+
+
+def test_parameters_that_are_not_closed():
+    words = ("<function=Write>\n<parameter=file_path>\n/a\n<parameter=content>\nx\n"
+             "</parameter>\n</function>")
+    (_, _, arguments), = leaked(words)
+    assert json.loads(arguments) == {"file_path": "/a", "content": "x"}
+
+
+def test_types_come_from_the_schema():
+    words = ("<tool_call>read<arg_key>file_path</arg_key><arg_value>/a</arg_value>"
+             "<arg_key>limit</arg_key><arg_value>3</arg_value></tool_call>")
+    assert leaked(words) == [("call", "Read", '{"file_path":"/a","limit":3}')]
+
+
+def test_nested_values_of_minimax():
+    def tag(name, *inner):
+        return MINIMAX + "<%s>" % name + "".join(inner) + MINIMAX + "</%s>" % name
+    todos = tag("todos", tag("item", tag("text", "a"), tag("done", "true")),
+                tag("item", tag("text", "b"), tag("done", "false")))
+    words = MINIMAX + '<invoke name="Todo">' + todos + MINIMAX + "</invoke>"
+    item = {"type": "object", "properties": {"done": {"type": "boolean"}}}
+    tool = {"name": "Todo", "input_schema": {"properties": {"todos": {
+        "type": "array", "items": item}}}}
+    leaks = np.Leaks({"Todo": tool})
+    (_, (_, arguments, _)), = leaks.feed(words)
+    assert json.loads(arguments) == {"todos": [{"text": "a", "done": True},
+                                               {"text": "b", "done": False}]}
+
+
+DEBRIS = [      # model, text, what remains of it
+    ("deepseek-v4", deep("tool calls end") + "Done." + deep("eos"), "Done."),
+    ("gpt-oss-20b", "<|start|>assistant<|channel|>final<|message|>Hi<|return|>", "Hi"),
+    ("llama", "a <|x|> b", "a <|x|> b"),
+    ("deepseek-v4", "a <b> | c > <| d", "a <b> | c > <| d"),
+]
+
+
+@pytest.mark.parametrize("model, words, left", DEBRIS)
+def test_marks_that_are_no_call(model, words, left):
+    for pieces in ([words], words):
+        assert leaked(pieces, model=model) == [("text", left)]
+
+
+BROKEN_OFF = ["<tool_call>", "<tool_call>\n{", '<tool_call>{"name": "Read"',
+              "[TOOL_CALLS]", "<function=Read>", "<|tool_call_begin|>functions.Read:0",
+              "<", "```", "{",
+              '{"name"', "[Read(", "functools[", "<tool_code name=\"Read\">\n{\"a"]
+
+
+@pytest.mark.parametrize("words", BROKEN_OFF)
+def test_an_opener_that_comes_to_nothing_is_text(words):
+    for shown in (words, words + " and so on.\n", "Well, " + words):
+        assert leaked([shown]) == leaked(shown) == [("text", shown)]
+
+
+def test_nothing_is_held_that_cannot_be_a_call():
+    for words in ("a < b", "<tool_call> is", "<tool_calls", "x[0]", "{ x", '{"a": 1}',
+                  "[Rea(", "```js\n", "<|tool|>"):
+        leaks = np.Leaks(DECLARED)
+        assert "".join(value for _, value in leaks.feed("Hm. " + words + "!")) == (
+            "Hm. " + words + "!")
+
+
+def test_random_text_and_random_cuts():
+    source = random.Random(7)
+    words = [words for _, words in WRITTEN]
+    words += ["\n", "`", "```", "~~~", "<", "</tool_call>", " a "]
+    words += [word for row in np.DIALECTS for word in np.literals(row.head)]
+    for _ in range(400):
+        line = "".join(source.choice(words)[:source.choice([3, 30, 300])]
+                       for _ in range(source.randrange(1, 9)))
+        places = sorted(source.randrange(len(line) + 1) for _ in range(6))
+        pieces = [line[a:b] for a, b in zip([0, *places], [*places, len(line)])]
+        assert leaked(pieces) == leaked([line])
+
+
+MUCH = [        # a MB of it, where not said otherwise
+    ("openers", "<tool_call>" * 90000), ("brackets", "<" * 1000000),
+    ("openers and names", "<tool_call><function=Read>" * 38000),
+    ("openers of JSON", '<tool_call>{"name":' * 52000),
+    ("depth",
+     '<tool_call>{"name":"Read","arguments":' + "[" * 10000 + "]" * 10000 + "}"),
+    ("openers of strings", '<|tool_call>call:Read{' + '<|"|>' * 200000),
+    ("backticks", "`" * 1000000), ("blanks", "<tool_call>" + " " * 1000000),
+    ("parameters", "<function=Read>" + "<parameter=file_path>" * 48000),
+    ("pairs", "<tool_call>Read" + "<arg_key>a</arg_key><arg_value>" * 32000),
+    ("closers", dict(WRITTEN)["GLM-4.7"] + "</tool_call>" * 83000),
+    ("tags", MINIMAX + '<invoke name="Read">' + (MINIMAX + "<x>") * 60000),
+    ("shown calls", "[Tool call: Read(" * 58000),
+    ("a 5 MB argument", '<tool_call>{"name":"Read","arguments":{"file_path":"%s"}}'
+     "</tool_call>" % ("x\\n" * 1600000)),
+]
+
+
+@pytest.mark.parametrize("words", named(MUCH))
+def test_hostile_text_takes_a_second_and_comes_back(words):
+    began = time.process_time()
+    got = leaked([words[i:i + 65536] for i in range(0, len(words), 65536)])
+    assert time.process_time() - began < 2
+    assert got == [("text", words)] or got[0][0] == "call"
+
+
 # ---- 8. Streams: chunks to events --------------------------------------------
 
 def told(chunks, **reading):
@@ -1560,6 +2479,68 @@ def test_usage_is_complete_everywhere():
     assert set(events[-2][1]["usage"]) == full
 
 
+READ = {"Read": {"name": "Read", "input_schema": {
+    "required": ["file_path"], "properties": {
+        "file_path": {"type": "string"}, "limit": {"type": "integer"}}}}}
+LEAK = '<tool_call>{"name": "Read", "arguments": {"file_path": "/a", "limit": "3"}}' \
+    "</tool_call>"
+READ_3 = {"type": "tool_use", "name": "Read", "input": {"file_path": "/a", "limit": 3}}
+SAME = {"file_path": "/a", "limit": 3}
+LEAKED = [      # (case, chunks, content, stop_reason)
+    ("a call in the text", text("Let me ", "look.\n", LEAK),
+     [said("Let me look.\n"), READ_3], "tool_use"),
+    ("text behind it", text("One. ", LEAK + "\nTwo."),
+     [said("One. "), READ_3, said("\nTwo.")], "tool_use"),
+    ("nothing but the call", text(*("\n\n" + LEAK)), [READ_3], "tool_use"),
+    ("the same call twice, once in the right place", [says(content=LEAK)]
+     + calls(("Read", SAME)), [READ_3], "tool_use"),
+    ("another call in the right place", [says(content=LEAK)]
+     + calls(("Read", {"file_path": "/b"})),
+     [READ_3, dict(READ_3, input={"file_path": "/b"})], "tool_use"),
+    ("a call in the thinking alone",
+     [says(reasoning_content="So " + LEAK), says("stop")],
+     [thinking("So " + LEAK), READ_3], "tool_use"),
+    ("a call in the thinking, then text", [says(reasoning_content=LEAK)] + text("Hm."),
+     [thinking(LEAK), said("Hm."), READ_3], "tool_use"),
+    ("a call in the thinking, then another", [says(reasoning_content=LEAK)]
+     + calls(("Read", {"file_path": "/b"})),
+     [thinking(LEAK), dict(READ_3, input={"file_path": "/b"})], "tool_use"),
+    ("a call between think tags", text("<think>" + LEAK + "</think>"),
+     [thinking(LEAK), READ_3], "tool_use"),
+    ("an example in a fence", text("```\n" + LEAK + "\n```"),
+     [said("```\n" + LEAK + "\n```")], "end_turn"),
+    ("a call cut by the limit", text("Hm.", LEAK[:50], finish="length"),
+     [said("Hm."), dict(READ_3, input={"__unparsedToolInput": {
+         "raw": LEAK[11:50], "len": 39}})], "max_tokens"),
+    ("arguments to be fitted", calls(("read", {"filePath": "/a", "limit": "3"})),
+     [READ_3], "tool_use"),
+    ("arguments with single quotes, finished", [piece(
+        0, "c", "Read", "{'file_path': '/a', 'limit': 3"), says("tool_calls")],
+     [READ_3], "tool_use"),
+    ("arguments beyond repair", [piece(
+        0, "c", "Read", '{"file_path": "/'), says("tool_calls")],
+     [dict(READ_3, input={"__unparsedToolInput": {
+         "raw": '{"file_path": "/', "len": 16}})], "tool_use"),
+]
+
+
+@pytest.mark.parametrize("chunks, blocks, reason", named(LEAKED))
+def test_leaked_and_mended_calls(chunks, blocks, reason):
+    assert content(chunks, tools=READ) == (blocks, reason)
+
+
+def test_a_leaked_call_is_told_in_its_place_and_at_once():
+    message = np.Message("msg_1", "m", np.Reading(tools=READ))
+    names = [name for name, _ in message.events([says(content="Hi. " + LEAK)])]
+    assert names == ["content_block_start", "content_block_delta",
+                     "content_block_stop"] * 2
+    assert message.repairs == ["leaked", "coerced"]
+
+
+def test_without_tools_nothing_is_looked_for():
+    assert content(text(LEAK)) == ([said(LEAK)], "end_turn")
+
+
 USAGES = [
     ("last chunk", [used(10, 4)], (10, 0, 4)),
     ("on the finish chunk", [{**says("stop"), "usage": {"prompt_tokens": 10,
@@ -1590,8 +2571,8 @@ def test_ids_are_unique_and_the_model_is_the_one_asked_for():
 
 
 def test_names_are_mapped_back():
-    names = np.tool_names({"tools": [{"name": LONG, "input_schema": {}}]})
-    blocks, _ = content(calls((list(names)[0], {})), names=names)
+    names = np.declared_tools({"tools": [{"name": LONG, "input_schema": {}}]})
+    blocks, _ = content(calls((list(names)[0], {})), tools=names)
     assert blocks == [used_tool(LONG)]
 
 
