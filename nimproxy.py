@@ -469,6 +469,8 @@ class Provider(NamedTuple):
     everyone: bool = False  # the switch is for models of no family too
     replay: str = ""        # in place of the family's
     field: str = "reasoning_content"    # where thinking stands in history
+    most_bytes: int = 0     # of a request; 0: not known
+    image_bytes: int = 0    # of one image in base64 that every model takes; 0: any
 
 
 THINKING_ON = {"thinking": {"type": "enabled"}}
@@ -480,7 +482,7 @@ PROVIDERS = {row.name: row for row in [
         "nvidia", "NVIDIA NIM", "https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY",
         "https://build.nvidia.com", "z-ai/glm-5.3",
         "nvidia/nemotron-3-super-120b-a12b", "nvidia/nemotron-3.5-lightning-30b-a3b",
-        r"integrate\.api\.nvidia\.com"),
+        r"integrate\.api\.nvidia\.com", most_bytes=45 << 20, image_bytes=180000),
     Provider(
         "ollama", "Ollama", "http://localhost:11434/v1", "", "https://ollama.com",
         "gpt-oss:20b", "gpt-oss:20b", "gpt-oss:20b", r".*:11434|ollama\.com",
@@ -645,8 +647,8 @@ SETTINGS = [
     Setting("opus", "", "models.opus", "text"),
     Setting("sonnet", "", "models.sonnet", "text"),
     Setting("haiku", "", "models.haiku", "text"),
-    Setting("tool_format", "", "models.tool_format", "format"),
-    Setting("context_window", "", "models.max_context_window", "window"),
+    Setting("tool_format", "", "tool_format", "format"),
+    Setting("context_window", "", "max_context_window", "window"),
     Setting("host", "PROXY_HOST", "server.host", "text"),
     Setting("port", "PROXY_PORT", "server.port", "port"),
     Setting("proxy_key", "PROXY_API_KEY", "server.api_key", "secret"),
@@ -5946,6 +5948,7 @@ class Proxy:
             except ProxyError as error:
                 mend = self.mend(question, chat, error, tried)
                 if not mend:
+                    error.message += self.image_hint(chat, error)
                     raise
                 tried.append(mend)
                 apply_mend(mend, chat)
@@ -5968,6 +5971,17 @@ class Proxy:
         room = room_left(found, "at least" not in error.words, len(tried))
         mend = f"now:{room}"
         return mend if 0 < room < wanted_tokens(chat) and mend not in tried else ""
+
+    def image_hint(self, chat: Json, error: ProxyError) -> str:
+        """A word on images that may be the reason of a refusal."""
+        most = self.host_limits().image_bytes
+        sizes = [len(part["image_url"]["url"]) for message in chat["messages"]
+                 if isinstance(message["content"], list) for part in message["content"]
+                 if part["type"] == "image_url"]
+        if not error.words or not most or max(sizes, default=0) <= most:
+            return ""
+        return (f" An image here has {max(sizes) // 1000} kB in base64; many models at "
+                f"this host take {most // 1000}: scale it down.")
 
     def learn(self, model: str, mends: List[str]) -> None:
         lasting = [mend for mend in mends if not mend.startswith("now:")]
@@ -6003,7 +6017,18 @@ class Proxy:
         if chat["model"] == DEMO_MODEL:
             return Script(chat)
         payload = encode_json(chat).encode("ascii")
+        most = self.host_limits().most_bytes
+        if 0 < most < len(payload):
+            raise ProxyError(413, f"the request has {len(payload) >> 20} MB, and "
+                                  f"{upstream_label(self.config)} takes {most >> 20}: "
+                                  "fewer or smaller images and documents")
         return await self.upstream.ask("/chat/completions", payload, "stream" in chat)
+
+    def host_limits(self) -> Provider:
+        """The row of the host that is asked; one without limits if it is not known."""
+        row = upstream_api(self.config)
+        host = urlsplit(self.config.base_url).netloc
+        return row if re.fullmatch(row.hosts or "-", host) else PROVIDERS["custom"]
 
     def again(self, question: Question, chat: Json) -> Again:
         """What asks a chat once more, for a call that can be used; {} if that fails.
@@ -7408,6 +7433,10 @@ def run_status(context: Context) -> int:
         f"{status['models']['default']}")
     say("  " + ", ".join(f"{name.replace('_', ' ')} {counts.get(name, 0)}" for name in
                          ("requests", "answers", "input_tokens", "output_tokens")))
+    mended = [f"{name.partition('_')[2]} {count}" for name, count in counts.items()
+              if name.startswith(("calls_", "mended_"))]
+    if mended:
+        say("  mended: " + ", ".join(sorted(mended)))
     for error in status["last_errors"]:
         say(f"  {error['status']} {error['message']}")
     return 0

@@ -603,7 +603,18 @@ BAD_CONFIGS = [
     ("aliases too deep", "model_aliases:\n  a:\n    b: c\n", "expected a map of names"),
     ("deep JSON", '{"a":' * 100000, "config.yaml: not JSON"),
     ("boolean for seconds", "streaming:\n  eager_after: true\n", "expected seconds"),
+    ("a window of lots", "max_context_window: lots\n",
+     "expected tokens such as 32768, 128k or 1m, found 'lots'"),
+    ("a window of nothing", "max_context_window: 0\n", "expected tokens"),
+    ("a tool format", "tool_format: yaml\n", "expected native or xml, found 'yaml'"),
 ]
+
+
+def test_windows_and_tool_formats_as_the_seeds_write_them():
+    for text, tokens in [("128k", 131072), ("1m", 1048576), ("8192", 8192),
+                         ("'32K'", 32768)]:
+        config, _ = resolved("max_context_window: %s\ntool_format: XML\n" % text)
+        assert (config.context_window, config.tool_format) == (tokens, "xml")
 
 
 @pytest.mark.parametrize("file, message", [row[1:] for row in BAD_CONFIGS],
@@ -4806,6 +4817,29 @@ def test_token_counts_are_calibrated_by_upstreams_own():
         assert all(0.95 < estimate(words()) < 1.05 for _ in range(20))
 
 
+def hosted(proxy, asked):
+    """A proxy that believes to ask NVIDIA's own endpoint, and what it says."""
+    async def ask(path, payload=b"", stream=False):
+        asked.append(json.loads(payload))
+        words = "EngineCore encountered an issue"
+        raise np.refusal(np.Asked(proxy.config, "m"), 500, words)
+    proxy.upstream.ask = ask
+    return proxy
+
+
+def test_hosted_limits_are_said_in_plain_words():
+    shown = {"type": "image", "source": {"type": "base64", "data": "A" * 200000}}
+    proxy, asked = hosted(np.Proxy(np.Config(api_key="k")), []), []
+    for number, words in [(1, "An image here has 200 kB"),
+                          (260, "the request has 49 MB")]:
+        body = dict(ASK, model="google/gemma-4-31b-it",
+                    messages=[user(said("a"), *[shown] * number)])
+        request = np.Request("POST", "/v1/messages", [], json.dumps(body).encode())
+        with pytest.raises(np.ProxyError) as raised:
+            asyncio.run(proxy.messages(request))
+        assert words in raised.value.message
+
+
 def test_a_broken_call_is_asked_for_again_without_streaming():
     broken = streams(piece(0, "c", "Read", '{"file_path": "/'), says("tool_calls"))
     good = completes("", "tool_calls", tool_calls=[
@@ -5236,6 +5270,14 @@ def test_status_of_a_running_proxy(shell, capsys):
         assert code == 0 and len(nim.asked) == 2        # through the running one
     code, _, err = run(capsys, "status", "--port", port)
     assert code == 1 and "no nimproxy answers" in err
+
+
+def test_status_says_what_was_mended(shell, capsys):
+    with both(TOP_K, streams(*text(LEAK))) as (nim, client):
+        client.message(top_k=3, stream=True, tools=list(READ.values()))
+        run(capsys, "status", "--port", str(client.address[1]))
+        code, out, _ = run(capsys, "status", "--port", str(client.address[1]))
+    assert code == 0 and "mended: coerced 1, drop 1, leaked 1" in out
 
 
 def test_env_prints_exports(shell, capsys):
