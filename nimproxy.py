@@ -124,6 +124,7 @@ TRIM_SECONDS = 2.0              # between giving freed memory back; it takes abo
 
 KEPT_FAILURES = 64              # failures remembered at once
 KEPT_ERRORS = 20                # last errors that `status` shows
+MAX_KNOWN = 256                 # models that something is known of; users have ten
 
 
 # ---- 2. Errors and JSON ------------------------------------------------------
@@ -1832,7 +1833,9 @@ def short_name(name: str, most: int) -> str:
 
 
 def declared_tools(body: Json) -> Dict[str, Json]:
-    """The client's tools, by the names that upstream knows."""
+    """The tools that may be called, by the names that upstream knows."""
+    if body.get("tool_choice") == {"type": "none"} or asks_for_text_only(body):
+        return {}
     return {upstream_name(tool["name"]): tool for tool in client_tools(body)}
 
 
@@ -5775,12 +5778,18 @@ class Proxy:
         self.warned: Set[str] = set()       # what is said of a model only once
         self.learned = Learned(config.home)
         self.windows: Dict[str, int] = {}   # by model, as the server tells them
-        self.looked = False                 # for those
-        self.calibrations: Dict[str, Calibration] = collections.defaultdict(Calibration)
+        self.looking: Any = None            # the task that asks for those
+        self.calibrations: Dict[str, Calibration] = {}  # of the last MAX_KNOWN models
         self.fielded: Set[str] = set()      # models whose server parts off thinking
         self.began = time.time()
 
     # every path
+
+    async def close(self) -> None:
+        if self.looking:
+            self.looking.cancel()
+            await asyncio.gather(self.looking, return_exceptions=True)
+        await self.upstream.close()
 
     async def respond(self, request: Request) -> Response:
         try:
@@ -5850,7 +5859,7 @@ class Proxy:
 
     async def messages(self, request: Request) -> Response:
         """A Messages request: asked upstream, answered in Anthropic's words."""
-        await self.look()
+        self.look()
         question, chat = await aside(request, self.question)
         if "stream" not in chat:
             return await self.whole(question, chat)
@@ -5876,7 +5885,7 @@ class Proxy:
         model = self.known_as(upstream_model(self.config, asked))
         facts = self.facts(model)
         estimate = count_tokens(body)
-        tokens = round(estimate * self.calibrations[model].factor)
+        tokens = round(estimate * self.factor(model))
         chat = chat_body(body, model, upstream_api(self.config), tokens, facts)
         for mend in self.mends(model):
             apply_mend(mend, chat)
@@ -6143,12 +6152,15 @@ class Proxy:
     def compare(self, question: Question, usage: Dict[str, int]) -> None:
         """Learn from upstream's own figures; say so if it has cut the prompt."""
         message = question.message
-        if message.fielded:
+        if message.fielded and len(self.fielded) < MAX_KNOWN:
             self.fielded.add(question.model)
         counted = usage["input_tokens"] + usage["cache_read_input_tokens"]
         if not any(message.usage.values()):
             return
-        self.calibrations[question.model].learn(question.estimate, counted)
+        while len(self.calibrations) >= MAX_KNOWN:
+            del self.calibrations[next(iter(self.calibrations))]
+        known = self.calibrations.setdefault(question.model, Calibration())
+        known.learn(question.estimate, counted)
         hint = window_hint(self.config)
         if (hint and 0 < counted < question.estimate * LEAST_RATIO
                 and counted > LEAST_OUTPUT_TOKENS and hint not in self.warned):
@@ -6168,35 +6180,31 @@ class Proxy:
         typed(body, "messages", list, "a list of messages")
         asked = typed(body, "model", str, "a string") or ""
         model = self.known_as(upstream_model(self.config, asked))
-        factor = self.calibrations[model].factor if model in self.calibrations else 1
-        return round(count_tokens(body) * factor)
+        return round(count_tokens(body) * self.factor(model))
 
-    async def look(self) -> None:
-        """Ask a server of the user's own for its window, once and not for long."""
+    def factor(self, model: str) -> float:
+        """What our estimate for a model is to be multiplied by."""
+        known = self.calibrations.get(model)
+        return known.factor if known else 1.0
+
+    def look(self) -> Optional[asyncio.Task]:
+        """Begin, once, to ask a server of the user's own for its windows."""
         config = self.config
         own = (upstream_api(config).name in OWN_SERVERS
-               and config.base_url != PROVIDERS["nvidia"].base_url)
-        if (self.looked or config.context_window or not own
-                or config.default_model == DEMO_MODEL):
-            return
-        self.looked = True
-        root = re.sub(r"/v\d+$", "", config.base_url)
-        places = ["/models", root + "/props", root + "/api/v0/models"]
-        asking = [asyncio.ensure_future(self.windows_at(place)) for place in places]
-        try:
-            await asyncio.wait(asking, timeout=LOOK_SECONDS)
-        finally:
-            for task in asking:
-                task.cancel()       # of no effect once it is done
-                task.add_done_callback(lambda task: task.cancelled()
-                                       or task.exception())
+               and config.base_url != PROVIDERS["nvidia"].base_url
+               and config.default_model != DEMO_MODEL)
+        if own and not config.context_window and not self.looking:
+            root = re.sub(r"/v\d+$", "", config.base_url)
+            places = ["/models", root + "/props", root + "/api/v0/models"]
+            self.looking = asyncio.ensure_future(
+                asyncio.gather(*map(self.windows_at, places)))
+        return self.looking
 
     async def windows_at(self, place: str) -> None:
         """Take down the windows that a server tells at a path or URL, if it does."""
-        with contextlib.suppress(ProxyError):
-            value = await self.fetched(place)
-            told = told_windows(value, self.config.default_model)
-            self.windows.update(told)
+        with contextlib.suppress(ProxyError, asyncio.TimeoutError):
+            value = await asyncio.wait_for(self.fetched(place), LOOK_SECONDS)
+            self.windows.update(told_windows(value, self.config.default_model))
 
     async def fetched(self, place: str) -> Json:
         """The JSON object at a path or URL of upstream's; ProxyError."""
@@ -6228,7 +6236,8 @@ class Proxy:
         name = upstream_model(self.config, asked)
         if name not in ids and name not in MODELS:
             raise ProxyError(404, f"no model {asked!r}{nearest(asked, ids)}")
-        await self.look()
+        if self.look():
+            await asyncio.wait({self.look()})
         return json_response({**model_row(name, self.facts(name).window), "id": asked})
 
     async def model_ids(self) -> List[str]:
@@ -6440,7 +6449,7 @@ def told_windows(value: Json, model: str) -> Dict[str, int]:
 WINDOW_KEYS = ("loaded_context_length", "max_model_len", "context_length",
                "max_context_length")
 OWN_SERVERS = ("nvidia", "custom", "lmstudio")      # where the windows may be told
-LOOK_SECONDS = 0.5          # a server that is near answers in milliseconds
+LOOK_SECONDS = 2.0          # for windows; a server that is near takes milliseconds
 
 
 def wanted_tokens(chat: Json) -> int:
@@ -6670,7 +6679,7 @@ class Server:
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        await self.proxy.upstream.close()
+        await self.proxy.close()
 
 
 def response_head(response: Response, framed: Headers, keep: bool) -> bytes:

@@ -4745,10 +4745,33 @@ def test_a_servers_own_window_is_asked_for(pages, window):
                 self.script.insert(0, refuses(200 if page else 404, page or {}))
             super().answer(handler, chat)
     with Own(completes("ok")) as nim, proxy_for(nim, context_window=0) as client:
-        client.ask(max_tokens=100000)
+        assert client.request("GET", "/v1/models/m")[2]["max_input_tokens"] == window
+        client.message(max_tokens=100000)
         asked = nim.asked[0]["max_tokens"]
         assert asked < window if pages else asked == 100000
-        assert client.request("GET", "/v1/models/m")[2]["max_input_tokens"] == window
+
+
+def test_a_window_that_is_not_told_keeps_nobody_waiting():
+    class Mute(FakeNim):
+        def answer(self, handler, chat):
+            if chat is None:
+                self.left.wait(10)
+            else:
+                super().answer(handler, chat)
+    with Mute(streams(*HELLO)) as nim:
+        with proxy_for(nim, context_window=0) as client:
+            began = time.monotonic()
+            client.stream()
+            assert time.monotonic() - began < 1
+        nim.left.set()
+
+
+def test_a_summary_with_markup_in_it_is_a_summary():
+    words = np.TEXT_ONLY + ". Do NOT call any tools."
+    with both(streams(*text(LEAK))) as (nim, client):
+        message = client.message(stream=True, tools=list(READ.values()),
+                                 messages=[user(said("a")), user(said(words))])
+        assert message["content"] == [said(LEAK)]
 
 
 EMPTY_ANSWERS = [streams(says("length")), streams(), completes("", "length")]
