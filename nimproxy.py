@@ -6000,8 +6000,10 @@ class Proxy:
 
     async def told(self, question: Question, chat: Json) -> Telling:
         """One attempt at a chat that streams, up to its first words."""
-        answer = await self.ask(chat)
-        telling = Telling(question.message, answer, self.again(question, chat))
+        payload = encode_json(chat).encode("ascii")
+        answer = await self.ask(chat, payload)
+        again = self.again(question, payload if "tools" in chat else b"")
+        telling = Telling(question.message, answer, again)
         try:
             await self.check(question, answer)
             await telling.begin()
@@ -6012,8 +6014,10 @@ class Proxy:
 
     async def read_whole(self, question: Question, chat: Json) -> List[Event]:
         """One attempt at a chat that does not stream: all events of its answer."""
-        answer = await self.ask(chat)
-        telling = Telling(question.message, answer, self.again(question, chat))
+        payload = encode_json(chat).encode("ascii")
+        answer = await self.ask(chat, payload)
+        again = self.again(question, payload if "tools" in chat else b"")
+        telling = Telling(question.message, answer, again)
         try:
             await self.check(question, answer)
             asked = question.message.reading.asked
@@ -6022,10 +6026,10 @@ class Proxy:
             answer.release()
         return await telling.last([chunk, DONE])
 
-    async def ask(self, chat: Json) -> Any:
-        if chat["model"] == DEMO_MODEL:
+    async def ask(self, chat: Json, payload: bytes) -> Any:
+        """Upstream's answer to a chat, which is sent as its payload."""
+        if chat.get("model") == DEMO_MODEL:
             return Script(chat)
-        payload = encode_json(chat).encode("ascii")
         most = self.host_limits().most_bytes
         if 0 < most < len(payload):
             raise ProxyError(413, f"the request has {len(payload) >> 20} MB, and "
@@ -6039,19 +6043,19 @@ class Proxy:
         host = urlsplit(self.config.base_url).netloc
         return row if re.fullmatch(row.hosts or "-", host) else PROVIDERS["custom"]
 
-    def again(self, question: Question, chat: Json) -> Again:
+    def again(self, question: Question, payload: bytes) -> Again:
         """What asks a chat once more, for a call that can be used; {} if that fails.
 
-        Only a chat with tools is kept for it, as bytes: they take less memory.
+        The chat is kept as bytes, which take less memory.
         """
-        payload = encode_json(chat) if "tools" in chat else ""
-
         async def ask() -> Json:
-            chat = decode_json(payload or "{}")
+            if not payload:
+                return {}
+            chat = decode_json(payload.decode("ascii"))
             for name in ("stream", "stream_options"):
                 chat.pop(name, None)
             try:
-                answer = await self.ask(chat)
+                answer = await self.ask(chat, encode_json(chat).encode("ascii"))
                 try:
                     await self.check(question, answer)
                     asked = question.message.reading.asked
