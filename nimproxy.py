@@ -124,6 +124,7 @@ TRIM_SECONDS = 2.0              # between giving freed memory back; it takes abo
 
 KEPT_FAILURES = 64              # failures remembered at once
 KEPT_ERRORS = 20                # last errors that `status` shows
+KEPT_TOOLBOXES = 8              # sets of tools: each agent of a client has its own
 MAX_KNOWN = 256                 # models that something is known of; users have ten
 
 
@@ -5781,6 +5782,8 @@ class Proxy:
         self.looking: Any = None            # the task that asks for those
         self.calibrations: Dict[str, Calibration] = {}  # of the last MAX_KNOWN models
         self.fielded: Set[str] = set()      # models whose server parts off thinking
+        self.toolboxes: Any = collections.deque(maxlen=KEPT_TOOLBOXES)
+        self.tool_texts: Any = collections.deque(maxlen=KEPT_TOOLBOXES)
         self.began = time.time()
 
     # every path
@@ -5890,7 +5893,7 @@ class Proxy:
         for mend in self.mends(model):
             apply_mend(mend, chat)
         reading = Reading(
-            tools=declared_tools(body), stops=tuple(stop_sequences(body)),
+            tools=self.toolbox(declared_tools(body)), stops=tuple(stop_sequences(body)),
             text_delta_chars=self.config.text_delta_chars, input_tokens=tokens,
             cumulative=model_family(model).cumulative, opens=self.opens(body, model),
             again=True, asked=Asked(self.config, model, tokens, facts.window))
@@ -5899,6 +5902,26 @@ class Proxy:
         self.counts["requests"] += 1
         return Question(request.body, estimate, session, model, message,
                         time.monotonic()), chat
+
+    def toolbox(self, tools: Tools) -> Tools:
+        """The same tools as of an earlier request, if it had them: they are large, and
+        to compare them takes little."""
+        known = next((known for known in self.toolboxes if known == tools), None)
+        if known is None:
+            self.toolboxes.append(tools)
+        return tools if known is None else known
+
+    def payload(self, chat: Json) -> Tuple[str, str]:
+        """The JSON of a chat in two pieces; the second one, the tools, is shared."""
+        tools = chat.get("tools")
+        if not tools:
+            return encode_json(chat), ""
+        text = next((text for known, text in self.tool_texts if known == tools), "")
+        if not text:
+            text = ',"tools":' + encode_json(tools) + "}"
+            self.tool_texts.append((tools, text))
+        rest = {name: value for name, value in chat.items() if name != "tools"}
+        return encode_json(rest)[:-1], text
 
     def facts(self, model: str) -> Model:
         """What is known of a model: as configured, learned, told by the server, or in
@@ -5960,6 +5983,7 @@ class Proxy:
                     error.message += self.image_hint(chat, error)
                     raise
                 tried.append(mend)
+                chat = decode_json(encode_json(chat))   # the old one's tools are shared
                 apply_mend(mend, chat)
                 log.info("%s: %s; asking again with %s", printable(question.model),
                          printable(error.words), printable(mend))
@@ -6000,9 +6024,9 @@ class Proxy:
 
     async def told(self, question: Question, chat: Json) -> Telling:
         """One attempt at a chat that streams, up to its first words."""
-        payload = encode_json(chat).encode("ascii")
+        payload = self.payload(chat)
         answer = await self.ask(chat, payload)
-        again = self.again(question, payload if "tools" in chat else b"")
+        again = self.again(question, payload if "tools" in chat else None)
         telling = Telling(question.message, answer, again)
         try:
             await self.check(question, answer)
@@ -6014,9 +6038,9 @@ class Proxy:
 
     async def read_whole(self, question: Question, chat: Json) -> List[Event]:
         """One attempt at a chat that does not stream: all events of its answer."""
-        payload = encode_json(chat).encode("ascii")
+        payload = self.payload(chat)
         answer = await self.ask(chat, payload)
-        again = self.again(question, payload if "tools" in chat else b"")
+        again = self.again(question, payload if "tools" in chat else None)
         telling = Telling(question.message, answer, again)
         try:
             await self.check(question, answer)
@@ -6026,16 +6050,17 @@ class Proxy:
             answer.release()
         return await telling.last([chunk, DONE])
 
-    async def ask(self, chat: Json, payload: bytes) -> Any:
+    async def ask(self, chat: Json, payload: Tuple[str, str]) -> Any:
         """Upstream's answer to a chat, which is sent as its payload."""
-        if chat.get("model") == DEMO_MODEL:
+        if chat["model"] == DEMO_MODEL:
             return Script(chat)
+        data = "".join(payload).encode("ascii")
         most = self.host_limits().most_bytes
-        if 0 < most < len(payload):
-            raise ProxyError(413, f"the request has {len(payload) >> 20} MB, and "
+        if 0 < most < len(data):
+            raise ProxyError(413, f"the request has {len(data) >> 20} MB, and "
                                   f"{upstream_label(self.config)} takes {most >> 20}: "
                                   "fewer or smaller images and documents")
-        return await self.upstream.ask("/chat/completions", payload, "stream" in chat)
+        return await self.upstream.ask("/chat/completions", data, "stream" in chat)
 
     def host_limits(self) -> Provider:
         """The row of the host that is asked; one without limits if it is not known."""
@@ -6043,19 +6068,19 @@ class Proxy:
         host = urlsplit(self.config.base_url).netloc
         return row if re.fullmatch(row.hosts or "-", host) else PROVIDERS["custom"]
 
-    def again(self, question: Question, payload: bytes) -> Again:
+    def again(self, question: Question, payload: Optional[Tuple[str, str]]) -> Again:
         """What asks a chat once more, for a call that can be used; {} if that fails.
 
-        The chat is kept as bytes, which take less memory.
+        The chat is kept as text, which takes less memory.
         """
         async def ask() -> Json:
             if not payload:
                 return {}
-            chat = decode_json(payload.decode("ascii"))
+            chat = decode_json("".join(payload))
             for name in ("stream", "stream_options"):
                 chat.pop(name, None)
             try:
-                answer = await self.ask(chat, encode_json(chat).encode("ascii"))
+                answer = await self.ask(chat, self.payload(chat))
                 try:
                     await self.check(question, answer)
                     asked = question.message.reading.asked
