@@ -1054,15 +1054,15 @@ def missing_key(config: Config) -> str:
 
 MAX_PDF_PAGES = 100             # as many as Anthropic reads
 MAX_PDF_CHARS = 400 * 1000      # of the result: 100,000 tokens, most of a window
-MAX_PDF_OBJECTS = 100 * 1000    # of a file; manuals have 10 to 40 a page
-MAX_PDF_STREAM_BYTES = 8 << 20  # one object or stream; those of a page have 50 kB
+MAX_PDF_OBJECTS = 100 * 1000    # of a file; samples have 10 to 300 a page
+MAX_PDF_STREAM_BYTES = 8 << 20  # one object or stream; pages have 5 to 350 kB
 MAX_PDF_BASE85_BYTES = 1 << 20  # the same: Python takes 0.1 s to undo as much
 MAX_PDF_STRING_BYTES = 32767    # one string that is shown; annex C sets this limit
 MAX_PDF_TARGET_BYTES = 64       # what one code stands for, in UTF-16; "ffi" has 6
-MAX_PDF_OPERANDS = 100 * 1000   # of one operator; /W of a Chinese font has 40,000
+MAX_PDF_OPERANDS = 200 * 1000   # before one operator: 3 for each of 65,536 widths
 MAX_PDF_NESTING = 64            # of lists and tables, and of q; annex C has 28 q
 MAX_PDF_FORM_DEPTH = 3          # of forms drawn in forms; MuPDF needs 2
-MAX_PDF_STEPS = 2 << 20         # of work, 1 to 2 us each; a manual has 4000 a page
+MAX_PDF_STEPS = 1 << 20         # of work, 1 to 2 us each; a manual has 4000 a page
 BYTES_PER_STEP = 32             # unpacked or looked through
 STEPS_PER_OBJECT = 64           # for a look at an object or a font, however small
 
@@ -1492,7 +1492,8 @@ def pdf_font(pdf: Pdf, value: Any) -> Font:
 
 
 def read_font(pdf: Pdf, table: Table) -> Font:
-    size, texts = unicode_map(pdf, stream_bytes(pdf, table.get("/ToUnicode")))
+    source = stream_bytes(pdf, table["/ToUnicode"]) if "/ToUnicode" in table else b""
+    size, texts = unicode_map(pdf, source)
     if table.get("/Subtype") == "/Type0":
         inner = resolved(pdf, resolved(pdf, table["/DescendantFonts"])[0])
         return Font(size, texts, wide_widths(pdf, resolved(pdf, inner.get("/W", []))))
