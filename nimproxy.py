@@ -124,6 +124,7 @@ TRIM_SECONDS = 2.0              # between giving freed memory back; it takes abo
 
 KEPT_FAILURES = 64              # failures remembered at once
 KEPT_ERRORS = 20                # last errors that `status` shows
+KEPT_DOCUMENTS = 16             # texts of PDFs, 400,000 characters at most each
 KEPT_TOOLBOXES = 8              # sets of tools: each agent of a client has its own
 MAX_KNOWN = 256                 # models that something is known of; users have ten
 
@@ -1102,15 +1103,17 @@ class Pdf(NamedTuple):
     drawn: List[str]        # forms that are being drawn, from outside in
 
 
-def pdf_text(data: bytes) -> str:
+def pdf_text(data: bytes, left: Optional[List[int]] = None) -> str:
     """The text of a PDF, each page led by a line `[page N]`; "" if there is none.
+
+    `left` is what is left of MAX_PDF_STEPS, if several documents share them.
 
     There is none in scans, in what is encrypted, and in what is no PDF.  Where a
     limit cuts, the last lines say so.  Never raises.
     """
     if b"%PDF-" not in data[:1024] or ENCRYPTED.search(data):
         return ""
-    pdf = Pdf({}, {}, [MAX_PDF_STEPS], [])
+    pdf = Pdf({}, {}, [MAX_PDF_STEPS] if left is None else left, [])
     find_objects(pdf, data)
     pages, count = pdf_pages(pdf, data)
     texts: List[str] = []
@@ -1672,8 +1675,8 @@ def wants_thinking(body: Json, family: Family) -> bool:
     """
     thinking = typed(body, "thinking", dict, "an object") or {}
     wanted = thinking.get("type") in ("enabled", "adaptive")
-    return wanted and not (family.off and (forced_tool(body)
-                                           or asks_for_text_only(body)))
+    return wanted and not (family.off and forced_tool(body)
+                           or asks_for_text_only(body))
 
 
 def reasoning_switch(body: Json, family: Family, provider: Provider,
@@ -1836,7 +1839,9 @@ def short_name(name: str, most: int) -> str:
 
 def declared_tools(body: Json) -> Dict[str, Json]:
     """The tools that may be called, by the names that upstream knows."""
-    if body.get("tool_choice") == {"type": "none"} or asks_for_text_only(body):
+    choice = body.get("tool_choice")
+    none = isinstance(choice, dict) and choice.get("type") == "none"
+    if none or asks_for_text_only(body):
         return {}
     return {upstream_name(tool["name"]): tool for tool in client_tools(body)}
 
@@ -2070,7 +2075,7 @@ def image_text(block: Json) -> str:
     return f"[image left out: {kind}{size}; this model cannot see images]"
 
 
-def document_text(block: Json) -> str:
+def document_text(block: Json, left: Optional[List[int]] = None) -> str:
     """A document's text; for what is not text an honest word on what was left out."""
     source = block.get("source")
     source = source if isinstance(source, dict) else {}
@@ -2082,11 +2087,14 @@ def document_text(block: Json) -> str:
         return f"[{title}]\n" + "\n".join(filter(None, map(described, inner)))
     data = source.get("data")
     data = data if isinstance(data, str) else ""
-    words = pdf_text(base64_bytes(data)) if data else ""
+    words = pdf_text(base64_bytes(data), left) if data.startswith(PDF_BEGINS) else ""
     if words:
         return f"[{title}]\n{words}"
     size = f", {len(data) * 3 // 4} bytes" if data else ""
     return f"[document left out: {title}{size}; no text could be read from it]"
+
+
+PDF_BEGINS = "JVBERi"       # %PDF- in base64
 
 
 def base64_bytes(text: str) -> bytes:
@@ -2096,15 +2104,24 @@ def base64_bytes(text: str) -> bytes:
         return b""
 
 
-def read_documents(body: Json) -> None:
-    """Put the text of documents in their place, so that each is read only once."""
+def read_documents(body: Json, read: Dict[int, str]) -> None:
+    """Put the text of documents in their place.
+
+    `read` are texts by the hash of the data: a client sends a document again and again.
+    """
     waiting: List[Any] = [body.get("messages")]
+    left = [MAX_PDF_STEPS]
     while waiting:
         value = waiting.pop()
         if isinstance(value, list):
             waiting += value
         elif isinstance(value, dict) and value.get("type") == "document":
-            value["text"] = document_text(value)
+            source = value.get("source")
+            data = source.get("data") if isinstance(source, dict) else None
+            key = hash((data, value.get("title"))) if isinstance(data, str) else 0
+            value["text"] = read.get(key) or document_text(value, left)
+            if isinstance(data, str) and data.startswith(PDF_BEGINS):
+                read[key] = value["text"]
         elif isinstance(value, dict):
             waiting.append(value.get("content"))
 
@@ -2282,7 +2299,7 @@ OVERFLOWS = [re.compile(pattern, re.S) for pattern in [
     r"(?P<n>\d+)",
     r"context length is (?P<n>\d+) tokens.*?(?:contains|resulted in)(?: at least)? "
     r"(?P<p>\d+)(?: input)? tokens",
-    r"context length is (?P<n>\d+) tokens",
+    r"context length is (?:only )?(?P<n>\d+) tokens",
     r"max_tokens must be at least 1, got -(?P<over>\d+)",
     r"prompt \(length (?P<p>\d+)\) is longer than the maximum model length of "
     r"(?P<n>\d+)",
@@ -2301,7 +2318,7 @@ OVERFLOWS = [re.compile(pattern, re.S) for pattern in [
     r"tokens in request more than max tokens|context size has been exceeded|"
     r"longer than the context length|exceeds the context length|exceed_context_size|"
     r"tokens to keep from the initial prompt is greater|context[ _]length[ _]exceeded|"
-    r"model_context_window_exceeded",
+    r"model_context_window_exceeded|\(1261\)|\(1039\)",
 ]]
 
 
@@ -2311,9 +2328,14 @@ def refusal(asked: Asked, status: int, text: str, stated: str = "") -> ProxyErro
     `stated` is upstream's Retry-After, as it came.
     """
     text = redacted(text, asked.config.api_key)[:MAX_REASON_CHARS]
-    error = overflow(asked, text) or refused(asked, status, text, stated)
-    error.words = text if status in MENDABLE else ""
+    words = re.sub(ECHO, "", text)
+    error = overflow(asked, words) or refused(asked, status, text, stated)
+    error.words = words if status in MENDABLE else ""
     return error
+
+
+# What pydantic repeats of the request: it may quote any error text there is.
+ECHO = r"""(?s)'input': (?:'(?:[^'\\]|\\.)*'?|"(?:[^"\\]|\\.)*"?)|input_value=.*"""
 
 
 MENDABLE = (400, 413, 422, 500, 501)    # statuses; some engines say 500 for a template
@@ -2450,9 +2472,11 @@ def sentence(value: Any) -> str:
         return f"{where}: {value['msg']}" if where else str(value["msg"])
     for name in ("error", "message", "detail", "status_msg", "base_resp"):
         if value.get(name):
-            code = value.get("code") or value.get("status_code") or ""
-            code = f" ({code})" if isinstance(code, str) and code else ""
-            return sentence(value[name]) + code
+            code, param = value.get("code"), value.get("param")
+            code = code if isinstance(code, str) else value.get("status_code")
+            words = sentence(value[name]) + (f" ({code})" if code else "")
+            named = isinstance(param, str) and param and param not in words
+            return f"{param}: {words}" if named else words
     return str(value.get("title") or "")
 
 
@@ -2592,6 +2616,11 @@ def respelled(text: str) -> str:
     return text.replace("\\\\", "\\u005c").replace('\\"', "\\u0022")
 
 
+def unmarked(text: str) -> str:
+    """{"a": 1}</tool_call> -> {"a": 1}"""
+    return re.sub(r"(?<=\})\s{0,16}(?:</\w{1,20}>|<\|\w{1,40}\|>){1,4}\Z", "", text)
+
+
 def unfenced(text: str) -> str:
     text = re.sub(r"\A```\w*", "", text)
     return (text[:-3] if text.endswith("```") else text).strip()
@@ -2667,7 +2696,7 @@ def closed(text: str) -> str:
             return text
         if len(missing) > MAX_DEPTH:
             return text
-    broken_off = len(parts) % 2 == 0 or text[1:].endswith((",", "[", "{"))
+    broken_off = len(parts) % 2 == 0 or text[1:].rstrip().endswith((",", "[", "{"))
     return text if broken_off else text + "".join(reversed(missing))
 
 
@@ -2681,6 +2710,7 @@ def unlisted(text: str) -> str:
 # Name, a sign without which there is no such damage, and the repair.  Strings come
 # first: the others must know what is inside of one.
 REPAIRS: List[Tuple[str, str, Callable[[str], str]]] = [
+    ("marks", r">\Z", unmarked),
     ("fence", r"\A```|```\Z", unfenced),
     ("quoted", r'\A"', unquoted),
     ("python", r"'|True|False|None", unpythoned),
@@ -2849,16 +2879,23 @@ MAX_MENDS = 4               # different ones for one request, then the refusal i
 # First row that fits and changes the chat wins.
 MENDS = [Mend(pattern, mend) for pattern, mend in [
     (r"single tool-calls at once", "single"),
+    (r"response_format.{0,60}\btools|tools\b.{0,60}response_format",
+     "drop:response_format"),
     (r"enable-auto-tool-choice|does not support (tools|function)|"
      r"tools? (is|are) not supported", "xml"),
     (r"[Uu]se '?max_completion_tokens|max_tokens' is not supported", "rename"),
     (r"range of max_tokens (?:is|should be) \[1, ?(\d+)\]", r"most:\1"),
     (r"supports at most (\d+) completion tokens", r"most:\1"),
-    (r"max_tokens[\s\S]*\[1, ?(\d+)\]", r"most:\1"),
-    (r"max_tokens[\s\S]*(?:less than or equal to|a value <=) (\d+)", r"most:\1"),
+    (r"(?:supplied|[Uu]nsupported|[Uu]nknown)[^.]{0,60}max_completion_tokens|"
+     r"max_completion_tokens[^.]{0,40}(?:not supported|unsupported|not permitted)",
+     "rename:max_tokens"),
+    (r"max_tokens[^;\n]{0,120}?\[1, ?(\d{2,})\]", r"most:\1"),
+    (r"max_tokens[^;\n]{0,120}?(?:less than or equal to|a value <=) (\d{2,})",
+     r"most:\1"),
     (r"max_tokens: \d+ > (\d+)", r"most:\1"),
-    (r"expected a value <= (\d+)", r"most:\1"),
-    (r"Maximum of (\d+) tools|at most (?P<n>\d+) tools", r"tools:\1"),
+    (r"integer above maximum value, expected a value <= (\d{2,})", r"most:\1"),
+    (r"Maximum of (\d+) tools|at most (\d+) tools", r"tools:\1"),
+    (r"[Aa]t most (\d+) image", r"images:\1"),
     (r"[Mm]aximum of (\d+) stop", r"stops:\1"),
     (r"name .*(?:exceeds|at most|longer than) (\d+)[ -]char", r"names:\1"),
     (r"name .*maximum length of (\d+)", r"names:\1"),
@@ -2872,8 +2909,9 @@ MENDS = [Mend(pattern, mend) for pattern, mend in [
      r"be|role.{0,40}'user' or 'assistant'", "fold"),
     (r"(?i)no user query found", "query"),
     (r"(?i)roles? must alternate|expected last role|unexpected role|\b3230\b", "turns"),
-    (r"(?i)(image|multimodal|vision|image_url).{0,80}(not supported|unsupported|not "
-     r"available|does not|only text|cannot|invalid content type)|"
+    (r"(?i)(image (input|content)s?|multimodal|vision|image_url)\W.{0,40}(not "
+     r"supported|unsupported|not available|only text|invalid content type)|"
+     r"only text\W.{0,40}image|"
      r"(does not|doesn't|not) support.{0,40}(image|vision|multimodal)", "blind"),
     (r"(?i)content.{0,60}(valid string|must be a string|should be a string|expected "
      r"a? ?string)", "flat"),
@@ -2884,10 +2922,11 @@ MENDS = [Mend(pattern, mend) for pattern, mend in [
 
 # How servers name the fields that they refuse.
 FIELD_NAMES = [re.compile(pattern) for pattern in [
-    r"Unsupported parameter\(s\):\s*([\w.`'\", ]+)",
-    r"'loc': \('body', ((?:'\w+'|\d+)(?:, (?:'\w+'|\d+))*)\)",
+    r"Unsupported parameter\(s\):\s*(`\w+`(?:, `\w+`)*|\w+(?:, \w+)*)",
+    r"'extra_forbidden', 'loc': \('body', ((?:'\w+'|\d+)(?:, (?:'\w+'|\d+))*)\)",
     r"body -> ([\w >-]+?)\s*\n\s*(?:Extra inputs|extra fields)",
-    r"(?:^|; )body\.([\w.]+): (?:Extra inputs|extra fields)",
+    r"(?:^|; |\n)(?:body\.)?([\w.]+)(?:: |\n\s*)(?:Extra inputs|extra fields)",
+    r"unexpected keyword argument '(\w+)'",
     r"[Uu]nrecognized request arguments? supplied: ([\w, ]+)",
     r"[Uu]nknown (?:field|parameter|name|argument)[: ]+[\"'`]?([\w.]+)",
     r"property '([\w.]+)' is unsupported",
@@ -2897,14 +2936,15 @@ FIELD_NAMES = [re.compile(pattern) for pattern in [
     r")\b[\"'`]?.{0,60}(?:not (?:supported|allowed|permitted)|unsupported|only allowed|"
     r"unavailable|must be|is invalid|should be|ignored|deprecated|cannot)",
 ]]
-NEEDED_FIELDS = {"model", "messages", "stream", "tools", "max_tokens", "body",
-                 "content"}
+NEEDED_FIELDS = {"", "model", "messages", "stream", "tools", "max_tokens", "body",
+                 "max_completion_tokens", "content", "role", "tool_calls", "type",
+                 "tool_call_id", "function", "arguments", "name"}
 
 
 def mend_for(words: str, chat: Json, tried: List[str]) -> str:
     """The first mend that upstream's words ask for, and that changes the chat; "" for
     none."""
-    wanted = [re.sub(r"\\(\d)", lambda group: found[int(group[1])] or "", row.mend)
+    wanted = [re.sub(r"\\1", lambda _: next(filter(None, found.groups())), row.mend)
               for row in MENDS for found in [re.search(row.pattern, words, re.S)]
               if found]
     wanted.append("drop:" + ",".join(refused_fields(words)))
@@ -2921,7 +2961,7 @@ def refused_fields(words: str) -> List[str]:
     names: List[str] = []
     for pattern in FIELD_NAMES:
         for found in pattern.finditer(words):
-            names += [name.split(".")[-1]
+            names += [name.rstrip(".").split(".")[-1]
                       for name in re.findall(r"[A-Za-z_][\w.]*", found[1])]
     return [name for name in dict.fromkeys(names) if name not in NEEDED_FIELDS]
 
@@ -2929,25 +2969,35 @@ def refused_fields(words: str) -> List[str]:
 def apply_mend(mend: str, chat: Json) -> None:
     """Change a chat as a mend says; nothing if this version has no such mend."""
     name, _, argument = mend.partition(":")
+    if name in COUNTED and not re.fullmatch("[1-9][0-9]{0,8}", argument):
+        return
     if name in APPLY:
         APPLY[name](chat, argument)
 
 
 def drop_fields(chat: Json, names: str) -> None:
     """Take fields out of the chat, of its template's arguments and its messages."""
+    if "tool_choice" in names.split(","):
+        choose(chat, "")            # what it says is then said by the tools themselves
     for name in set(names.split(",")) - NEEDED_FIELDS:
         for holder in [chat, chat.get("chat_template_kwargs") or {}, *chat["messages"]]:
             holder.pop(name, None)
 
 
-def rename_tokens(chat: Json, _: str) -> None:
-    if "max_tokens" in chat:
-        chat["max_completion_tokens"] = chat.pop("max_tokens")
+TOKEN_NAMES = ("max_tokens", "max_completion_tokens")
+
+
+def rename_tokens(chat: Json, name: str) -> None:
+    for old in TOKEN_NAMES:
+        if old in chat:
+            chat[name or "max_completion_tokens"] = chat.pop(old)
+            return
 
 
 def cap_tokens(chat: Json, most: str) -> None:
-    name = "max_tokens" if "max_tokens" in chat else "max_completion_tokens"
-    chat[name] = min(chat[name], int(most))
+    for name in TOKEN_NAMES:
+        if name in chat:
+            chat[name] = min(chat[name], int(most))
 
 
 def cut_tools(chat: Json, most: str) -> None:
@@ -3022,7 +3072,8 @@ def put_text(message: Json, text: str, before: bool = False) -> None:
 def ask_something(chat: Json, _: str) -> None:
     """A user's message, which Qwen's templates look for."""
     if not any(message["role"] == "user" for message in chat["messages"]):
-        at = 1 if chat["messages"][0]["role"] == "system" else 0
+        first = chat["messages"][:1]
+        at = 1 if first and first[0]["role"] == "system" else 0
         chat["messages"].insert(at, {"role": "user", "content": "Continue."})
 
 
@@ -3036,14 +3087,22 @@ def take_turns(chat: Json, _: str) -> None:
     chat["messages"] = out
 
 
-NO_IMAGE = "[image left out: this model cannot see images]"
+NO_IMAGE = "[image left out: this model takes no more images]"
 
 
 def hide_images(chat: Json, _: str) -> None:
-    for message in chat["messages"]:
-        if isinstance(message.get("content"), list):
-            texts = [part.get("text") or NO_IMAGE for part in message["content"]]
-            message["content"] = "\n".join(texts)
+    keep_images(chat, "0")
+    flatten(chat, "")
+
+
+def keep_images(chat: Json, most: str) -> None:
+    """The last images; a line in the place of those before them."""
+    parts = [part for message in chat["messages"]
+             if isinstance(message.get("content"), list) for part in message["content"]]
+    images = [part for part in parts if part["type"] == "image_url"]
+    for part in images[:max(len(images) - int(most), 0)]:
+        part.clear()
+        part.update(type="text", text=NO_IMAGE)
 
 
 def flatten(chat: Json, _: str) -> None:
@@ -3075,8 +3134,8 @@ def one_call_a_turn(chat: Json, _: str) -> None:
         chat["parallel_tool_calls"] = False
 
 
-UNLIKED = {"$schema", "$id", "$comment", "examples", "deprecated", "readOnly",
-           "writeOnly", "title", "default"}
+UNLIKED = {"$ref", "$defs", "definitions", "$schema", "$id", "$comment", "examples",
+           "deprecated", "readOnly", "writeOnly", "title", "default"}
 STRICT = {"pattern", "format", "minLength", "maxLength", "minimum", "maximum",
           "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minItems", "maxItems",
           "uniqueItems", "contains", "minContains", "maxContains", "propertyNames",
@@ -3090,37 +3149,47 @@ def simplify_schemas(chat: Json, level: str) -> None:
     unliked = UNLIKED | STRICT if level == "bare" else UNLIKED
     for tool in chat.get("tools") or []:
         schema = tool["function"]["parameters"]
-        tool["function"]["parameters"] = {
-            "type": "object", "properties": {},
-            **simple_schema(schema, schema, unliked, 0)}
+        plan = Plan(schema, unliked, iter(range(MAX_SCHEMAS)))
+        tool["function"]["parameters"] = {"type": "object", "properties": {},
+                                          **simple_schema(schema, plan, ())}
 
 
-MAX_SCHEMA_DEPTH = 12       # of references resolved and objects in objects
+MAX_SCHEMA_DEPTH = 12       # objects in objects
+MAX_SCHEMAS = 2000          # in one tool's: references may multiply
 
 
-def simple_schema(schema: Any, root: Json, unliked: Set[str], depth: int) -> Json:
-    """A schema without references, unions with null, lists of types, and `unliked`."""
-    if not isinstance(schema, dict) or depth > MAX_SCHEMA_DEPTH:
-        return {}
-    schema = {**schema, **shaped(referred(schema.get("$ref"), root), dict)}
+class Plan(NamedTuple):
+    root: Json              # where references point into
+    unliked: Set[str]       # keywords to take out
+    left: Iterator[int]     # one for each schema
+
+
+def simple_schema(schema: Any, plan: Plan, inside: Tuple[str, ...]) -> Json:
+    """A schema without references, unions with null, lists of types, and keywords that
+    are not liked.  `inside`: properties on the way here, and references resolved."""
+    if not isinstance(schema, dict) or next(plan.left, -1) < 0 or (
+            schema.get("$ref") in inside or len(inside) > MAX_SCHEMA_DEPTH):
+        return {"type": "object", "properties": {}}
+    if isinstance(schema.get("$ref"), str):
+        inside = (*inside, schema["$ref"])
+        schema = {**schema, **shaped(referred(schema["$ref"], plan.root), dict)}
     for union in ("anyOf", "oneOf", "allOf"):
-        branches = [branch for branch in shaped(schema.pop(union, None), list)
+        branches = [branch for branch in shaped(schema.get(union), list)
                     if isinstance(branch, dict) and branch.get("type") != "null"]
-        schema = {**schema, **(branches[0] if branches else {})}
+        schema = {**{key: value for key, value in schema.items() if key != union},
+                  **(branches[0] if branches else {})}
     if isinstance(schema.get("type"), list):
-        schema["type"] = next((kind for kind in schema["type"] if kind != "null"),
-                              "string")
-    out = {key: value for key, value in schema.items()
-           if key not in unliked and key not in ("$ref", "$defs", "definitions")}
+        kinds = [kind for kind in schema["type"] if kind != "null"]
+        schema = {**schema, "type": kinds[0] if kinds else "string"}
+    out = {key: value for key, value in schema.items() if key not in plan.unliked}
     properties = shaped(out.get("properties"), dict)
     if properties or out.get("type") == "object":
         out["type"] = "object"
-        out["properties"] = {key: simple_schema(inner, root, unliked, depth + 1)
+        out["properties"] = {key: simple_schema(inner, plan, (*inside, ""))
                              for key, inner in properties.items()}
     if isinstance(out.get("items"), dict):
-        out["items"] = simple_schema(out["items"], root, unliked, depth + 1)
-    if "type" not in out:
-        out["type"] = "array" if "items" in out else "string"
+        out["items"] = simple_schema(out["items"], plan, (*inside, ""))
+    out.setdefault("type", "array" if "items" in out else "string")
     return out
 
 
@@ -3206,12 +3275,14 @@ def prose(tools: List[Json], choice: Any) -> str:
     return XML_RULES + "\n".join(rows) + must
 
 
+COUNTED = ("most", "now", "tools", "stops", "names", "images")     # with a number
 APPLY: Dict[str, Callable[[Json, str], None]] = {
     "drop": drop_fields, "rename": rename_tokens, "most": cap_tokens, "now": cap_tokens,
     "tools": cut_tools,
     "stops": cut_stops, "names": shorten_names, "ids": nine_characters,
     "replay": replay_all, "choice": choose, "fold": fold_system,
     "query": ask_something, "turns": take_turns, "blind": hide_images, "flat": flatten,
+    "images": keep_images,
     "single": one_call_a_turn, "schema": simplify_schemas, "xml": tools_in_prose,
 }
 
@@ -3321,7 +3392,7 @@ def named_calls(name: str, body: str, known: Json) -> Found:
 NAME_KEYS = ("name", "tool", "tool_name")
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
 KEYS = tuple(f"{quote}{key}{quote}" for quote in "\"'" for key in
-             (*NAME_KEYS, *ARGUMENT_KEYS, "type", "function"))
+             (*NAME_KEYS, *ARGUMENT_KEYS, "type", "function", "id"))
 AROUND = r"\A\s*(functools|```(json)?)|(```|<\|eo[tm]_id\|>|;)\s*\Z"
 
 
@@ -3391,12 +3462,18 @@ def pairs(opener: str, closer: str,
                 continue
             if key:
                 values[key] = unwrapped(body[place:start.start()], marks, lines)
+            elif body[:start.start()].strip():      # words about a call, then another
+                raise ValueError("expected parameters")
             key, marks, place = start[2], start[3], start.end()
         if not key and bare and not re.match("</|<.close", bare):
             raise ValueError("expected parameters")
         if key:
-            ends = [end.start() for end in re.finditer(closer, body)]
-            if not ends or ends[-1] < place:
+            *_, last = None, *re.finditer(closer, body)
+            tail = body[last.end():] if last and last.start() >= place else ""
+            if tail.strip() and not re.match(CLOSERS, tail):    # more was to follow
+                raise ValueError("expected the end of a call")
+            ends = [last.start()] if last and last.start() >= place else []
+            if not ends and not re.search(r"\}\s{0,64}</[^<>]*invoke>\Z", body):
                 ends = [end.start() for end in re.finditer(CLOSERS, body)]
             if not ends:        # broken off: how it goes on is not guessed
                 raise ValueError("expected the end of a parameter")
@@ -3405,7 +3482,9 @@ def pairs(opener: str, closer: str,
     return read
 
 
-CLOSERS = r"\s{0,16}(?:</[^<>]{1,40}>\s{0,16}|<\|close\|>\w+<\|sep\|>){1,4}\Z"
+CLOSERS = (r"\s{0,16}(?:</(?:seed:|minimax:|\uff5cDSML\uff5c ?|antml:|atem:|steptml:)?"
+           r"(?:function|invoke|tool|calls|toolcalls|(?:tool|function)_calls?)>\s{0,16}"
+           r"|<\uff5ctool_calls?_end\uff5c>|<\|close\|>\w+<\|sep\|>){1,4}\Z")
 
 
 def unwrapped(value: str, marks: str, lines: bool = False) -> Any:
@@ -3460,6 +3539,7 @@ def listed(value: Any) -> Any:
 
 # ---- the rows
 
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "</s>")   # behind any call
 BAR = "\uff5c"
 DSML, MINIMAX, ANT = f"{BAR}DSML{BAR}", "]<]minimax[>[", "antml:"
 QUOTE = ('"', "'", "")
@@ -3491,20 +3571,25 @@ INVOKED = (rf"(?:parameter>|\}}|\A){BLANKS}</(?:{DSML} ?|antml:|atem:|steptml:)?
 # Head, end, reader, closers.  Heads are tried from the top.
 DIALECTS = [
     Dialect("Hermes, Qwen 2.5 and 3",
-            ("<tool_call>", GAP, BODY, ("{", "["), GAP, (*KEYS, "{")),
-            balanced, named_calls, ("</tool_call>",)),
+            ("<tool_call>", GAP, ("```json", ""), GAP, BODY, ("{", "["), GAP,
+             (*KEYS, "{")), balanced, named_calls, ("```", "</tool_call>")),
+    Dialect("Hermes, the name before the arguments",
+            ("<tool_call>", GAP, NAME, GAP, BODY, "{"),
+            balanced, own_arguments, ("</tool_call>",)),
     Dialect("Qwen-Coder, Qwen 3.5, Nemotron 3, Step 3.5, Seed-OSS",
-            (("<tool_call>", "<seed:tool_call>", ""), GAP, "<function=", NAME, ">",
-             BODY), rf"(?:</parameter>|\A){BLANKS}</(?:function|(?:seed:)?tool_call)>",
+            (("<tool_call>", "<seed:tool_call>", ""), GAP, "<function=", QUOTE,
+             NAME, QUOTE, ">", BODY),
+            rf"(?:</parameter>|\A){BLANKS}</(?:function|(?:seed:)?tool_call)>",
             QWEN, ("</function>", "</tool_call>", "</seed:tool_call>")),
     Dialect("GLM, Laguna",
             ("<tool_call>", GAP, NAME, GAP, BODY, ("<arg_key>", "</tool_call>")),
             rf"(?:</arg_value>|\A){BLANKS}</tool_call>", GLM),
     Dialect("Kimi K2",
-            (("<|tool_calls_section_begin|>", ""), GAP, "<|tool_call_begin|>", GAP,
-             NAME, GAP, "<|tool_call_argument_begin|>", GAP, BODY, "{"),
-            balanced, own_arguments, ("<|tool_call_end|>",
-                                      "<|tool_calls_section_end|>")),
+            (("<|tool_calls_section_begin|>", "<|tool_call_section_begin|>", ""), GAP,
+             "<|tool_call_begin|>", GAP, NAME, GAP, "<|tool_call_argument_begin|>",
+             GAP, BODY, "{"),
+            balanced, own_arguments, ("<|tool_call_end|>", "<|tool_calls_section_end|>",
+                                      "<|tool_call_section_end|>")),
     Dialect("Kimi K3",
             (("<|open|>tools<|sep|>", ""), GAP, '<|open|>call tool="', NAME, '"',
              ATTRIBUTES, "<|sep|>", BODY),
@@ -3539,8 +3624,8 @@ DIALECTS = [
     Dialect("Mistral",
             ("[TOOL_CALLS]", GAP, BODY, "[", GAP, "{"), balanced, named_calls),
     Dialect("Mistral, later",
-            ("[TOOL_CALLS]", GAP, NAME, ("[CALL_ID]", ""), WORD, ("[ARGS]", ""), GAP,
-             BODY, "{"), balanced, own_arguments),
+            ("[TOOL_CALLS]", GAP, NAME, GAP, ("[CALL_ID]", ""), WORD, ("[ARGS]", ""),
+             GAP, BODY, "{"), balanced, own_arguments),
     Dialect("gpt-oss",
             (("<|start|>assistant<|channel|>commentary", "<|start|>assistant",
               "<|channel|>commentary", "<|channel|>analysis"), GAP, "to=", NAME, GAP,
@@ -3580,7 +3665,6 @@ DIALECTS = [
             (("<|start|>assistant", ""), ("<|channel|>final", "<|channel|>commentary"),
              GAP, ("<|constrain|>json", ""), "<|message|>"), model="gpt-oss"),
     Dialect("gpt-oss, end", (("<|return|>", "<|end|>"),), model="gpt-oss"),
-    Dialect("the end of a turn", (("<|im_end|>", "<|eot_id|>", "<|endoftext|>"),)),
     Dialect("DeepSeek's debris",
             (("<" + BAR, "<|"), MARKUP, (BAR + ">", "|>")), model="deepseek"),
 ]
@@ -3666,7 +3750,7 @@ class Written:
     def calls(self, body: str, tools: Tools, ended: bool) -> Pieces:
         """All calls in the body, whole and mended; none if there is anything else.
 
-        One that has not `ended` must have all that its tool requires.
+        One that has not `ended`, or says nothing, must have what its tool requires.
         """
         schema = input_schema(tools.get(self.name, {}))
         out: Pieces = []
@@ -3677,8 +3761,8 @@ class Written:
                 schema = input_schema(tools.get(name, {}))
                 value, repairs = mended(text, schema)
                 needed = shaped(schema.get("required"), list)
-                if not name or value is None or not ended and any(
-                        key not in value for key in needed):
+                if not name or value is None or any(key not in value for key in needed
+                                                    if not ended or not value):
                     return []
                 call = (tools[name]["name"], encode_json(value), repairs)
                 out.append(("call", call))
@@ -3759,7 +3843,7 @@ class Leaks:
         self.begun = True
         if found:
             self.out += found
-            self.after = call.row.after
+            self.after = (*call.row.after, *TURN_ENDS)
             return rest
         self.tell(call.head)
         if self.rescans:
@@ -3791,6 +3875,8 @@ class Leaks:
                 self.tell(text[told:begin])
                 told = at = head[1]
                 self.open(row, head, text)
+            else:
+                at = begin + 1          # another head may begin inside of this one
         if self.call or not text:
             return text[told:]
         end = len(text) if last or self.code else certain(text)
@@ -3838,7 +3924,8 @@ class Leaks:
             open_end = not last and len(text) - len(bare) < MAX_TICKS
             if not word and open_end and any(w.startswith(bare) for w in self.after):
                 return self.hold(text, 0)
-            self.after = tuple(w for w in self.after if w != word) if word else ()
+            self.after = tuple(w for w in self.after
+                               if w not in (word, "```")) if word else ()
             text = bare[len(word):] if word else text
         return text
 
@@ -3922,6 +4009,10 @@ class Message:
         self.usage: Dict[str, int] = {}
         self.output_chars = 0
         self.over = False
+
+    def restart(self) -> None:
+        """Forget an answer of which nothing is out yet: upstream is asked anew."""
+        self.__init__(self.id, self.model, self.reading)
 
     def start(self) -> List[Event]:
         """The event before any chunk; usage is our estimate."""
@@ -4043,6 +4134,9 @@ class Message:
                 name, arguments, repairs = value
                 self.leaked.append((name, arguments))
                 self.repairs += ["leaked", *repairs]
+                if self.stops:          # no stop sequence reaches over a call
+                    self.write_held()
+                    self.stops = started(stop_watch(self.reading.stops))
                 self.blank = ""
                 self.close()
                 self.tell_call(name, arguments)
@@ -4126,8 +4220,8 @@ class Message:
         """The last events after a BrokenCall: with the calls of a second completion if
         those are sound, else with the broken one as it came."""
         second = Calls(self.reading.tools)
-        choice = (answer.get("choices") or [{}])[0]
-        second.grow((choice.get("message") or {}).get("tool_calls") or [])
+        choice = shaped(next(iter(shaped(answer.get("choices"), list)), {}), dict)
+        second.grow(shaped(choice.get("message"), dict).get("tool_calls") or [])
         calls = second.whole(str(choice.get("finish_reason") or ""))
         if calls and not second.broken and not second.cut:
             self.calls = second
@@ -4138,8 +4232,8 @@ class Message:
         leaked = [(name, parsed_input(text)) for name, text in self.leaked]
         calls = [(name, text) for name, text in calls
                  if not leaked or (name, parsed_input(text)) not in leaked]
-        if not (calls or self.leaked or self.halted or self.finish == "length"):
-            calls = self.mused
+        if not (calls or self.leaked or self.halted or self.finish in CUT_FINISHES):
+            calls = list(dict.fromkeys(self.mused))
         self.repairs += self.calls.repairs
         reason = self.stop_reason(calls)
         if self.open == "thinking" and reason == "end_turn":    # better than no answer
@@ -4170,12 +4264,15 @@ class Message:
         if self.tags:
             self.untag(self.tags.send(None))
         if self.leaks:
-            cut = self.finish == "length"
+            cut = self.finish in CUT_FINISHES
             self.spell(self.leaks.cut() if cut else self.leaks.feed("", True))
             self.muse(self.musings.feed("", True))
         if self.stops and not self.halted:
-            held, self.stops = self.stops.send(None), None
-            self.speak(held[0][0])
+            self.write_held()
+
+    def write_held(self) -> None:
+        held, self.stops = self.stops.send(None), None
+        self.write(held[0][0])
 
     def tell_call(self, name: str, arguments: str) -> None:
         """One whole tool call as a block; its id is unique because the message's is."""
@@ -4193,8 +4290,8 @@ class Message:
     def stop_reason(self, calls: Told) -> str:
         if self.stop_sequence is not None:
             return "stop_sequence"
-        if self.finish == "length" and (not calls or self.calls.cut):
-            return "max_tokens"
+        if self.calls.cut or self.finish in CUT_FINISHES and not (calls or self.leaked):
+            return STOP_REASONS.get(self.finish, "max_tokens")
         told = calls or self.leaked
         return "tool_use" if told else STOP_REASONS.get(self.finish, "end_turn")
 
@@ -4220,6 +4317,8 @@ STOP_REASONS = {
     "sensitive": "refusal",
     "model_context_window_exceeded": "model_context_window_exceeded",
 }
+CUT_FINISHES = {"length", "model_length", "max_tokens", "content_filter", "sensitive",
+                "model_context_window_exceeded"}    # what came may end anywhere
 BROKEN_FINISHES = {             # finish_reason: the status it amounts to
     "abort": 500, "error": 500, "network_error": 503,
     "insufficient_system_resource": 503,
@@ -4273,8 +4372,10 @@ def message_usage(usage: Any) -> Dict[str, int]:
     details = details if isinstance(details, dict) else {}
     cached = whole(details.get("cached_tokens") or usage.get("prompt_cache_hit_tokens")
                    or usage.get("cached_tokens"))
+    prompt = whole(usage.get("prompt_tokens"))
+    cached = min(cached, prompt)
     return {
-        "input_tokens": max(whole(usage.get("prompt_tokens")) - cached, 0),
+        "input_tokens": prompt - cached,
         "cache_read_input_tokens": cached,
         "output_tokens": whole(usage.get("completion_tokens")),
     }
@@ -4340,7 +4441,9 @@ class Call:
             return
         if value[0] == "{" and 0 < self.size <= 2 * len(value):
             so_far = "".join(self.pieces)
-            if is_object(so_far):
+            if so_far.strip() == "{}":          # it stood for what comes now
+                self.pieces, self.size = [], 0
+            elif is_object(so_far):
                 return                      # the whole of it again, in the last chunk
             if self.size > 8 and value.startswith(so_far):
                 self.pieces, self.size = [], 0
@@ -4435,7 +4538,9 @@ class Calls:
             same = (index for index, call in self.at.items() if call.id == call_id)
             return next(same, fresh)
         call = self.at.get(last)
-        new = name and call and (name != call.name or is_object(call.arguments()))
+        whole = call and "".join(call.pieces[-1:]).rstrip().endswith("}")
+        new = name and call and (name != call.name
+                                 or whole and is_object(call.arguments()))
         return fresh if new else last
 
     def add(self, name: str, arguments: str) -> None:
@@ -4453,7 +4558,7 @@ class Calls:
         out, self.repairs = [], []
         for call in self.calls:
             arguments = call.arguments()
-            cut = finish == "length" and not is_object(arguments)
+            cut = finish in CUT_FINISHES and not is_object(arguments)
             self.cut = self.cut or cut
             if cut and not arguments:
                 continue
@@ -4547,7 +4652,9 @@ def orphan(text: str) -> List[Tuple[str, str]]:
     """Text that may hold a closing tag whose opening one was in the prompt."""
     for opener, closer in TAGS.items():
         thought, found, rest = text.partition(closer)
-        if found and "/" in closer and opener not in thought:
+        alone = (thought.endswith("\n") or rest[:1] == "\n"
+                 or not OUTSIDE.search(thought))    # else in code, or in a call
+        if found and "/" in closer and opener not in thought and alone:
             return [("thinking", thought)] * bool(thought) + [("text", rest.lstrip())]
     return [("text", text)]
 
@@ -5679,11 +5786,21 @@ class Learned:
 
     def learn(self, base_url: str, model: str, mends: List[str]) -> None:
         today = day(0)
-        rows = self.tree.setdefault(base_url, {}).setdefault(model, {})
+        models = self.tree.setdefault(base_url, {})
+        while len(models) >= MAX_KNOWN and model not in models:
+            del models[next(iter(models))]
+        rows = models.setdefault(model, {})
         if all(rows.get(mend) == today for mend in mends):
             return
+        if any(mend.startswith("window:") for mend in mends):
+            self.forget_window(base_url, model)     # the last one told is true
         rows.update((mend, today) for mend in mends)
         self.save()
+
+    def forget_window(self, base_url: str, model: str) -> None:
+        rows = self.tree.get(base_url, {}).get(model, {})
+        for mend in [mend for mend in rows if mend.startswith("window:")]:
+            rows[mend] = ""         # older than any day, so it is not kept
 
     def load(self) -> Dict[str, Dict[str, Dict[str, str]]]:
         """The file's rows; one that is not ours is set aside, and that is said."""
@@ -5712,7 +5829,7 @@ class Learned:
                                    for mend in self.mends(base_url, model)}
                            for model, rows in models.items()}
                 for base_url, models in self.tree.items()}
-        fresh = f"{self.path}.{os.getpid()}"
+        fresh = f"{self.path}.{os.urandom(4).hex()}"
         try:
             os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -5722,6 +5839,8 @@ class Learned:
         except OSError as error:
             log.warning("cannot remember in %s: %s", self.path, error.strerror)
             self.path = ""          # said once
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
 
 
 def day(ago: int) -> str:
@@ -5767,6 +5886,18 @@ Again = Callable[[], Awaitable[Json]]   # asks anew, without streaming
 Attempt = Callable[[Question, Json], Awaitable[Any]]
 
 
+class Trial(NamedTuple):
+    """A mend under way: the refusal that it is for, and the chat without it."""
+    mend: str = ""
+    words: str = ""
+    chat: Json = {}
+
+
+def signless(words: str) -> str:
+    """A refusal without its numbers, which may be ids or times."""
+    return re.sub(r"[0-9a-f-]*[0-9][0-9a-f-]*", "", words)
+
+
 class Proxy:
     """Answers requests; its state: what was learned, failures to replay, counts."""
 
@@ -5784,6 +5915,7 @@ class Proxy:
         self.calibrations: Dict[str, Calibration] = {}  # of the last MAX_KNOWN models
         self.fielded: Set[str] = set()      # models whose server parts off thinking
         self.toolboxes: Any = collections.deque(maxlen=KEPT_TOOLBOXES)
+        self.documents: Dict[int, str] = {}     # the text of the last PDFs
         self.tool_texts: Any = collections.deque(maxlen=KEPT_TOOLBOXES)
         self.began = time.time()
 
@@ -5882,7 +6014,7 @@ class Proxy:
     def question(self, request: Request) -> Tuple[Question, Json]:
         """The question, and the chat that asks it."""
         body = parse_body(request.body)
-        read_documents(body)
+        self.read_documents(body)
         asked = typed(body, "model", str, "a string") or ""
         if len(asked) > MAX_MODEL_CHARS:
             raise ProxyError(400, f"model: longer than {MAX_MODEL_CHARS} characters")
@@ -5904,6 +6036,11 @@ class Proxy:
         return Question(request.body, estimate, session, model, message,
                         time.monotonic()), chat
 
+    def read_documents(self, body: Json) -> None:
+        read_documents(body, self.documents)
+        while len(self.documents) > KEPT_DOCUMENTS:
+            self.documents.pop(next(iter(self.documents)), None)
+
     def toolbox(self, tools: Tools) -> Tools:
         """The same tools as of an earlier request, if it had them: they are large, and
         to compare them takes little."""
@@ -5917,10 +6054,11 @@ class Proxy:
         tools = chat.get("tools")
         if not tools:
             return encode_json(chat), ""
-        text = next((text for known, text in self.tool_texts if known == tools), "")
-        if not text:
-            text = ',"tools":' + encode_json(tools) + "}"
-            self.tool_texts.append((tools, text))
+        text = ',"tools":' + encode_json(tools) + "}"
+        if text in self.tool_texts:
+            text = self.tool_texts[self.tool_texts.index(text)]
+        else:
+            self.tool_texts.append(text)
         rest = {name: value for name, value in chat.items() if name != "tools"}
         return encode_json(rest)[:-1], text
 
@@ -5929,8 +6067,8 @@ class Proxy:
         the catalog."""
         facts = known_model(model)
         window = (self.config.context_window
-                  or self.learned.window(self.config.base_url, model)
-                  or self.windows.get(model, 0))
+                  or self.windows.get(model, 0)
+                  or self.learned.window(self.config.base_url, model))
         if not window:
             return facts
         return facts._replace(window=window, output=min(facts.output, window),
@@ -5939,8 +6077,9 @@ class Proxy:
     def mends(self, model: str) -> List[str]:
         """What a chat needs so as not to be refused, as far as it is known."""
         known = self.learned.mends(self.config.base_url, model)
-        prose = self.config.tool_format == "xml" and "xml" not in known
-        return [*known, *(["xml"] if prose else [])]
+        prose = self.config.tool_format == "xml" or "xml" in known
+        rest = [mend for mend in known if mend != "xml"]
+        return [*(["xml"] if prose else []), *rest]     # it adds what others take out
 
     def opens(self, body: Json, model: str) -> str:
         """The tag that ends thinking which may begin without one.
@@ -5975,21 +6114,28 @@ class Proxy:
         """What an attempt gives, of a chat that is mended as long as upstream's
         refusals say how; what helped is learned."""
         tried: List[str] = []
+        last = Trial()
         while True:
             try:
                 done = await attempt(question, chat)
             except ProxyError as error:
+                if last.mend and signless(error.words) == signless(last.words):
+                    chat = last.chat            # it did not help: without it, then
+                else:
+                    self.learn(question.model, [last.mend])
                 mend = self.mend(question, chat, error, tried)
                 if not mend:
                     error.message += self.image_hint(chat, error)
                     raise
+                question.message.restart()
                 tried.append(mend)
-                chat = decode_json(encode_json(chat))   # the old one's tools are shared
+                last = Trial(mend, error.words, chat)
+                chat = decode_json(encode_json(chat))
                 apply_mend(mend, chat)
                 log.info("%s: %s; asking again with %s", printable(question.model),
                          printable(error.words), printable(mend))
             else:
-                self.learn(question.model, tried)
+                self.learn(question.model, [last.mend])
                 return done
 
     def mend(self, question: Question, chat: Json, error: ProxyError,
@@ -6018,8 +6164,9 @@ class Proxy:
                 f"this host take {most // 1000}: scale it down.")
 
     def learn(self, model: str, mends: List[str]) -> None:
-        lasting = [mend for mend in mends if not mend.startswith("now:")]
-        self.counts.update("mended_" + mend.partition(":")[0] for mend in mends)
+        """Count mends that helped, and remember those that last."""
+        lasting = [mend for mend in mends if mend and not mend.startswith("now:")]
+        self.counts.update("mended_" + mend.partition(":")[0] for mend in mends if mend)
         if lasting:
             self.learned.learn(self.config.base_url, model, lasting)
 
@@ -6187,6 +6334,9 @@ class Proxy:
         counted = usage["input_tokens"] + usage["cache_read_input_tokens"]
         if not any(message.usage.values()):
             return
+        base_url = self.config.base_url
+        if counted > self.learned.window(base_url, question.model) > 0:
+            self.learned.forget_window(base_url, question.model)
         while len(self.calibrations) >= MAX_KNOWN:
             del self.calibrations[next(iter(self.calibrations))]
         known = self.calibrations.setdefault(question.model, Calibration())
@@ -6206,7 +6356,7 @@ class Proxy:
 
     def counted(self, request: Request) -> int:
         body = parse_body(request.body)
-        read_documents(body)
+        self.read_documents(body)
         typed(body, "messages", list, "a list of messages")
         asked = typed(body, "model", str, "a string") or ""
         model = self.known_as(upstream_model(self.config, asked))
@@ -6443,7 +6593,7 @@ def release_begun(start: asyncio.Future) -> None:
 async def aside(request: Request, work: Callable[[Request], Any]) -> Any:
     """What some work on a request gives; on a thread if it holds a PDF, which may take
     a second that other answers would have to wait."""
-    if b"application/pdf" not in request.body:
+    if PDF_BEGINS.encode() not in request.body:
         return work(request)
     return await asyncio.get_running_loop().run_in_executor(None, work, request)
 

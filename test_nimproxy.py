@@ -448,7 +448,7 @@ ERROR_BODIES = [
     ("Z.ai's code is text", b'{"error":{"code":"1261","message":"Prompt exceeds"}}',
      "Prompt exceeds (1261)", 500),
     ("MiniMax", b'{"base_resp":{"status_code":1004,"status_msg":"login fail"}}',
-     "login fail", 500),
+     "login fail (1004)", 500),
     ("plain text", b"404 page not found", "404 page not found", 500),
     ("HTML", b"<html><h1>Bad  Gateway</h1></html>", "Bad Gateway", 500),
     ("a place that is no list", b'{"detail":[{"msg":"bad","loc":5}]}', "bad", 500),
@@ -1865,6 +1865,8 @@ DAMAGED = [     # what is wrong, the text, the object, what it took
     ("an empty fence", "```json\n```", {}, ["fence"]),
     ("a fence inside a string", '{"a": "```"}', {"a": "```"}, []),
 
+    ("a mark behind it", '{"a": "b"}</tool_call><|im_end|>', AB, ["marks"]),
+
     ("JSON in a string", json.dumps('{"a": "b"}'), AB, ["quoted"]),
     ("JSON in a string in a string", json.dumps(json.dumps('{"a": "b"}')), AB,
      ["quoted"]),
@@ -2583,6 +2585,118 @@ def test_what_is_refused_once_is_not_asked_twice(refusal, fields, check):
         assert third == second              # learned: right the first time
 
 
+UNMENDED = [    # (case, the refusal, the request): told at once, nothing is learned
+    ("a role", refuses(400, {"error": str([{
+        "type": "literal_error", "loc": ("body", "messages", 2, "role"),
+        "msg": "Input should be 'system', 'user', or 'assistant'"}])}), {}),
+    ("arguments", refuses(400, {"error": str([{
+        "type": "string_type", "loc": ("body", "messages", 1, "tool_calls", 0,
+                                       "function", "arguments"),
+        "msg": "Input should be a valid dictionary", "input": "{}"}])}),
+     {"messages": TWO}),
+    ("one bad image", refused("Failed to load image: cannot identify image file"),
+     {"messages": [user(PIXEL)]}),
+    ("one large image", refused("Image too large: an image cannot exceed 5 MB", 413),
+     {"messages": [user(PIXEL)]}),
+]
+
+
+@pytest.mark.parametrize("refusal, fields", named(UNMENDED))
+def test_what_is_about_something_else_is_not_mended(refusal, fields):
+    with both(refusal) as (nim, client):
+        assert client.ask(**fields)[0] in (400, 413)
+        assert len(nim.asked) == 1
+        assert not any(name.startswith("mended") for name in
+                       client.request("GET", "/status")[2]["counts"])
+
+
+def test_limits_of_several_fields_are_told_apart():
+    refusal = refuses(422, {"detail": [
+        {"loc": ["body", "max_tokens"],
+         "msg": "Input should be less than or equal to 64"},
+        {"loc": ["body", "temperature"],
+         "msg": "Input should be less than or equal to 1"}]})
+    with both(refusal, completes("ok")) as (nim, client):
+        client.message(temperature=1.5)
+        assert nim.asked[1]["max_tokens"] == 64
+
+
+def test_what_did_not_help_is_undone_and_not_learned():
+    words = "Unknown field `top_k`, supported fields: `messages`, `tool_choice`"
+    script = [refused("tool_choice: not supported; see top_k"), refused(words),
+              completes("ok")]
+    with both(*script) as (nim, client):
+        client.message(top_k=3, tools=[GREP])
+        assert "top_k" not in nim.asked[-1]
+    same = refused("Unsupported parameter(s): `top_k`; max_tokens in [1, 64]")
+    with both(same, same, completes("ok")) as (nim, client):
+        client.message(top_k=3)
+        first, second, third = nim.asked
+        assert second["max_tokens"] == 64 and third["max_tokens"] == 100
+        client.message(top_k=3)
+        assert nim.asked[3] == third
+
+
+def test_many_refused_fields_are_learned_one_by_one():
+    fields = {"top_k": 1, "top_p": 0.5, "temperature": 1, "stop_sequences": ["a"],
+              "output_config": FORMAT, "tools": [GREP]}
+    names = ["top_k", "top_p", "temperature", "stop", "response_format", "tools"]
+
+    def picky(chat):
+        found = [name for name in names[:5] if name in chat]
+        return (refused("Unsupported parameter(s): `%s`" % found[0]) if found
+                else completes("ok"))
+    with both(picky) as (nim, client):
+        assert client.ask(**fields)[0] == 400
+        assert client.ask(**fields)[0] == 200
+
+
+def test_nothing_of_a_refused_answer_is_told():
+    begun = sse(says(content="<thin"), piece(0, "c", "Read", '{"file_path":"/etc"}'),
+                done=False)
+    error = b'data: {"error":{"message":"top_k is not supported","code":400}}\n\n'
+    script = [EVENT_STREAM + begun + error, streams(*text("answer"))]
+    with both(*script, eager_after=2.0) as (nim, client):
+        message = client.message(stream=True, top_k=3, tools=list(READ.values()))
+        assert message["content"] == [said("answer")]
+
+
+def test_recursive_schemas_stay_small():
+    node = {"type": "object", "properties": {
+        name: {"$ref": "#/$defs/n"} for name in ("a", "b", "c")}}
+    wide = {"$defs": {"n%d" % i: {"properties": {name: {"$ref": "#/$defs/n%d" % (i + 1)}
+            for name in ("a", "b", "c")}} for i in range(12)}, "$ref": "#/$defs/n0"}
+    for schema in (dict(node, **{"$defs": {"n": node}}), wide):
+        chat = {"tools": [{"function": {"parameters": schema}}]}
+        np.simplify_schemas(chat, "plain")
+        assert len(json.dumps(chat)) < 200000
+
+
+def test_a_quoted_prompt_is_no_overflow():
+    quoted = "my vLLM says: maximum context length is 2048 tokens"
+    refusal = refuses(400, {"error": str([{
+        "type": "extra_forbidden", "loc": ("body", "top_k"), "msg": "Extra inputs",
+        "input": quoted}])})
+    with both(refusal, completes("ok")) as (nim, client):
+        client.message(top_k=3)
+        assert "top_k" not in nim.asked[1]
+
+
+BAD_MENDS = ["most:abc", "most:", "most:0", "most:-5", "names:", "tools:x", "stops:0",
+             "drop:role,content,messages", "images:", "schema:", "query", "rename:"]
+
+
+@pytest.mark.parametrize("mend", BAD_MENDS)
+def test_a_learned_mend_that_makes_no_sense_does_no_harm(tmp_path, mend):
+    with FakeNim(completes("ok")) as nim:
+        tree = {nim.url: {"m": {mend: np.day(0)}}}
+        (tmp_path / "learned.json").write_text(json.dumps(tree))
+        with proxy_for(nim, home=str(tmp_path)) as client:
+            assert client.ask(tools=[GREP])[0] == 200
+            assert client.ask(messages=[])[0] == 200
+            assert nim.asked[0]["messages"] == [{"role": "user", "content": "hi"}]
+
+
 ROOMS = [       # (case, upstream's words, max_tokens of the next try)
     ("vLLM", "This model's maximum context length is 8192 tokens. However, you "
      "requested 5000 output tokens and your prompt contains at least 1000 input "
@@ -2993,9 +3107,57 @@ def test_nested_values_of_minimax():
                                                {"text": "b", "done": False}]}
 
 
+WRITES = ("<function=Write>\n<parameter=file_path>\n/a\n</parameter>\n"
+          "<parameter=content>\n")
+TEXT_ALL = [    # case, a finished text in which nothing may be run
+    ("broken off behind a tag of its own", WRITES + "<div>\nhello</div>\n"),
+    ("broken off behind the closing tag in it",
+     WRITES + "It ends with </parameter> as you see. The rest is br"),
+    ("a list that had begun", '<tool_call>{"name":"Bash","arguments":{"todos":[ '),
+    ("a comma, and nothing", '<tool_call>{"name":"Bash","arguments":{"command":"ls", '),
+    ("a call in prose", "Where you see <tool_call>Read</tool_call> it reads."),
+    ("no more than a mention", "I use <function=Bash> to list."),
+]
+
+
+@pytest.mark.parametrize("words", named(TEXT_ALL))
+def test_what_is_broken_off_or_only_mentioned_is_text(words):
+    assert leaked([words]) == leaked(words) == [("text", words)]
+
+
+BASH = "<function=Bash>\n<parameter=command>\nls\n</parameter>\n</function>"
+LS_CALL = ("call", "Bash", '{"command":"ls"}')
+ODD = [         # case, text, what it makes
+    ("words between a mention and a call", "I use <function=Bash> so:\n" + BASH,
+     [("text", "I use <function=Bash> so:\n"), LS_CALL]),
+    ("an end inside of a value", '<invoke name="Bash"><parameter name="command">a {}'
+     "</invoke> b</parameter></invoke>", [("call", "Bash",
+                                           '{"command":"a {}</invoke> b"}')]),
+    ("a fence behind a call", deep("tool calls begin", "tool call begin") + "Read"
+     + deep("tool sep") + PATH + deep("tool call end", "tool calls end")
+     + "\n```python\nx\n```", [READ_A, ("text", "\n```python\nx\n```")]),
+    ("the end of a turn behind it", BASH + "<|im_end|>", [LS_CALL]),
+    ("an id before the name", '<tool_call>{"id": 1, "name": "Read", "arguments": %s}'
+     "</tool_call>" % PATH, [READ_A]),
+    ("the name before the object", "<tool_call>Read\n%s\n</tool_call>" % PATH,
+     [READ_A]),
+    ("a fence within", "<tool_call>\n```json\n%s\n```\n</tool_call>" % NAMED, [READ_A]),
+    ("a name in quotes", BASH.replace("Bash", '"Bash"'), [LS_CALL]),
+    ("Kimi's other section", "<|tool_call_section_begin|><|tool_call_begin|>Read:0"
+     "<|tool_call_argument_begin|>%s<|tool_call_end|><|tool_call_section_end|>" % PATH,
+     [READ_A]),
+    ("blanks in Mistral's", "[TOOL_CALLS]Read [ARGS] " + PATH, [READ_A]),
+]
+
+
+@pytest.mark.parametrize("words, made", named(ODD))
+def test_odd_spellings(words, made):
+    assert leaked([words]) == leaked(words) == made
+
+
 DEBRIS = [      # model, text, what remains of it
     ("gpt-oss-20b", "<|channel|>commentary<|message|>I look.<|end|>", "I look."),
-    ("qwen3", "Yes.<|im_end|>", "Yes."),
+    ("qwen3", "It ends with <|im_end|> there.", "It ends with <|im_end|> there."),
     ("deepseek-v4", deep("tool calls end") + "Done." + deep("eos"), "Done."),
     ("gpt-oss-20b", "<|start|>assistant<|channel|>final<|message|>Hi<|return|>", "Hi"),
     ("llama", "a <|x|> b", "a <|x|> b"),
@@ -3350,6 +3512,24 @@ LEAKED = [      # (case, chunks, content, stop_reason)
     ("a call cut by the limit", text("Hm.", LEAK[:50], finish="length"),
      [said("Hm."), dict(READ_3, input={"__unparsedToolInput": {
          "raw": LEAK[11:50], "len": 39}})], "max_tokens"),
+    ("a tag of thinking in an argument", text(
+        LEAK.replace("/a", "</think>")), [dict(READ_3, input={
+            "file_path": "</think>", "limit": 3})], "tool_use"),
+    ("a tag of thinking in code", text("The tag `</think>` ends it."),
+     [said("The tag `</think>` ends it.")], "end_turn"),
+    ("the same call twice in the thinking",
+     [says(reasoning_content=LEAK + " so " + LEAK), says("stop")],
+     [thinking(LEAK + " so " + LEAK), READ_3], "tool_use"),
+    ("a window that is full", text(LEAK[:50], finish="model_context_window_exceeded"),
+     [dict(READ_3, input={"__unparsedToolInput": {
+         "raw": LEAK[11:50], "len": 39}})], "model_context_window_exceeded"),
+    ("a whole call and the limit", text(LEAK, finish="length"), [READ_3], "tool_use"),
+    ("a placeholder for arguments", [
+        piece(0, "c", "Read", "{}"), piece(0, None, None, '{"file_path": "/a", '),
+        piece(0, None, None, '"limit": 3}'), says("tool_calls")], [READ_3], "tool_use"),
+    ("marks behind arguments", [piece(
+        0, "c", "Read", '{"file_path": "/a", "limit": 3}</tool_call>'),
+        says("tool_calls")], [READ_3], "tool_use"),
     ("arguments to be fitted", calls(("read", {"filePath": "/a", "limit": "3"})),
      [READ_3], "tool_use"),
     ("arguments with single quotes, finished", [piece(
@@ -3365,6 +3545,28 @@ LEAKED = [      # (case, chunks, content, stop_reason)
 @pytest.mark.parametrize("chunks, blocks, reason", named(LEAKED))
 def test_leaked_and_mended_calls(chunks, blocks, reason):
     assert content(chunks, tools=READ) == (blocks, reason)
+
+
+HELD = [("1 <", "</answer>"), ("a ``", "```"), ("a <tool_call>", "<tool_call>X")]
+
+
+@pytest.mark.parametrize("words, stop", HELD)
+def test_stop_sequences_and_leaks_lose_nothing(words, stop):
+    told = content(text(words), tools=READ, stops=(stop,))
+    assert told == ([said(words)], "end_turn")
+    order = content(text("The E" + LEAK + "x"), tools=READ, stops=("END",))
+    assert order[0] == [said("The E"), READ_3, said("x")]
+
+
+@pytest.mark.parametrize("answer", [
+    {}, {"choices": ["x"]}, {"choices": [None]}, {"choices": {"a": 1}},
+    {"choices": [{"message": "x"}]}])
+def test_a_strange_second_answer_leaves_the_first(answer):
+    message = np.Message("msg_1", "m", np.Reading(tools=READ, again=True))
+    with pytest.raises(np.BrokenCall):
+        message.events([piece(0, "c", "Read", '{"file_path": "/'), says("tool_calls"),
+                        np.DONE])
+    assert message.amended(answer)[-1][0] == "message_stop"
 
 
 def test_a_leaked_call_is_told_in_its_place_and_at_once():
@@ -4254,6 +4456,15 @@ def test_what_was_learned_survives_a_restart(tmp_path):
         with proxy_for(nim, home=home) as again:
             again.ask(top_k=3)
             assert "top_k" not in nim.asked[-1] and len(nim.asked) == 3
+
+
+def test_a_window_that_was_outgrown_is_forgotten():
+    learned = np.Learned("")
+    learned.learn("u", "m", ["window:16384"])
+    learned.learn("u", "m", ["window:8192", "ids"])
+    assert learned.window("u", "m") == 8192
+    learned.forget_window("u", "m")
+    assert learned.window("u", "m") == 0 and learned.mends("u", "m") == ["ids"]
 
 
 def test_what_was_learned_is_forgotten_in_a_week(tmp_path):
