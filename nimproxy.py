@@ -3474,7 +3474,7 @@ def pairs(opener: str, closer: str,
                 raise ValueError("expected the end of a call")
             ends = [last.start()] if last and last.start() >= place else []
             if not ends and not re.search(r"\}\s{0,64}</[^<>]*invoke>\Z", body):
-                ends = [end.start() for end in re.finditer(CLOSERS, body)]
+                ends = [end.start() for end in re.finditer(BOTH_CLOSED, body)]
             if not ends:        # broken off: how it goes on is not guessed
                 raise ValueError("expected the end of a parameter")
             values[key] = unwrapped(body[place:ends[-1]], marks, lines)
@@ -3482,9 +3482,14 @@ def pairs(opener: str, closer: str,
     return read
 
 
-CLOSERS = (r"\s{0,16}(?:</(?:seed:|minimax:|\uff5cDSML\uff5c ?|antml:|atem:|steptml:)?"
-           r"(?:function|invoke|tool|calls|toolcalls|(?:tool|function)_calls?)>\s{0,16}"
-           r"|<\uff5ctool_calls?_end\uff5c>|<\|close\|>\w+<\|sep\|>){1,4}\Z")
+CLOSING = (r"</(?:seed:|minimax:|\uff5cDSML\uff5c ?|antml:|atem:|steptml:)?"
+           r"(?:function|invoke|tool|calls|toolcalls|(?:tool|function)_calls?)>"
+           r"\s{0,16}")
+CLOSERS = (rf"\s{{0,16}}(?:{CLOSING}|<\uff5ctool_calls?_end\uff5c>|"
+           r"<\|close\|>\w+<\|sep\|>){1,4}\Z")
+# Where the last parameter is not closed, two ends behind it say that it is whole: one
+# may be part of it, and it may be broken off there.
+BOTH_CLOSED = rf"\s{{0,16}}(?:{CLOSING}){{2,4}}\Z"
 
 
 def unwrapped(value: str, marks: str, lines: bool = False) -> Any:

@@ -3113,6 +3113,9 @@ TEXT_ALL = [    # case, a finished text in which nothing may be run
     ("broken off behind a tag of its own", WRITES + "<div>\nhello</div>\n"),
     ("broken off behind the closing tag in it",
      WRITES + "It ends with </parameter> as you see. The rest is br"),
+    ("broken off behind another format's end",
+     '<|open|>tools<|sep|><|open|>call tool="Bash" index="0"<|sep|><|open|>argument '
+     'key="command" type="string"<|sep|>rm a</invoke>'),
     ("a list that had begun", '<tool_call>{"name":"Bash","arguments":{"todos":[ '),
     ("a comma, and nothing", '<tool_call>{"name":"Bash","arguments":{"command":"ls", '),
     ("a call in prose", "Where you see <tool_call>Read</tool_call> it reads."),
@@ -3136,6 +3139,8 @@ ODD = [         # case, text, what it makes
     ("a fence behind a call", deep("tool calls begin", "tool call begin") + "Read"
      + deep("tool sep") + PATH + deep("tool call end", "tool calls end")
      + "\n```python\nx\n```", [READ_A, ("text", "\n```python\nx\n```")]),
+    ("no end of the parameter, but of all else", "<tool_call>" + BASH.replace(
+        "</parameter>\n", "") + "</tool_call>", [LS_CALL]),
     ("the end of a turn behind it", BASH + "<|im_end|>", [LS_CALL]),
     ("an id before the name", '<tool_call>{"id": 1, "name": "Read", "arguments": %s}'
      "</tool_call>" % PATH, [READ_A]),
