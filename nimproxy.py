@@ -6943,15 +6943,13 @@ DEFEATED = {"ENABLE_TOOL_SEARCH": "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS",
 
 
 def client_environment(config: Config, url: str, one_model: bool,
-                       environ: Mapping[str, str], window: int = 0) -> Dict[str, str]:
+                       environ: Mapping[str, str]) -> Dict[str, str]:
     """What to add to a client's environment; what the user has set there wins.
 
-    `window` is the default model's as the running proxy knows it; 0: the catalog's.
     `one_model`: one was asked for, so subagents get it too.  Ids that begin with
     `claude-` would lose the window variables, ours do not.
     """
-    known = config.context_window or known_model(config.default_model).window
-    tokens = str(window or known)
+    tokens = str(config.context_window or known_model(config.default_model).window)
     wanted = {
         "ANTHROPIC_MODEL": config.default_model,
         "ANTHROPIC_DEFAULT_OPUS_MODEL": config.opus,
@@ -7399,8 +7397,8 @@ def launch(context: Context, command: List[str]) -> int:
 
 def run_client(context: Context, config: Config, url: str, command: List[str]) -> int:
     one_model = context.sources.get("default_model", "").startswith("--")
-    window = ask_window(config, url)
-    added = client_environment(config, url, one_model, context.environ, window)
+    config = config._replace(context_window=ask_window(config, url))
+    added = client_environment(config, url, one_model, context.environ)
     name = os.path.basename(command[0])
     print(f"nimproxy: {name} on {described_upstream(config)}, by way of {url}",
           file=sys.stderr, flush=True)

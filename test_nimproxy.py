@@ -6012,14 +6012,15 @@ PDF = (b"%PDF-1.1\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n"
 
 
 @E2E
-def test_e2e_an_image_is_shown_and_a_pdf_is_named(tmp_path):
+def test_e2e_an_image_is_shown_and_a_pdf_is_read(tmp_path):
     project = tmp_path / "project"
     reads = [calls(("Read", {"file_path": str(project / name)}))
-             for name in ("dot.png", "page.pdf")]
+             for name in ("dot.png", "page.pdf", "words.pdf")]
     with desk(tmp_path, story(*reads, text("Seen."))) as it:
         (project / "dot.png").write_bytes(PNG)
         (project / "page.pdf").write_bytes(PDF)
-        it.succeeds("Look at both.", "Seen.")
+        (project / "words.pdf").write_bytes(pdf_page(PDF_HELLO))
+        it.succeeds("Look at all.", "Seen.")
         messages = it.nim.asked[-1]["messages"]
         lists = [message["content"] for message in messages
                  if message["role"] == "user" and isinstance(message["content"], list)]
@@ -6031,6 +6032,7 @@ def test_e2e_an_image_is_shown_and_a_pdf_is_named(tmp_path):
                             if isinstance(message["content"], str)]
                            + [part.get("text") for part in parts])
         assert "page.pdf" in texts and "application/pdf" in texts
+        assert "[page 1]\\nHello" in texts
         for data in (PNG, PDF):
             assert base64.b64encode(data).decode()[:24] not in texts
 
