@@ -2915,7 +2915,9 @@ MENDS = [Mend(pattern, mend) for pattern, mend in [
      r"(does not|doesn't|not) support.{0,40}(image|vision|multimodal)", "blind"),
     (r"(?i)content.{0,60}(valid string|must be a string|should be a string|expected "
      r"a? ?string)", "flat"),
-    (r"(?i)function.parameters.type|when using anyof|\$ref|\$defs|invalid schema|"
+    (r"(?i)content.{0,60}(valid string|must be a string)|not a multimodal", "blind"),
+    (r"(?i)\b(any|one|all)of\b.{0,40}(not supported|unsupported|not allowed)|"
+     r"function.parameters.type|when using anyof|\$ref|\$defs|invalid schema|"
      r"upper to type undefined|exact null branch", "schema:plain"),
     (r"(?i)xgrammar|into a grammar|json schema|failed to parse grammar", "schema:bare"),
 ]]
@@ -2932,7 +2934,8 @@ FIELD_NAMES = [re.compile(pattern) for pattern in [
     r"property '([\w.]+)' is unsupported",
     r"(?:[Uu]nsupported|[Ii]nvalid) (?:parameter|value|argument)s?: [\"'`]([\w.]+)",
     r"[\"'`]?\b(stream_options|parallel_tool_calls|response_format|temperature|top_p|"
-    r"top_k|stop|reasoning_effort|chat_template_kwargs|tool_stream|thinking|tool_choice"
+    r"top_k|stop|reasoning_effort|chat_template_kwargs|tool_stream|thinking(?! mode)|"
+    r"tool_choice"
     r")\b[\"'`]?.{0,60}(?:not (?:supported|allowed|permitted)|unsupported|only allowed|"
     r"unavailable|must be|is invalid|should be|ignored|deprecated|cannot)",
 ]]
@@ -3652,7 +3655,8 @@ DIALECTS = [
             r"\)\s{0,8}\]\s{0,8}<\|python_end\|>", python_calls),
     Dialect("the XML mode",
             (("<tool_code", "<TOOL_CODE"), GAP, ("name", "NAME"), GAP, "=", GAP, QUOTE,
-             NAME, QUOTE, GAP, ">", BODY), r"(?i)</\s?tool_code\s?>", xml_arguments),
+             NAME, QUOTE, GAP, ">", BODY), r"(?i)</\s?tool_code\s?>", xml_arguments,
+            ("</tool_code>",)),
     Dialect("Llama 3",
             ("<|python_tag|>", GAP, BODY, "{", GAP, KEYS), to_the_end, named_calls),
     Dialect("Llama 3, bare",
@@ -3774,6 +3778,16 @@ class Written:
         return out
 
 
+    def broken(self, body: str, tools: Tools) -> Pieces:
+        """A call that is all there but for sound arguments, as if it were cut; none if
+        it may be something else."""
+        found = re.search(r"""["']name["']\s*:\s*["']([^"']{1,128})""", body[:1024])
+        name = self.name or declared_name(found[1] if found else "", tools)
+        if not name or not body.lstrip().startswith("{"):
+            return []
+        return [("cut", (tools[name]["name"], body.strip()))]
+
+
 def input_schema(tool: Json) -> Json:
     return shaped(tool.get("input_schema"), dict)
 
@@ -3844,6 +3858,7 @@ class Leaks:
         if not found and end < 0:           # finished, but for its own last mark
             body, rest = split_at(body, call.row.after)
             found = call.calls(body, self.tools, True) if rest else []
+            found = found or (call.broken(body, self.tools) if rest else [])
         self.call = None
         self.begun = True
         if found:
@@ -4228,6 +4243,13 @@ class Message:
         choice = shaped(next(iter(shaped(answer.get("choices"), list)), {}), dict)
         second.grow(shaped(choice.get("message"), dict).get("tool_calls") or [])
         calls = second.whole(str(choice.get("finish_reason") or ""))
+        leaks = leaks_of(self.reading)
+        words = shaped(choice.get("message"), dict).get("content")
+        if leaks and not calls and isinstance(words, str):
+            calls = [value[:2] for kind, value in leaks.feed(words, True)
+                     if kind == "call"]
+            for name, arguments in calls:
+                second.add(name, arguments)
         if calls and not second.broken and not second.cut:
             self.calls = second
             self.repairs.append("asked_again")
@@ -5779,9 +5801,9 @@ class Learned:
         self.tree = self.load()
 
     def mends(self, base_url: str, model: str) -> List[str]:
-        oldest = day(LEARNED_DAYS)
+        oldest, today = day(LEARNED_DAYS), day(0)
         rows = self.tree.get(base_url, {}).get(model, {})
-        return [mend for mend, when in rows.items() if when > oldest]
+        return [mend for mend, when in rows.items() if oldest < when <= today]
 
     def window(self, base_url: str, model: str) -> int:
         """The window that an overflow once told, in tokens; 0 if none has."""
@@ -6000,7 +6022,9 @@ class Proxy:
 
     async def messages(self, request: Request) -> Response:
         """A Messages request: asked upstream, answered in Anthropic's words."""
-        self.look()
+        looking = self.look()
+        if looking and not looking.done():
+            await asyncio.wait({looking}, timeout=NEAR_SECONDS)
         question, chat = await aside(request, self.question)
         if "stream" not in chat:
             return await self.whole(question, chat)
@@ -6027,8 +6051,11 @@ class Proxy:
         facts = self.facts(model)
         estimate = count_tokens(body)
         tokens = round(estimate * self.factor(model))
-        chat = chat_body(body, model, upstream_api(self.config), tokens, facts)
-        for mend in self.mends(model):
+        mends, api = self.mends(model), upstream_api(self.config)
+        if "replay" in mends:
+            api = api._replace(replay="every")
+        chat = chat_body(body, model, api, tokens, facts)
+        for mend in mends:
             apply_mend(mend, chat)
         reading = Reading(
             tools=self.toolbox(declared_tools(body)), stops=tuple(stop_sequences(body)),
@@ -6179,7 +6206,8 @@ class Proxy:
         """One attempt at a chat that streams, up to its first words."""
         payload = self.payload(chat)
         answer = await self.ask(chat, payload)
-        again = self.again(question, payload if "tools" in chat else None)
+        wanted = payload if question.message.reading.tools else None
+        again = self.again(question, wanted)
         telling = Telling(question.message, answer, again)
         try:
             await self.check(question, answer)
@@ -6193,7 +6221,8 @@ class Proxy:
         """One attempt at a chat that does not stream: all events of its answer."""
         payload = self.payload(chat)
         answer = await self.ask(chat, payload)
-        again = self.again(question, payload if "tools" in chat else None)
+        wanted = payload if question.message.reading.tools else None
+        again = self.again(question, wanted)
         telling = Telling(question.message, answer, again)
         try:
             await self.check(question, answer)
@@ -6634,6 +6663,7 @@ def told_windows(value: Json, model: str) -> Dict[str, int]:
 WINDOW_KEYS = ("loaded_context_length", "max_model_len", "context_length",
                "max_context_length")
 OWN_SERVERS = ("nvidia", "custom", "lmstudio")      # where the windows may be told
+NEAR_SECONDS = 0.02         # a request waits for them, where the server is near
 LOOK_SECONDS = 2.0          # for windows; a server that is near takes milliseconds
 
 

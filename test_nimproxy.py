@@ -2545,6 +2545,12 @@ REFUSED_ONCE = [    # (case, the refusal, the request's fields, what the next ch
         "thinking is enabled but reasoning_content is missing in assistant tool call "
         "message at index 0"), {"messages": TWO},
      lambda chat: chat["messages"][0].get("reasoning_content") == ""),
+    ("a string for an image", refuses(422, {"detail": [{
+        "loc": ["body", "messages", 0, "content"], "msg": "Input should be a valid "
+        "string"}]}), {"messages": [user(said("a"), PIXEL)]},
+     lambda chat: isinstance(chat["messages"][0]["content"], str)),
+    ("no unions", refused("tools.0.function.parameters: anyOf is not supported"),
+     {"tools": [RICH]}, schema(PLAIN)),
     ("max_completion_tokens", refused("Unsupported parameter: 'max_tokens' is not "
         "supported with this model. Use 'max_completion_tokens' instead."), {},
      holds(max_completion_tokens=100, max_tokens=None)),
@@ -2583,6 +2589,20 @@ def test_what_is_refused_once_is_not_asked_twice(refusal, fields, check):
         first, second, third = nim.asked
         assert not check(first) and check(second)
         assert third == second              # learned: right the first time
+
+
+def test_thinking_that_is_demanded_comes_back():
+    words = "The `reasoning_content` in the thinking mode must be passed back."
+    fields = {"messages": [user(said("a")), assistant(THOUGHT, said("b")),
+                           user(said("c"))]}
+    with both(refused(words), completes("ok")) as (nim, client):
+        client.message(**fields)
+        client.message(**fields)
+        assert nim.asked[2]["messages"][1]["reasoning_content"] == "hm"
+    with both(refused(words)) as (nim, client):
+        fields["model"] = "moonshotai/kimi-k2.6"
+        assert client.ask(**fields)[0] == 400
+        assert all("chat_template_kwargs" in chat for chat in nim.asked)
 
 
 UNMENDED = [    # (case, the refusal, the request): told at once, nothing is learned
@@ -2827,6 +2847,20 @@ def test_the_xml_modes_answers(words, blocks, reason):
                 for name in ("id", "signature"):
                     block.pop(name, None)
             assert (message["content"], message["stop_reason"]) == (blocks, reason)
+
+
+def test_a_broken_call_in_prose_is_asked_for_again():
+    bad = 'Ok. <tool_code name="Read">{"path": "/a, }</tool_code>'
+    good = '<tool_code name="Read">{"path": "/a"}</tool_code>'
+    with both(streams(*text(bad)), completes(good), tool_format="xml") as (nim, client):
+        message = client.message(stream=True, **PROSE_CHAT)
+        assert message["content"][1]["input"] == {"path": "/a"}
+        assert (message["stop_reason"], len(nim.asked)) == ("tool_use", 2)
+    hermes = '<tool_call>\n{"name": "Read", "arguments": {"path": "/a}}\n</tool_call>'
+    with both(streams(*text(hermes)), streams(*text("Hm."))) as (nim, client):
+        message = client.message(stream=True, **PROSE_CHAT)
+        assert "__unparsedToolInput" in message["content"][0]["input"]
+        assert len(nim.asked) == 2
 
 
 def test_text_before_the_tag_is_streamed():
@@ -4473,7 +4507,8 @@ def test_a_window_that_was_outgrown_is_forgotten():
 
 
 def test_what_was_learned_is_forgotten_in_a_week(tmp_path):
-    for ago, known in [(np.LEARNED_DAYS - 1, ["single"]), (np.LEARNED_DAYS, [])]:
+    for ago, known in [(np.LEARNED_DAYS - 1, ["single"]), (np.LEARNED_DAYS, []),
+                       (-2, [])]:
         tree = {"u": {"m": {"single": np.day(ago)}}}
         (tmp_path / "learned.json").write_text(json.dumps(tree))
         learned = np.Learned(str(tmp_path))
