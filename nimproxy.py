@@ -3781,11 +3781,15 @@ class Written:
     def broken(self, body: str, tools: Tools) -> Pieces:
         """A call that is all there but for sound arguments, as if it were cut; none if
         it may be something else."""
-        found = re.search(r"""["']name["']\s*:\s*["']([^"']{1,128})""", body[:1024])
-        name = self.name or declared_name(found[1] if found else "", tools)
+        name = self.whose(body, tools)
         if not name or not body.lstrip().startswith("{"):
             return []
         return [("cut", (tools[name]["name"], body.strip()))]
+
+    def whose(self, body: str, tools: Tools) -> str:
+        """The declared tool that is called, by the head or by the body; "" if none."""
+        found = re.search(r"""["']name["']\s*:\s*["']([^"']{1,128})""", body[:1024])
+        return self.name or declared_name(found[1] if found else "", tools)
 
 
 def input_schema(tool: Json) -> Json:
@@ -3796,8 +3800,8 @@ class Leaks:
     """Takes the calls out of a text that comes in pieces.
 
     Out, in order: ("text", words); ("call", (name, arguments, repairs)); ("cut",
-    (name, arguments)) for one that the output limit cut.  What is held back is a call,
-    or could be the head of one.
+    (name, arguments)) for one that the output limit cut, or whose arguments make no
+    sense.  What is held back is a call, or could be the head of one.
     """
 
     def __init__(self, tools: Tools, model: str = "") -> None:
@@ -3830,8 +3834,7 @@ class Leaks:
         if call.row.end is to_the_end:      # whether it is whole cannot be seen
             return [("text", call.head + "".join(call.body))]
         body = "".join(call.body)
-        found = re.search(r'"name"\s*:\s*"([^"]{1,128})"', body[:1024])
-        name = call.name or declared_name(found[1] if found else "", self.tools)
+        name = call.whose(body, self.tools)
         if not name:
             return [("text", call.head + body)]
         return [("cut", (self.tools[name]["name"], body))]
