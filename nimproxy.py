@@ -6207,33 +6207,35 @@ class Proxy:
 
     async def told(self, question: Question, chat: Json) -> Telling:
         """One attempt at a chat that streams, up to its first words."""
-        payload = self.payload(chat)
-        answer = await self.ask(chat, payload)
-        wanted = payload if question.message.reading.tools else None
-        again = self.again(question, wanted)
-        telling = Telling(question.message, answer, again)
+        telling = await self.taking(question, chat)
         try:
-            await self.check(question, answer)
             await telling.begin()
         except BaseException:
-            answer.release()
+            telling.answer.release()
             raise
         return telling
 
     async def read_whole(self, question: Question, chat: Json) -> List[Event]:
         """One attempt at a chat that does not stream: all events of its answer."""
+        telling = await self.taking(question, chat)
+        try:
+            raw = await telling.answer.whole()
+        finally:
+            telling.answer.release()
+        chunk = completion(raw, question.message.reading.asked)
+        return await telling.last([chunk, DONE])
+
+    async def taking(self, question: Question, chat: Json) -> Telling:
+        """An answer that takes the chat, about to be told; ProxyError for any other."""
         payload = self.payload(chat)
         answer = await self.ask(chat, payload)
-        wanted = payload if question.message.reading.tools else None
-        again = self.again(question, wanted)
-        telling = Telling(question.message, answer, again)
         try:
             await self.check(question, answer)
-            asked = question.message.reading.asked
-            chunk = completion(await answer.whole(), asked)
-        finally:
+        except BaseException:
             answer.release()
-        return await telling.last([chunk, DONE])
+            raise
+        wanted = payload if question.message.reading.tools else None
+        return Telling(question.message, answer, self.again(question, wanted))
 
     async def ask(self, chat: Json, payload: Tuple[str, str]) -> Any:
         """Upstream's answer to a chat, which is sent as its payload."""
