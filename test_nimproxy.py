@@ -6166,6 +6166,24 @@ def test_e2e_a_call_that_was_only_thought_of_is_run(tmp_path):
         assert last_call(chat) == ("Bash", {"command": COMMAND}, "42")
 
 
+@E2E
+def test_e2e_tools_in_prose(tmp_path):
+    def answer(chat):
+        ran = "<tool_output>" in chat["messages"][-1]["content"]
+        call = text("On it.\n", *bash_call("the XML mode"))
+        return spoken(chat, text("It ran.") if ran else call)
+    with desk(tmp_path, answer, tool_format="xml") as it:
+        it.succeeds("Do it.", "It ran.")
+        assert (it.project / "made").read_text() == "42\n"
+        first_chat, second = [chat for chat in it.nim.asked if "# TOOL CALLING FORMAT"
+                              in chat["messages"][0]["content"]]
+        assert "tools" not in first_chat
+        assert "- **Bash**: " in first_chat["messages"][0]["content"]
+        called, answered = second["messages"][-2:]
+        assert '<tool_code name="Bash">' in called["content"]
+        assert "<tool_output>\n42\n</tool_output>" in answered["content"]
+
+
 SPOILED = [     # what is wrong, the arguments of Read, what they take; see DAMAGED
     ("single quotes", "{'file_path': '@', 'limit': 1}", "python"),
     ("a string for a number", '{"file_path": "@", "limit": "1"}', "coerced"),
