@@ -85,7 +85,7 @@ Headers = List[Tuple[str, str]]
 
 # ---- 1. Numbers --------------------------------------------------------------
 # Limits and times that hold the program up.  Units are in the names; each number
-# says why it is what it is.  What a user may turn is in part 4 instead.
+# says why it is what it is.  What a user may turn is in Configuration.
 
 MAX_REQUEST_LINE_BYTES = 16 * 1024  # RFC 9112 asks for 8000 at least; node takes 16 kB
 MAX_HEAD_BYTES = 64 * 1024      # start line and fields; as uvicorn, four times h11's
@@ -533,7 +533,7 @@ SAMPLING, LONE = ("temperature", "top_p", "top_k"), ("top_k", "parallel_tool_cal
 NO_LIMITS = Limits()
 
 # Provider, whether thinking is on (None: either), pattern in the id.  First row wins;
-# what is not known here is learned from refusals, part 9.
+# what is not known here is learned from refusals, by Mends and Memory.
 LIMITS = [
     ("deepseek", True, "", Limits(SAMPLING + LONE, "", False, ceiling=393216)),
     ("deepseek", False, "", Limits(LONE, "any", False, ceiling=393216)),
@@ -556,7 +556,7 @@ def limits_of(provider: str, model: str, thinks: bool) -> Limits:
                  and on in (None, thinks) and re.search(pattern, low)), NO_LIMITS)
 
 
-DEMO_MODEL = "nimproxy/demo"    # answered inside this process, part 11
+DEMO_MODEL = "nimproxy/demo"    # answered inside this process
 TIERS = ("opus", "sonnet", "haiku")
 
 
@@ -582,7 +582,7 @@ def effort_word(wanted: str, efforts: Iterable[str]) -> str:
 
 # ---- 4. Configuration --------------------------------------------------------
 # Flags over environment over .env over file over the provider's row, merged once
-# by a pure function.  Only part 16 looks at the environment.
+# by a pure function.  Only the command line looks at the environment.
 
 class Config(NamedTuple):
     """All settings.  Seconds and characters; an empty string is "not set"."""
@@ -1612,7 +1612,7 @@ def chat_body(body: Json, model: str, provider: Provider = PROVIDERS["custom"],
     return chat
 
 
-MAX_UPSTREAM_STOPS = 4      # older Dynamo and OpenAI refuse more; part 8 minds all
+MAX_UPSTREAM_STOPS = 4      # older Dynamo and OpenAI refuse more; Streams minds all
 LEAST_THINKING_TOKENS = 2048    # a model that cannot but think answers nothing in less
 WINDOW_MARGIN_TOKENS = 512      # chat template, and what the estimate is off by
 LEAST_OUTPUT_TOKENS = 1024      # an estimate alone never cuts below this
@@ -2915,6 +2915,7 @@ MENDS = [Mend(pattern, mend) for pattern, mend in [
      r"(does not|doesn't|not) support.{0,40}(image|vision|multimodal)", "blind"),
     (r"(?i)content.{0,60}(valid string|must be a string|should be a string|expected "
      r"a? ?string)", "flat"),
+    # A host that takes only strings takes no images: for when that row is of no use.
     (r"(?i)content.{0,60}(valid string|must be a string)|not a multimodal", "blind"),
     (r"(?i)\b(any|one|all)of\b.{0,40}(not supported|unsupported|not allowed)|"
      r"function.parameters.type|when using anyof|\$ref|\$defs|invalid schema|"
@@ -3471,18 +3472,22 @@ def pairs(opener: str, closer: str,
         if not key and bare and not re.match("</|<.close", bare):
             raise ValueError("expected parameters")
         if key:
-            *_, last = None, *re.finditer(closer, body)
-            tail = body[last.end():] if last and last.start() >= place else ""
-            if tail.strip() and not re.match(CLOSERS, tail):    # more was to follow
-                raise ValueError("expected the end of a call")
-            ends = [last.start()] if last and last.start() >= place else []
-            if not ends and not re.search(r"\}\s{0,64}</[^<>]*invoke>\Z", body):
-                ends = [end.start() for end in re.finditer(BOTH_CLOSED, body)]
-            if not ends:        # broken off: how it goes on is not guessed
-                raise ValueError("expected the end of a parameter")
-            values[key] = unwrapped(body[place:ends[-1]], marks, lines)
+            values[key] = unwrapped(last_value(body[place:], closer), marks, lines)
         return [(name, encode_text(values))]
     return read
+
+
+def last_value(rest: str, closer: str) -> str:
+    """The value that begins the rest of a call's body; ValueError if it, or what was to
+    follow it, is broken off: how that goes on is not guessed."""
+    *_, last = None, *re.finditer(closer, rest)
+    tail = rest[last.end():] if last else ""
+    if last and not (tail.strip() and not re.match(CLOSERS, tail)):
+        return rest[:last.start()]
+    both = None if last or JSON_ENDED.search(rest) else re.search(BOTH_CLOSED, rest)
+    if not both:
+        raise ValueError("expected the end of a parameter, and of the call")
+    return rest[:both.start()]
 
 
 CLOSING = (r"</(?:seed:|minimax:|\uff5cDSML\uff5c ?|antml:|atem:|steptml:)?"
@@ -3493,6 +3498,7 @@ CLOSERS = (rf"\s{{0,16}}(?:{CLOSING}|<\uff5ctool_calls?_end\uff5c>|"
 # Where the last parameter is not closed, two ends behind it say that it is whole: one
 # may be part of it, and it may be broken off there.
 BOTH_CLOSED = rf"\s{{0,16}}(?:{CLOSING}){{2,4}}\Z"
+JSON_ENDED = re.compile(r"\}\s{0,64}</[^<>]*invoke>\Z")    # not where a value ends
 
 
 def unwrapped(value: str, marks: str, lines: bool = False) -> Any:
@@ -7432,7 +7438,8 @@ def launch(context: Context, command: List[str]) -> int:
 
 def run_client(context: Context, config: Config, url: str, command: List[str]) -> int:
     one_model = context.sources.get("default_model", "").startswith("--")
-    config = config._replace(context_window=ask_window(config, url))
+    window = ask_window(config, url) or config.context_window
+    config = config._replace(context_window=window)
     added = client_environment(config, url, one_model, context.environ)
     name = os.path.basename(command[0])
     print(f"nimproxy: {name} on {described_upstream(config)}, by way of {url}",
@@ -7637,7 +7644,7 @@ async def live_list(config: Config) -> List[str]:
     try:
         return sorted(set(await proxy.live_models()))
     finally:
-        await proxy.upstream.close()
+        await proxy.close()
 
 
 def run_status(context: Context) -> int:

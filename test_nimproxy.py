@@ -378,6 +378,10 @@ def test_parts_use_what_they_may():
     assert not breaches
 
 
+def test_parts_are_called_by_name_for_their_numbers_change():
+    assert not re.search(r"\bpart \d", SOURCE)
+
+
 def test_no_name_is_defined_twice():
     names = [name for node in ast.parse(SOURCE).body for name in defined(node)]
     assert len(names) == len(set(names))
@@ -5625,6 +5629,17 @@ def test_run_passes_everything_through(shell, piped):
     assert "built-in model" in done.stdout and "['-p', '--x']" in done.stdout
     assert re.fullmatch(r"nimproxy: python\S* on built in, model nimproxy/demo, "
                         r"by way of http://127\.0\.0\.1:\d+\n", done.stderr)
+
+
+def test_a_configured_window_reaches_the_program(shell):
+    (shell / "config.yaml").write_text("max_context_window: 64k\n")
+    show = "import os; print(os.environ['CLAUDE_CODE_MAX_CONTEXT_TOKENS'])"
+    done = program("run", "--demo", "--", sys.executable, "-c", show)
+    assert done.stdout == "65536\n"
+
+
+def test_an_unknown_window_is_no_window():
+    assert np.ask_window(CONFIG, "http://127.0.0.1:9") == 0
 
 
 def test_run_reuses_a_proxy_that_answers(shell):
