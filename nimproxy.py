@@ -18,7 +18,7 @@ One word, one thing:
     block       one content block            frame       one event of an event stream
     config      all settings, resolved once  stage       generator: pieces in, list out
 
-The parts; each uses only parts above it, and the first fifteen do no I/O:
+The parts; each uses only parts above it, and the first sixteen do no I/O:
 
     1. Numbers
     2. Errors and JSON
@@ -35,12 +35,14 @@ The parts; each uses only parts above it, and the first fifteen do no I/O:
    13. Event streams: bytes to chunks, events to bytes
    14. HTTP/1.1 messages
    15. Demonstration: the built-in upstream
-   16. Upstream
-   17. Memory
-   18. Proxy
-   19. Server
-   20. Client programs
-   21. Command line
+   16. Pacing: whose turn it is, and when to ask again
+   17. Upstream
+   18. Memory
+   19. Journal
+   20. Proxy
+   21. Server
+   22. Client programs
+   23. Command line
 
 Python 3.8 or newer; nothing else.  https://www.rfc-editor.org/rfc/rfc9112 and
 https://html.spec.whatwg.org/multipage/server-sent-events.html are the two wires.
@@ -56,6 +58,7 @@ import errno
 import ipaddress
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -152,11 +155,12 @@ class ProxyError(Exception):
     """Something the client should hear about: an HTTP status and a sentence.
 
     `kind` is Anthropic's error type where the status alone does not say it;
-    `headers` go with the answer, `details` into the error object.
+    `headers` go with the answer, `details` into the error object; `again` is a row
+    of RETRIES, if asking once more may help.
     """
 
     def __init__(self, status: int, message: str, kind: str = "",
-                 headers: Tuple[Tuple[str, str], ...] = ()) -> None:
+                 headers: Tuple[Tuple[str, str], ...] = (), again: str = "") -> None:
         super().__init__(message)
         self.status = status
         self.message = message
@@ -165,6 +169,9 @@ class ProxyError(Exception):
         self.headers = list(headers)
         self.details: Json = {}
         self.words = ""         # upstream's own, if it is upstream that refuses
+        self.again = again
+        self.pause = 0.0        # seconds that upstream wants to be left alone
+        self.fallback = ""      # why another model may do better, in a word
 
     def body(self, request_id: str = "") -> Json:
         error = {"type": self.kind, "message": self.message}
@@ -474,6 +481,8 @@ class Provider(NamedTuple):
     field: str = "reasoning_content"    # where thinking stands in history
     most_bytes: int = 0     # of a request; 0: not known
     image_bytes: int = 0    # of one image in base64 that every model takes; 0: any
+    per_minute: int = 0     # requests of one key; 0: any number
+    at_once: int = 0
 
 
 THINKING_ON = {"thinking": {"type": "enabled"}}
@@ -485,7 +494,8 @@ PROVIDERS = {row.name: row for row in [
         "nvidia", "NVIDIA NIM", "https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY",
         "https://build.nvidia.com", "z-ai/glm-5.3",
         "nvidia/nemotron-3-super-120b-a12b", "nvidia/nemotron-3.5-lightning-30b-a3b",
-        r"integrate\.api\.nvidia\.com", most_bytes=45 << 20, image_bytes=180000),
+        r"integrate\.api\.nvidia\.com", most_bytes=45 << 20, image_bytes=180000,
+        per_minute=40, at_once=6),
     Provider(
         "ollama", "Ollama", "http://localhost:11434/v1", "", "https://ollama.com",
         "gpt-oss:20b", "gpt-oss:20b", "gpt-oss:20b", r".*:11434|ollama\.com",
@@ -597,6 +607,7 @@ class Config(NamedTuple):
     port: int = 8787        # 0: any free one
     proxy_key: str = ""     # what clients must present; "": nothing, on loopback
     log_level: str = "info"
+    log_json: bool = False          # log lines as JSON objects
     ping_interval: float = 15.0
     text_delta_chars: int = 6       # 0: text goes out as it came in
     eager_after: float = 0.08
@@ -604,6 +615,13 @@ class Config(NamedTuple):
     idle_timeout: float = 180.0         # silence inside an answer
     tool_format: str = "native"     # or "xml": tools in prose
     context_window: int = 0         # tokens, of every model; 0: as known or found
+    requests_per_minute: Optional[int] = None   # of the key; 0: any number; None: as
+    concurrency: Optional[int] = None           # the host's row says, so for both
+    max_wait: float = 120.0         # for a turn; then the client gets a 429
+    retries: int = 3                # of a request that upstream is too busy for
+    start_retries: int = 1          # of an answer that breaks before its first word
+    connect_warning: float = 15.0   # without a word: the log says so; 0: never
+    fallbacks: Mapping[str, Tuple[str, ...]] = {}   # by model or tier, in order
     home: str = ""                  # folder for what is remembered; "": nowhere
     model_aliases: Mapping[str, str] = {}
     http_proxy: str = ""
@@ -652,16 +670,24 @@ SETTINGS = [
     Setting("haiku", "", "models.haiku", "text"),
     Setting("tool_format", "", "tool_format", "format"),
     Setting("context_window", "", "max_context_window", "window"),
+    Setting("requests_per_minute", "", "limits.requests_per_minute", "count"),
+    Setting("concurrency", "", "limits.concurrency", "count"),
+    Setting("max_wait", "", "limits.max_wait", "seconds"),
+    Setting("retries", "", "limits.retries", "few"),
+    Setting("start_retries", "STREAM_START_RETRIES", "limits.start_retries", "few"),
+    Setting("connect_warning", "CONNECT_WARNING_SECONDS", "limits.connect_warning",
+            "seconds"),
     Setting("host", "PROXY_HOST", "server.host", "text"),
     Setting("port", "PROXY_PORT", "server.port", "port"),
     Setting("proxy_key", "PROXY_API_KEY", "server.api_key", "secret"),
     Setting("log_level", "LOG_LEVEL", "server.log_level", "level"),
+    Setting("log_json", "", "server.log_json", "switch"),
     Setting("ping_interval", "", "streaming.ping_interval", "seconds"),
     Setting("text_delta_chars", "", "streaming.text_delta_chars", "count"),
     Setting("eager_after", "", "streaming.eager_after", "seconds"),
     Setting("home", "NIMPROXY_HOME", "home", "text"),
 ]
-ALIASES = "model_aliases"       # the one section with free keys
+ALIASES, FALLBACKS = "model_aliases", "fallbacks"   # the sections with free keys
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -700,11 +726,15 @@ def resolve_config(flags: Json, environ: Mapping[str, str],
         raise ProxyError(400, "provider 'custom' needs --base-url URL")
     found["base_url"] = clean_base_url(found["base_url"])
     found[ALIASES] = model_aliases(entries, {**dotenv, **environ})
+    found[FALLBACKS] = model_fallbacks(entries)
     network = network_settings(environ)
-    named = {ALIASES: found[ALIASES], **network}
-    sources.update({name: "environment or file" if name == ALIASES else "environment"
-                    for name, value in named.items() if value})
-    return Config(**found, **network), sources
+    sources.update({name: source for name, source, value in (
+        (ALIASES, "environment or file", found[ALIASES]),
+        (FALLBACKS, "file", found[FALLBACKS]),
+        *((name, "environment", value) for name, value in network.items())) if value})
+    config = Config(**found, **network)
+    return config._replace(requests_per_minute=requests_a_minute(config),
+                           concurrency=requests_at_once(config)), sources
 
 
 def candidates(setting: Setting, flags: Json, environs: List[Mapping[str, str]],
@@ -793,6 +823,12 @@ def as_level(raw: Any) -> str:
     return one_of(LEVELS)({"warn": "warning"}.get(as_text(raw).lower(), raw))
 
 
+def as_switch(raw: Any) -> bool:
+    if not isinstance(raw, bool):
+        raise TypeError
+    return raw
+
+
 def as_window(raw: Any) -> int:
     """A number of tokens, of 1024 if it ends in k, of 1024 * 1024 if in m."""
     match = re.fullmatch("([0-9]{1,9})([km]?)", str(raw).strip().lower(), re.ASCII)
@@ -811,6 +847,8 @@ KINDS = {
     "port": ("a port from 0 to 65535", within(0, 65535, int)),
     "seconds": ("seconds, 0 to 86400", within(0, 86400, float)),
     "count": ("a whole number, 0 to 100000", within(0, 100000, int)),
+    "few": ("a whole number, 0 to 10", within(0, 10, int)),
+    "switch": ("true or false", as_switch),
     "provider": ("one of " + ", ".join(PROVIDERS), one_of(PROVIDERS)),
     "level": ("one of " + ", ".join(LEVELS), as_level),
     "format": ("native or xml", one_of(("native", "xml"))),
@@ -835,6 +873,17 @@ def model_aliases(entries: Entries, environ: Mapping[str, str]) -> Dict[str, str
             name = variable[len("MODEL_ALIAS_"):].lower()
             aliases[name.replace("__", "/").replace("_", "-")] = value
     return aliases
+
+
+def model_fallbacks(entries: Entries) -> Dict[str, Tuple[str, ...]]:
+    """What to ask instead, by model or tier: one id, or a list of them."""
+    fallbacks = {}
+    for path, (value, where) in entries.items():
+        if path[0] == FALLBACKS and len(path) == 2 and value:
+            source = f"{where}: {FALLBACKS}.{path[1]}"
+            ids = value if isinstance(value, list) else [value]
+            fallbacks[path[1]] = tuple(convert("text", name, source) for name in ids)
+    return fallbacks
 
 
 CA_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
@@ -873,12 +922,12 @@ def file_entries(file: File, environ: Mapping[str, str]) -> Entries:
         entries = json_entries(file)
     else:
         entries = yaml_entries(file)
-    known = [setting.key for setting in SETTINGS] + [ALIASES]
+    known = [setting.key for setting in SETTINGS] + [ALIASES, FALLBACKS]
     for path, (value, where) in entries.items():
-        key = ".".join(path)
-        if path[0] == ALIASES and len(path) != 2 and value is not None:
-            raise ProxyError(400, f"{where}: {ALIASES}: expected a map of names")
-        if path[0] != ALIASES and key not in known:
+        key, free = ".".join(path), path[0] in (ALIASES, FALLBACKS)
+        if free and len(path) != 2 and value is not None:
+            raise ProxyError(400, f"{where}: {path[0]}: expected a map of names")
+        if not free and key not in known:
             section = any(name.startswith(key + ".") for name in known)
             if section and value is None:
                 continue
@@ -887,6 +936,9 @@ def file_entries(file: File, environ: Mapping[str, str]) -> Entries:
                                   f"{found}{nearest(key, known)}")
         if isinstance(value, str):
             entries[path] = expanded(value, environ, where), where
+        if isinstance(value, list):
+            entries[path] = [expanded(item, environ, where) if isinstance(item, str)
+                             else item for item in value], where
     return entries
 
 
@@ -977,7 +1029,7 @@ def yaml_value(file: File, number: int, line: str, text: str) -> Any:
             return json.loads(quoted[1])
         raise yaml_error(file, number, line, "escapes as in JSON")
     text = re.sub(r"(^|\s)#.*", "", text).strip()
-    if re.fullmatch(r"\[[^\[\]{}]*\]", text):
+    if re.fullmatch(r"\[(?:[^\[\]{}]|\$\{\w+\})*\]", text):
         items = re.findall(r"""\s*("[^"]*"|'[^']*'|[^,]+)\s*,?""", text[1:-1])
         return [yaml_value(file, number, line, item.strip()) for item in items]
     if re.search(r"^[\[\]{}&*!|>%@`\"',]|^-(?![0-9.])|:(\s|$)", text):
@@ -1030,6 +1082,34 @@ def upstream_api(config: Config) -> Provider:
     return next((row for row in PROVIDERS.values()
                  if row.hosts and re.fullmatch(row.hosts, host)),
                 PROVIDERS[config.provider])
+
+
+def host_row(config: Config) -> Provider:
+    """The row of the host that is asked; one without limits if it is not known."""
+    row = upstream_api(config)
+    host = urlsplit(config.base_url).netloc
+    return row if re.fullmatch(row.hosts or "-", host) else PROVIDERS["custom"]
+
+
+def requests_a_minute(config: Config) -> int:
+    """The most requests a minute, as set or as the host takes them; 0: any number."""
+    asked = config.requests_per_minute
+    return host_row(config).per_minute if asked is None else asked
+
+
+def requests_at_once(config: Config) -> int:
+    """The most requests at once, likewise."""
+    asked = config.concurrency
+    return host_row(config).at_once if asked is None else asked
+
+
+def fallbacks_of(config: Config, asked: str, model: str) -> Tuple[str, ...]:
+    """What to ask in turn when upstream's `model`, which the client called `asked`,
+    cannot answer: its own row, or that of the tier that it is."""
+    tier = next((tier for tier in TIERS if getattr(config, tier) == model), "")
+    named = next((tier for tier in TIERS if tier in asked), tier)
+    rows = (config.fallbacks.get(name, ()) for name in (model, asked, named))
+    return tuple(name for name in next(filter(None, rows), ()) if name != model)
 
 
 def upstream_label(config: Config) -> str:
@@ -2256,32 +2336,41 @@ class Refusal(NamedTuple):
     kind: str                       # Anthropic's error type; "" as the status says
     advice: str                     # may hold {key}, {page}, {model}, {instead}
     retry: str = ""                 # x-should-retry, where the status misleads
+    again: str = ""                 # row of RETRIES: asking once more may help
+    fallback: str = ""              # another model may help, and why
 
 
 # First row that fits wins.  Claude Code retries 401, 408, 409, 429 and 5xx.
 REFUSALS = [
     Refusal((), r"DEGRADED function", 529, "",
-            "The model is down at the provider; wait, or choose another model."),
+            "The model is down at the provider; wait, or choose another model.",
+            "", "busy", "degraded"),
     Refusal((400, 402, 403, 429), r"(?i)\b1113\b|insufficient balance|arrears|"
             r"exceeded_current_quota|credits? (are )?exhausted", 402, "",
             "The account has no credit left; see {page}.", "false"),
     Refusal((), r"enable-auto-tool-choice|does not support tools", 400, "",
             "This host runs {model} without tool calls; choose another model."),
+    Refusal((429,), r"(?i)\b(1308|1310|1313)\b|quota", 429, "",
+            "A quota of hours or days is used up; see {page}.", "", "", "busy"),
     Refusal((401,), "", 401, "",
             "The key is missing, wrong or expired: set {key}, from {page}.", "false"),
     Refusal((402,), "", 402, "", "See the account's balance at {page}.", "false"),
     Refusal((403,), "", 403, "authentication_error",
             "A wrong key gives this, or a model that the account may not use: "
-            "check {key}, from {page}."),
+            "check {key}, from {page}.", "", "", "gated"),
     Refusal((404,), r"Not found for account", 404, "",
-            "{model} is listed but not open to this account."),
-    Refusal((404, 410), "", 404, "", "No model {model} there{instead}."),
+            "{model} is listed but not open to this account.", "", "", "gated"),
+    Refusal((404, 410), "", 404, "", "No model {model} there{instead}.", "", "",
+            "gone"),
     Refusal((413,), "", 413, "", "The request is too large for this provider."),
     Refusal((400, 422), "", 400, "", ""),
-    Refusal((429,), "", 429, "", "The key or model is over its rate: wait a little."),
-    Refusal((503, 504, 529), "", 529, "", "The provider is busy; try again."),
+    Refusal((429,), "", 429, "", "The key or model is over its rate: wait a little.",
+            "", "rate", "busy"),
+    Refusal((503, 504, 529), "", 529, "", "The provider is busy; try again.",
+            "", "busy", "busy"),
     Refusal((), r"(?i)overloaded|ResourceExhausted|temporarily unavailable", 529, "",
-            "The provider is busy; try again."),
+            "The provider is busy; try again.", "", "busy", "busy"),
+    Refusal((408, 500, 502), "", 0, "api_error", "", "", "busy", "busy"),
 ]
 
 # Upstreams' texts for a prompt that does not fit: p prompt, n window, o output
@@ -2322,14 +2411,14 @@ OVERFLOWS = [re.compile(pattern, re.S) for pattern in [
 ]]
 
 
-def refusal(asked: Asked, status: int, text: str, stated: str = "") -> ProxyError:
+def refusal(asked: Asked, status: int, text: str, pause: float = 0.0) -> ProxyError:
     """The error for the client from upstream's status and words.
 
-    `stated` is upstream's Retry-After, as it came.
+    `pause`: the seconds that upstream wants to be left alone, 0.0 if it has not said.
     """
     text = redacted(text, asked.config.api_key)[:MAX_REASON_CHARS]
     words = re.sub(ECHO, "", text)
-    error = overflow(asked, words) or refused(asked, status, text, stated)
+    error = overflow(asked, words) or refused(asked, status, text, pause)
     error.words = words if status in MENDABLE else ""
     return error
 
@@ -2341,11 +2430,11 @@ ECHO = r"""(?s)'input': (?:'(?:[^'\\]|\\.)*'?|"(?:[^"\\]|\\.)*"?)|input_value=.*
 MENDABLE = (400, 413, 422, 500, 501)    # statuses; some engines say 500 for a template
 
 
-def refused(asked: Asked, status: int, text: str, stated: str) -> ProxyError:
+def refused(asked: Asked, status: int, text: str, pause: float) -> ProxyError:
     row = next((row for row in REFUSALS
                 if (not row.statuses or status in row.statuses)
                 and re.search(row.pattern, text)), None)
-    row = row or Refusal((), "", 502 if status < 500 else status, "api_error", "")
+    row = row or Refusal((), "", 0, "api_error", "")
     provider = PROVIDERS[asked.config.provider]
     words = {"key": provider.key_variable or "the key", "page": provider.key_page,
              "model": repr(asked.model), "instead": instead(asked.model)}
@@ -2356,8 +2445,11 @@ def refused(asked: Asked, status: int, text: str, stated: str) -> ProxyError:
         message = re.sub("(?i)x-api-key", "API key", message)
     sent = [("x-should-retry", row.retry)] if row.retry else []
     if row.status in (429, 529):
-        sent.append(("retry-after", retry_after(stated)))
-    return ProxyError(row.status, message, row.kind, tuple(sent))
+        sent.append(("retry-after", retry_after(pause)))
+    ours = row.status or (502 if status < 500 else status)
+    error = ProxyError(ours, message, row.kind, tuple(sent), row.again)
+    error.fallback, error.pause = row.fallback, pause
+    return error
 
 
 def overflow(asked: Asked, text: str) -> Optional[ProxyError]:
@@ -2366,17 +2458,24 @@ def overflow(asked: Asked, text: str) -> Optional[ProxyError]:
     found = overflow_figures(text)
     if found is None:
         return None
+    error = ProxyError(400, overflow_words(asked, found))
+    error.fallback = "window"
+    return error
+
+
+def overflow_words(asked: Asked, found: Dict[str, int]) -> str:
+    """What Claude Code's own patterns look for, in the figures of an overflow."""
     window = found.get("n") or asked.window or known_model(asked.model).window
     prompt = found.get("p") or window + found.get("over", 0)
     if "o" in found and prompt < window:
-        return ProxyError(400, f"input length and `max_tokens` exceed context limit: "
-                               f"{prompt} + {found['o']} > {window}")
+        return (f"input length and `max_tokens` exceed context limit: {prompt} + "
+                f"{found['o']} > {window}")
     hint = window_hint(asked.config)
     if hint and "n" in found and window < LEAST_WINDOW_TOKENS:
-        return ProxyError(400, f"a window of {window} tokens is too small for Claude "
-                               f"Code, whose instructions alone fill it: {hint}")
+        return (f"a window of {window} tokens is too small for Claude Code, whose "
+                f"instructions alone fill it: {hint}")
     prompt = max(prompt, asked.prompt_tokens if "p" not in found else 0, window + 1)
-    return ProxyError(400, f"prompt is too long: {prompt} tokens > {window} maximum")
+    return f"prompt is too long: {prompt} tokens > {window} maximum"
 
 
 LEAST_WINDOW_TOKENS = 24576     # Claude Code's system prompt and tools take 20,000
@@ -2430,15 +2529,33 @@ def instead(model: str) -> str:
     return f"; nearest known: {', '.join(close)}" if close else ""
 
 
-def retry_after(stated: str) -> str:
+def retry_after(pause: float) -> str:
     """Whole seconds as text, 1 to 60: Claude Code gives up at once beyond that."""
-    if not re.fullmatch("[0-9]{1,5}", stated):
-        return "2"
-    return str(min(max(int(stated), 1), 60))
+    return str(min(max(math.ceil(pause), 1), 60)) if pause else "2"
+
+
+def retry_seconds(stated: str, now: float) -> float:
+    """The seconds that a Retry-After asks for, in either form; 0.0 if it is absent,
+    past or senseless.  `now` is seconds since the epoch; RFC 9110, section 10.2.3."""
+    if re.fullmatch("[0-9]{1,9}", stated):
+        return float(stated)
+    if not re.fullmatch("[A-Za-z]{3,9}, [0-9A-Za-z :-]{9,30}", stated):
+        return 0.0
+    from email.utils import parsedate_to_datetime
+    try:
+        when = parsedate_to_datetime(stated).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+    return max(when - now, 0.0)
 
 
 def redacted(text: str, secret: str) -> str:
-    return text.replace(secret, "***") if secret else text
+    """The text without a secret, plain, in percent form or in base64."""
+    if secret:
+        for shape in (secret, quote(secret, safe=""),
+                      base64.b64encode(secret.encode()).decode().rstrip("=")):
+            text = text.replace(shape, "***")
+    return text
 
 
 def error_words(raw: bytes, status: int) -> Tuple[str, int]:
@@ -3296,6 +3413,7 @@ APPLY: Dict[str, Callable[[Json, str], None]] = {
 # says how a call begins, how far it goes and how it is read; Leaks takes calls out
 # of text that comes in pieces, and gives back as text whatever is none.
 
+Pieces = List[Tuple[str, Any]]  # ("text", text), ("call", ...), ("cut", ...)
 Tools = Mapping[str, Json]      # the declared tools, by the names upstream knows
 Found = List[Tuple[str, str]]   # calls as (name, arguments), not yet mended
 Extent = Generator[int, str, None]      # text in, where a call ends in it out; or -1
@@ -4039,9 +4157,9 @@ class Message:
         self.output_chars = 0
         self.over = False
 
-    def restart(self) -> None:
+    def restart(self, reading: Optional[Reading] = None) -> None:
         """Forget an answer of which nothing is out yet: upstream is asked anew."""
-        self.__init__(self.id, self.model, self.reading)
+        self.__init__(self.id, self.model, reading or self.reading)
 
     def start(self) -> List[Event]:
         """The event before any chunk; usage is our estimate."""
@@ -4076,7 +4194,8 @@ class Message:
     def end_of_input(self) -> List[Event]:
         """The last events where no [DONE] came; an error without a finish_reason."""
         if self.chunks and not self.finish and not self.over:
-            raise ProxyError(502, "upstream broke off in the middle of its answer")
+            words = "upstream broke off in the middle of its answer"
+            raise ProxyError(502, words, again="broken")
         return [] if self.over else self.end()
 
     def take(self, chunk: Json) -> None:
@@ -4232,6 +4351,19 @@ class Message:
         delta = {"stop_reason": None, "stop_sequence": None}
         return "message_delta", {"delta": delta, "usage": {"output_tokens": 0}}
 
+    def broken_off(self, error: Json) -> List[Event]:
+        """The last events when the answer cannot go on; none if the connection is
+        better dropped.
+
+        As Claude Code takes it: while no block is closed it asks anew by itself.  After
+        that an error ends its turn, and keeps the text only if its block is closed.
+        """
+        if self.open == "thinking" and not self.index:
+            return []
+        if self.open and self.index:
+            self.close()
+        return self.news() + [("error", error)]
+
     def end(self) -> List[Event]:
         """The last events, after [DONE], a stop sequence, or a finish_reason.
 
@@ -4293,7 +4425,10 @@ class Message:
         if empty and window_hint(self.reading.asked.config):
             raise small_window(self.reading.asked)
         if not self.chunks or not self.finish and not told:
-            raise refusal(self.reading.asked, 503, "an answer without any content")
+            words = "an answer without any content"
+            error = refusal(self.reading.asked, 503, words)
+            error.again = "broken"
+            raise error
 
     def release(self) -> None:
         """What was held in case more came is text or thinking after all."""
@@ -4868,7 +5003,7 @@ def frame_chunks(frames: List[Frame], asked: Asked) -> List[Json]:
             chunk = None
             if event != "error" and data.strip():   # may be a piece of a call
                 words = "upstream sent a chunk that is not JSON"
-                raise ProxyError(502, words) from None
+                raise ProxyError(502, words, again="broken") from None
         if event == "error":            # Dynamo says it in a comment, or as plain JSON
             words = sentence(chunk) or data.replace("[DONE]", "") or " ".join(comments)
             status = stated_status(chunk, 500) if isinstance(chunk, dict) else 500
@@ -4929,7 +5064,8 @@ class Request(NamedTuple):
 class Response(NamedTuple):
     """An answer; who holds it closes its body.
 
-    `pulse` gives the bytes that keep a silent stream alive, if it is one.
+    An empty piece of a body that is streamed ends it as if the line were cut, which
+    the client can tell.  `pulse` gives the bytes that keep a silent stream alive.
     """
     status: int
     headers: Headers
@@ -5229,7 +5365,208 @@ def demo_tool(chat: Json) -> Optional[Tuple[str, Json]]:
     return None
 
 
-# ---- 16. Upstream ------------------------------------------------------------
+# ---- 16. Pacing: whose turn it is, and when to ask again ---------------------
+# Sans-I/O, on a clock that is given: how many requests go to one key and in which
+# order, what a 429 teaches, and how patiently a failed one is repeated.
+
+WINDOW_SECONDS = 61.0       # a minute, and a second for the way there
+CEILING_SECONDS = 600.0     # in which a ceiling that a 429 taught is forgotten
+LEAST_CEILING = 4           # requests a minute; what is slower yet, the pauses hold up
+AGING_SECONDS = 60.0        # of waiting lift a request by one rank: nobody starves
+PAUSE_SECONDS = 300.0       # of a model at most, whatever a Retry-After says
+LOOK_AGAIN_SECONDS = 5.0    # a ceiling that grows lets requests go between events
+MAX_WAITING = 128           # requests that wait for a turn; more are refused at once
+MAX_SENT = 1024             # sends that are kept where only the cap counts
+
+MAIN, SUBAGENT, SIDE = 0, 1, 2      # ranks: who goes first
+
+
+class Retry(NamedTuple):
+    first: float            # seconds before the first repetition; then twice as many
+    most: float             # seconds before any; more are not waited for
+
+
+RETRIES = {                 # ProxyError.again: how a failure is repeated
+    "rate": Retry(2.0, 30.0),       # 429: the whole model pauses
+    "busy": Retry(1.0, 30.0),       # 5xx, DEGRADED: gone in seconds, if at all
+    "broken": Retry(0.5, 5.0),      # no answer, or one without a first word
+}
+RETRY_SECONDS = 90.0        # from the first failure of a request to its last repetition
+
+
+def back_off(retry: Retry, tries: int, chance: float) -> float:
+    """Seconds before the next repetition after so many; `chance` is from 0 to 1, and
+    spreads them by 30 % to both sides, so that clients do not come back together."""
+    return min(retry.first * 2 ** tries, retry.most) * (0.7 + 0.6 * chance)
+
+
+class Ticket:
+    """One attempt to ask upstream, while it waits and until it has its answer."""
+
+    def __init__(self, model: str, session: str = "", rank: int = MAIN,
+                 arrived: float = 0.0) -> None:
+        self.model, self.session, self.rank = model, session, rank
+        self.arrived = arrived      # keeps its place, whatever is tried again
+        self.sent = -1.0            # when it went; below 0: it waits
+        self.taken = True           # by upstream, as far as is known
+
+
+class Pacer:
+    """Lets tickets go: in no window more than `per_minute`, never more than `at_once`
+    without an answer, and none to a model that asked for a pause.  0: any number.
+
+    The first half of a window may go at once, the rest goes evenly, so that who comes
+    late does not wait for a minute.  Of those that may go, the first by rank; then of
+    the session that has sent the least in this window; then by arrival.
+    """
+
+    def __init__(self, per_minute: int, at_once: int,
+                 clock: Callable[[], float]) -> None:
+        self.per_minute, self.at_once, self.clock = per_minute, at_once, clock
+        self.waiting: List[Ticket] = []
+        self.out: Set[Ticket] = set()       # sent, not yet answered
+        # the window
+        self.sent: Any = collections.deque()
+        self.by_session: Dict[str, int] = collections.Counter()
+        self.by_model: Dict[str, int] = collections.Counter()
+        self.last: Dict[str, float] = {}        # when one was sent, by model, "" by all
+        # what 429s have taught, by model
+        self.ceilings: Dict[str, Tuple[float, float]] = {}     # requests, since when
+        self.pauses: Dict[str, float] = {}      # until when
+        self.strikes: Dict[str, Tuple[int, float]] = {}     # 429s in a row, the last
+
+    def join(self, ticket: Ticket) -> None:
+        self.waiting.append(ticket)
+
+    def next(self) -> Optional[Ticket]:
+        """The ticket whose turn it is, taken off the queue; None if it is nobody's."""
+        now = self.clock()
+        self.forget(now)
+        if self.at_once and len(self.out) >= self.at_once:
+            return None
+        models = {model for model in self.models() if now >= self.soonest(model, now)}
+        free = [ticket for ticket in self.waiting if ticket.model in models]
+        if not free:
+            return None
+        ticket = min(free, key=lambda each: self.order(each, now))
+        self.waiting.remove(ticket)
+        ticket.sent = now
+        self.out.add(ticket)
+        self.sent.append(ticket)
+        self.by_session[ticket.session] += 1
+        self.by_model[ticket.model] += 1
+        self.last[ticket.model] = self.last[""] = now
+        return ticket
+
+    def models(self) -> Set[str]:
+        """Those that somebody waits for."""
+        return {ticket.model for ticket in self.waiting}
+
+    def soonest(self, model: str, now: float) -> float:
+        """When time lets a request for a model go, as far as is known."""
+        ceiling = self.ceiling(model, now)
+        return max(self.pauses.get(model, 0.0),
+                   self.free(len(self.sent), self.per_minute, ""),
+                   self.free(self.by_model.get(model, 0), ceiling, model))
+
+    def free(self, count: int, most: int, model: str) -> float:
+        """When the next one may go after `count` of `most` in this window."""
+        if not most or count < (most + 1) // 2:
+            return 0.0
+        if count >= most:
+            return self.sent[0].sent + WINDOW_SECONDS
+        return self.last.get(model, 0.0) + WINDOW_SECONDS / most
+
+    def order(self, ticket: Ticket, now: float) -> Tuple[int, int, float]:
+        lifted = int((now - ticket.arrived) / AGING_SECONDS)
+        rank = max(ticket.rank - lifted, MAIN)
+        return rank, self.by_session[ticket.session], ticket.arrived
+
+    def ceiling(self, model: str, now: float) -> int:
+        """The requests a minute that a model takes; 0: any number."""
+        if model not in self.ceilings:
+            return self.per_minute
+        low, since = self.ceilings[model]
+        grown = low + (self.per_minute - low) * (now - since) / CEILING_SECONDS
+        return min(int(grown), self.per_minute)
+
+    def forget(self, now: float) -> None:
+        """Let go of what has left the window."""
+        while self.sent and (now >= self.sent[0].sent + WINDOW_SECONDS
+                             or not self.per_minute and len(self.sent) > MAX_SENT):
+            self.uncount(self.sent.popleft())
+
+    def uncount(self, ticket: Ticket) -> None:
+        less(self.by_session, ticket.session)
+        if ticket.taken:
+            less(self.by_model, ticket.model)
+        if ticket.model not in self.by_model:
+            self.last.pop(ticket.model, None)
+
+    def leave(self, ticket: Ticket) -> None:
+        """Its answer is over, or nobody wants one any more: the place is free."""
+        self.out.discard(ticket)
+        if ticket in self.waiting:
+            self.waiting.remove(ticket)
+
+    def give_back(self, ticket: Ticket) -> None:
+        """It was let go, but went nowhere: its turn is another's."""
+        self.out.discard(ticket)
+        if ticket in self.sent:
+            self.sent.remove(ticket)
+            self.uncount(ticket)
+
+    def answered(self, ticket: Ticket) -> None:
+        """Upstream took it."""
+        self.strikes.pop(ticket.model, None)
+
+    def refused(self, ticket: Ticket, stated: float, chance: float) -> None:
+        """Upstream answered 429: the model pauses, `stated` seconds or as it backs
+        off, and takes no more for a while than it has taken in this window.
+
+        Of several that were on their way together only the first one counts.
+        """
+        now, model = self.clock(), ticket.model
+        count, when = self.strikes.get(model, (0, -1.0))
+        if ticket.taken and ticket in self.sent:
+            less(self.by_model, model)
+        ticket.taken = False
+        if ticket.sent <= when:
+            return
+        self.strikes[model] = count + 1, now
+        pause = max(stated, back_off(RETRIES["rate"], count, chance))
+        self.pauses[model] = now + min(pause, PAUSE_SECONDS)
+        if self.per_minute:
+            low = min(self.by_model[model], self.ceiling(model, now) * 3 // 4)
+            least = min(LEAST_CEILING, self.per_minute)
+            self.ceilings[model] = max(low, least), now
+        for kept in (self.strikes, self.pauses, self.ceilings):
+            while len(kept) > MAX_KNOWN:
+                del kept[next(iter(kept))]
+
+    def rest(self) -> float:
+        """Seconds until time alone may give somebody a turn; inf if it cannot."""
+        now = self.clock()
+        if not self.waiting:
+            return math.inf
+        ends = [self.soonest(model, now) for model in self.models()]
+        ends += [self.sent[0].sent + WINDOW_SECONDS] if self.sent else []
+        return min([LOOK_AGAIN_SECONDS, *(end - now for end in ends if end > now)])
+
+    def delay(self, model: str) -> float:
+        """Seconds that a request for a model waits at the least."""
+        now = self.clock()
+        return max(self.soonest(model, now) - now, 0.0)
+
+
+def less(counter: Dict[str, int], name: str) -> None:
+    """Take one off a count; names without any are not kept."""
+    counter[name] -= 1
+    if counter[name] <= 0:
+        del counter[name]
+
+
+# ---- 17. Upstream ------------------------------------------------------------
 # The first part that waits.  Connections over plain TCP, TLS or an HTTP proxy,
 # kept alive in a pool; one request and its answer at a time on each.
 
@@ -5409,9 +5746,9 @@ class Answer:
     def broken(self, error: Optional[BaseException]) -> ProxyError:
         if self.wire.expired:
             silence = f"upstream was silent for {self.wire.patience:g} s"
-            return ProxyError(504, silence)
+            return ProxyError(504, silence, again="broken")
         return ProxyError(502, f"upstream broke off in the middle of its answer"
-                               f"{f' ({error})' if error else ''}")
+                               f"{f' ({error})' if error else ''}", again="broken")
 
     def inflated(self, piece: bytes) -> bytes:
         try:
@@ -5482,6 +5819,8 @@ class Upstream:
         request = self.request(url, payload, stream)
         for fresh in (False, True):
             wire = None if fresh else self.waiting(target)
+            if not wire and not fresh:
+                continue
             wire = wire or await self.connect(target)
             wire.target = target
             try:
@@ -5492,7 +5831,8 @@ class Upstream:
             if answer:
                 return answer
             wire.abort()
-        raise ProxyError(502, f"{target.host} closed the connection without an answer")
+        words = f"{target.host} closed the connection without an answer"
+        raise ProxyError(502, words, again="broken")
 
     def request(self, url: str, payload: bytes, stream: bool) -> bytes:
         parts = urlsplit(url)
@@ -5526,10 +5866,11 @@ class Upstream:
                 if not head and not wire.expired and not interim:
                     return None
                 if not head and not wire.expired:
-                    raise ProxyError(502, "upstream broke off before its answer")
+                    words = "upstream broke off before its answer"
+                    raise ProxyError(502, words, again="broken")
                 if not head:
-                    raise ProxyError(504, f"upstream did not answer within "
-                                          f"{wire.patience:g} s")
+                    words = f"upstream did not answer within {wire.patience:g} s"
+                    raise ProxyError(504, words, again="broken")
                 status, headers, version = parse_status(head)
                 if status >= 200:
                     return self.answer(wire, status, headers, version)
@@ -5538,12 +5879,14 @@ class Upstream:
                 interim += 1
         except OSError as error:
             if wire.held or interim:        # a byte of an answer: not asked twice
-                raise ProxyError(502, f"upstream broke off ({error})") from error
+                words = f"upstream broke off ({error})"
+                raise ProxyError(502, words, again="broken") from error
             return None
         except ProxyError as error:
             if error.status >= 500:
                 raise
-            raise ProxyError(502, f"upstream's answer: {error.message}") from None
+            words = f"upstream's answer: {error.message}"
+            raise ProxyError(502, words, again="broken") from None
         raise ProxyError(502, f"upstream sent {MAX_INTERIM_ANSWERS} interim answers")
 
     def answer(self, wire: Wire, status: int, headers: Headers, version: int) -> Answer:
@@ -5789,7 +6132,7 @@ async def tunnel(proxy: str, target: Target) -> socket.socket:
     return sock
 
 
-# ---- 17. Memory --------------------------------------------------------------
+# ---- 18. Memory --------------------------------------------------------------
 # What upstreams have refused, so that they are asked rightly the next time.  A file
 # that may be deleted at any time; that it cannot be read or written is never fatal.
 
@@ -5894,7 +6237,109 @@ def learned_rows(tree: Any) -> Dict[str, Dict[str, Dict[str, str]]]:
     return tree
 
 
-# ---- 18. Proxy ---------------------------------------------------------------
+# ---- 19. Journal -------------------------------------------------------------
+# What became of requests: a line of the log for each, and a file a day of those that
+# failed, which is bounded, may be deleted, and never stops an answer.
+
+ERROR_LOG_BYTES = 10 << 20      # of one day; a hundred of the longest a minute
+ERROR_LOG_DAYS = 30             # that are kept
+
+
+class Course:
+    """What became of one request, as far as it has come."""
+
+    def __init__(self, what: str = "") -> None:
+        self.id = "req_" + os.urandom(12).hex()
+        self.asked = what       # a path, or the model that the client asked for
+        self.model = ""         # upstream's id of the one that answers
+        self.session = ""       # the client's own id of the conversation
+        self.rank = MAIN
+        self.streams = False
+        self.began = time.monotonic()
+        self.first = 0.0        # seconds to the first word
+        self.queued = 0.0       # seconds without a turn
+        self.tries: Dict[str, int] = collections.Counter()  # repetitions, by kind
+        self.failed = 0.0       # when it first did
+        self.fallback = ""      # why another model answers
+        self.ticket: Optional[Ticket] = None    # of the last attempt
+        self.usage: Dict[str, int] = {}
+
+    def facts(self, status: int) -> Json:
+        """The course as the fields of a JSON log; what has no value is left out."""
+        usage = self.usage
+        facts = {
+            "id": self.id[-8:], "asked": self.asked, "model": self.model,
+            "status": status, "ttft": round(self.first, 3),
+            "input_tokens": usage.get("input_tokens", 0)
+            + usage.get("cache_read_input_tokens", 0),
+            "output_tokens": usage.get("output_tokens", 0),
+            "seconds": round(time.monotonic() - self.began, 3),
+            "queued": round(self.queued, 3), "retries": sum(self.tries.values()),
+            "fallback": self.fallback, "session": self.session[:8],
+        }
+        return {name: value for name, value in facts.items() if value}
+
+
+def facts_line(facts: Json) -> str:
+    """The same in words: `1a2b3c4d claude-opus -> z-ai/glm-5.3 200 ttft 0.51 s, ...`"""
+    arrow = f" -> {facts['model']}" if "model" in facts else ""
+    start = f"{facts['id']} {facts.get('asked') or '-'}{arrow} {facts['status']}"
+    words = [phrase.format(facts[name]) for name, phrase in FACT_WORDS.items()
+             if name in facts]
+    return " ".join([start, ", ".join(words)])
+
+
+FACT_WORDS = {
+    "ttft": "ttft {:.2f} s", "input_tokens": "in {}", "output_tokens": "out {}",
+    "seconds": "{:.2f} s", "queued": "queued {:.1f} s", "retries": "retries {}",
+    "fallback": "fallback: {}",
+}
+
+
+class ErrorLog:
+    """One JSON line for each request that failed, in a file a day."""
+
+    def __init__(self, home: str) -> None:
+        self.folder = os.path.join(home, "error_logs") if home else ""
+
+    def add(self, course: Course, error: ProxyError, config: Config) -> None:
+        if not self.folder:
+            return
+        line = encode_json({
+            "timestamp": time.strftime("%Y-%m-%dT%H:%M:%S"), "request_id": course.id,
+            "provider": upstream_place(config), "model_name": course.model,
+            "streaming": course.streams, "error": {
+                "message": error.message, "status": error.status, "type": error.kind},
+        }) + "\n"
+        path = os.path.join(self.folder, time.strftime("%Y-%m-%d") + ".jsonl")
+        try:
+            self.write(path, line.encode("ascii"))
+        except OSError as trouble:
+            log.warning("cannot write %s: %s", path, trouble.strerror)
+            self.folder = ""            # said once
+
+    def write(self, path: str, line: bytes) -> None:
+        """Append in one piece, to nothing but a plain file of ours; OSError."""
+        if not os.path.exists(path):
+            os.makedirs(self.folder, 0o700, exist_ok=True)
+            self.thin_out()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+        file = os.open(path, flags, 0o600)
+        try:
+            if os.fstat(file).st_size + len(line) <= ERROR_LOG_BYTES:
+                os.write(file, line)
+        finally:
+            os.close(file)
+
+    def thin_out(self) -> None:
+        """Delete the days that are too old."""
+        days = [name for name in os.listdir(self.folder)
+                if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\.jsonl", name)]
+        for name in sorted(days)[:-ERROR_LOG_DAYS]:
+            os.unlink(os.path.join(self.folder, name))
+
+
+# ---- 20. Proxy ---------------------------------------------------------------
 # What each path does.  `messages` is the file's story; `relay` is the one place
 # where waiting meets translation.
 
@@ -5905,6 +6350,9 @@ EVENT_STREAM: Headers = [
 ]
 MODELS_SECONDS = 2.0        # Claude Code's own discovery waits 3
 MODELS_FRESH_SECONDS = 3600.0
+STICKY_SECONDS = 900.0      # with a fallback; then the model is tried anew
+STICKY = ("gone", "gated", "degraded", "busy")      # the others are seen beforehand
+IMAGE = re.compile(rb'"type"\s*:\s*"image"')      # not within a string: no backslash
 
 
 class Question(NamedTuple):
@@ -5912,10 +6360,9 @@ class Question(NamedTuple):
     the parsed body is not in it."""
     raw: bytes              # the body as it came: a failure is remembered under it
     estimate: int           # of its tokens, before calibration
-    session: str            # the client's own id of the conversation, or ""
     model: str              # upstream's id
     message: Message
-    began: float
+    course: Course
 
 
 Again = Callable[[], Awaitable[Json]]   # asks anew, without streaming
@@ -5934,6 +6381,73 @@ def signless(words: str) -> str:
     return re.sub(r"[0-9a-f-]*[0-9][0-9a-f-]*", "", words)
 
 
+class Gate:
+    """The pacer at work: who waits for a turn, is called when it has come."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        limits = (requests_a_minute(config), requests_at_once(config))
+        limits = (0, 0) if config.default_model == DEMO_MODEL else limits
+        self.pacer = Pacer(*limits, time.monotonic)
+        self.turns: Dict[Ticket, asyncio.Future] = {}
+        self.timer: Optional[asyncio.TimerHandle] = None
+
+    async def turn(self, ticket: Ticket) -> None:
+        """Wait until a ticket may go; ProxyError(429) if that takes too long."""
+        pacer = self.pacer
+        left = ticket.arrived + self.config.max_wait - time.monotonic()
+        if len(pacer.waiting) >= MAX_WAITING or pacer.delay(ticket.model) > left:
+            raise self.busy(ticket)
+        pacer.join(ticket)
+        self.call()
+        if ticket.sent >= 0:
+            return
+        turn = self.turns[ticket] = asyncio.get_running_loop().create_future()
+        try:
+            await asyncio.wait({turn}, timeout=max(left, 0))
+            if not turn.done():
+                raise self.busy(ticket)
+        except BaseException:
+            pacer.leave(ticket)
+            pacer.give_back(ticket)
+            self.call()
+            raise
+        finally:
+            del self.turns[ticket]
+
+    def call(self) -> None:
+        """Let go who may, and look again when time may have changed that."""
+        for ticket in iter(self.pacer.next, None):
+            if ticket in self.turns and not self.turns[ticket].done():
+                self.turns[ticket].set_result(None)
+        if self.timer:
+            self.timer.cancel()
+        rest, self.timer = self.pacer.rest(), None
+        if rest < math.inf:
+            self.timer = asyncio.get_running_loop().call_later(rest, self.call)
+
+    def leave(self, ticket: Ticket) -> None:
+        self.pacer.leave(ticket)
+        self.call()
+
+    def busy(self, ticket: Ticket) -> ProxyError:
+        pacer, rest = self.pacer, self.pacer.delay(ticket.model)
+        why = f"{len(pacer.waiting)} requests wait"
+        if pacer.pauses.get(ticket.model, 0.0) > pacer.clock():
+            why = f"upstream wants {ticket.model} left alone for {rest:.0f} s"
+        rates = [f"{pacer.per_minute} a minute"] if pacer.per_minute else []
+        rates += [f"{pacer.at_once} at once"] if pacer.at_once else []
+        why += f" (limits: {', '.join(rates)})" if rates else ""
+        words = f"no turn within {self.config.max_wait:g} s: {why}"
+        error = ProxyError(429, words, headers=(("retry-after", retry_after(rest)),))
+        error.fallback = "busy"
+        return error
+
+    def close(self) -> None:
+        if self.timer:
+            self.timer.cancel()
+
+
 class Proxy:
     """Answers requests; its state: what was learned, failures to replay, counts."""
 
@@ -5945,6 +6459,9 @@ class Proxy:
         self.counts: Dict[str, int] = collections.Counter()
         self.errors: Any = collections.deque(maxlen=KEPT_ERRORS)
         self.warned: Set[str] = set()       # what is said of a model only once
+        self.gate = Gate(config)
+        self.sticky: Dict[Tuple[str, str], Tuple[str, str, float]] = {}  # see `chosen`
+        self.error_log = ErrorLog(config.home)
         self.learned = Learned(config.home)
         self.windows: Dict[str, int] = {}   # by model, as the server tells them
         self.looking: Any = None            # the task that asks for those
@@ -5961,6 +6478,7 @@ class Proxy:
         if self.looking:
             self.looking.cancel()
             await asyncio.gather(self.looking, return_exceptions=True)
+        self.gate.close()
         await self.upstream.close()
 
     async def respond(self, request: Request) -> Response:
@@ -5969,15 +6487,19 @@ class Proxy:
                 response = await self.route(request)(request)
         except ProxyError as error:
             return self.refuse(request.path(), error)
-        stamp = ("request-id", "req_" + os.urandom(12).hex())
+        if header(response.headers, "request-id"):
+            return response
+        stamp = ("request-id", Course().id)
         return response._replace(headers=[*response.headers, stamp])
 
     def refuse(self, what: str, error: ProxyError) -> Response:
         """The answer that an error is, counted and logged."""
-        self.note(what, error)
-        request_id = "req_" + os.urandom(12).hex()
-        headers = [*error.headers, ("request-id", request_id)]
-        return json_response(error.body(request_id), error.status, headers)
+        return self.failed(Course(what), error)
+
+    def failed(self, course: Course, error: ProxyError) -> Response:
+        self.note(course, error)
+        headers = [*error.headers, *served(course)]
+        return json_response(error.body(course.id), error.status, headers)
 
     def route(self, request: Request) -> Callable[[Request], Any]:
         """The handler of a path; ProxyError(404, 405)."""
@@ -6019,13 +6541,17 @@ class Proxy:
                 raise ProxyError(401, "expected this proxy's own key (PROXY_API_KEY) "
                                       "as a bearer token")
 
-    def note(self, what: str, error: ProxyError) -> None:
+    def note(self, course: Course, error: ProxyError) -> None:
         """Count an error, keep it for `status`, and log one line."""
         self.counts[f"errors_{error.status}"] += 1
         self.errors.append({"at": time.time(), "status": error.status,
-                            "message": error.message[:400]})
-        log.warning("%s %d %s: %s", printable(what), error.status, error.kind,
-                    printable(error.message))
+                            "message": error.message[:400], "model": course.model})
+        facts = {**course.facts(error.status), "error": error.kind,
+                 "message": error.message}
+        log.warning("%s: %s: %s", printable(facts_line(facts)), error.kind,
+                    printable(error.message), extra={"facts": facts})
+        if course.model:
+            self.error_log.add(course, error, self.config)
 
     # the story
 
@@ -6034,48 +6560,62 @@ class Proxy:
         looking = self.look()
         if looking and not looking.done():
             await asyncio.wait({looking}, timeout=NEAR_SECONDS)
-        question, chat = await aside(request, self.question)
-        if "stream" not in chat:
-            return await self.whole(question, chat)
-        start = asyncio.ensure_future(self.begin(question, chat))
-        del chat                            # it need not live as long as its answer
+        course = Course("messages")
         try:
-            await asyncio.wait({start}, timeout=self.config.eager_after)
-        except asyncio.CancelledError:      # the client left
-            drop(start)
-            raise
-        if start.done():
-            start.result()                  # an error so early is a real status
+            question, chat = await aside(request, self.question, course)
+            if "stream" not in chat:
+                return await self.whole(question, chat)
+            start = asyncio.ensure_future(self.begin(question, chat))
+            del chat                        # it need not live as long as its answer
+            try:
+                await asyncio.wait({start}, timeout=self.config.eager_after)
+            except asyncio.CancelledError:      # the client left
+                drop(start)
+                raise
+            if start.done():
+                start.result()              # an error so early is a real status
+        except ProxyError as error:
+            return self.failed(course, error)
         relay = self.relay(question, start)
-        return Response(200, EVENT_STREAM, relay, self.pulse(question.message))
+        return Response(200, EVENT_STREAM + served(course), relay,
+                        self.pulse(question.message))
 
-    def question(self, request: Request) -> Tuple[Question, Json]:
+    def question(self, request: Request, course: Course) -> Tuple[Question, Json]:
         """The question, and the chat that asks it."""
         body = parse_body(request.body)
         self.read_documents(body)
         asked = typed(body, "model", str, "a string") or ""
         if len(asked) > MAX_MODEL_CHARS:
             raise ProxyError(400, f"model: longer than {MAX_MODEL_CHARS} characters")
-        model = self.known_as(upstream_model(self.config, asked))
-        facts = self.facts(model)
+        course.asked, course.streams = asked, body.get("stream") is True
+        course.session = header(request.headers, "x-claude-code-session-id")
+        course.rank = rank_of(request.headers, body)
         estimate = count_tokens(body)
-        tokens = round(estimate * self.factor(model))
-        mends, api = self.mends(model), upstream_api(self.config)
+        model = self.chosen(course, request.body, estimate)
+        message = Message("msg_" + os.urandom(12).hex(), asked or model)
+        question = Question(request.body, estimate, model, message, course)
+        chat = self.chat(question, body)
+        self.counts["requests"] += 1
+        return question, chat
+
+    def chat(self, question: Question, body: Json) -> Json:
+        """The chat that puts a question to its model; its message is to be read so."""
+        model, config = question.model, self.config
+        facts = self.facts(model)
+        tokens = round(question.estimate * self.factor(model))
+        mends, api = self.mends(model), upstream_api(config)
         if "replay" in mends:
             api = api._replace(replay="every")
         chat = chat_body(body, model, api, tokens, facts)
         for mend in mends:
             apply_mend(mend, chat)
-        reading = Reading(
+        question.message.restart(Reading(
             tools=self.toolbox(declared_tools(body)), stops=tuple(stop_sequences(body)),
-            text_delta_chars=self.config.text_delta_chars, input_tokens=tokens,
+            text_delta_chars=config.text_delta_chars, input_tokens=tokens,
             cumulative=model_family(model).cumulative, opens=self.opens(body, model),
-            again=True, asked=Asked(self.config, model, tokens, facts.window))
-        message = Message("msg_" + os.urandom(12).hex(), asked or model, reading)
-        session = header(request.headers, "x-claude-code-session-id")
-        self.counts["requests"] += 1
-        return Question(request.body, estimate, session, model, message,
-                        time.monotonic()), chat
+            again=True, asked=Asked(config, model, tokens, facts.window)))
+        question.course.model = model
+        return chat
 
     def read_documents(self, body: Json) -> None:
         read_documents(body, self.documents)
@@ -6149,7 +6689,102 @@ class Proxy:
     async def begin(self, question: Question, chat: Json) -> Telling:
         """Ask upstream, up to the first words of its answer; ProxyError if it fails."""
         with guarded():
-            return await self.taken(question, chat, self.told)
+            return await self.answered(question, chat, self.told)
+
+    # which model
+
+    def own_model(self, course: Course) -> str:
+        return self.known_as(upstream_model(self.config, course.asked))
+
+    def chosen(self, course: Course, raw: bytes, estimate: int) -> str:
+        """The model to ask: the one that was asked for, the fallback that this session
+        has come to use, or the first one that takes such a request at all."""
+        model = self.own_model(course)
+        models = [model, *fallbacks_of(self.config, course.asked, model)]
+        if len(models) == 1:
+            return model
+        name, why, since = self.sticky.get((course.session, model), (model, "", 0.0))
+        if name in models and time.monotonic() - since < STICKY_SECONDS:
+            models = models[models.index(name):]
+            course.fallback = why
+        for name in models:
+            misfit = self.misfit(name, raw, estimate)
+            if not misfit:
+                return name
+            course.fallback = course.fallback or misfit
+        course.fallback = ""
+        return model
+
+    def misfit(self, model: str, raw: bytes, estimate: int) -> str:
+        """Why a model cannot take a request, as far as is known; "" if it can."""
+        facts = self.facts(model)
+        if not facts.vision or "blind" in self.mends(model):
+            if IMAGE.search(raw):
+                return "images"
+        tokens = estimate * self.factor(model)
+        small = facts.sure and tokens + LEAST_OUTPUT_TOKENS > facts.window
+        return "window" if small else ""
+
+    async def answered(self, question: Question, chat: Json, attempt: Attempt) -> Any:
+        """What an attempt gives: of the model, or else of its fallbacks in turn."""
+        course, tried, first = question.course, [question.model], None
+        while True:
+            try:
+                with alarm(self.config.connect_warning, self.warn, course):
+                    done = await self.taken(question, chat, attempt)
+            except ProxyError as error:
+                first = first or error
+                model = self.next_model(question, error)
+                if not model:
+                    raise vain(first, tried[1:])
+                tried.append(model)
+                question, chat = self.turned(question, model, error)
+            else:
+                self.stick(course, first)
+                return done
+
+    def next_model(self, question: Question, error: ProxyError) -> str:
+        """The fallback to ask after an error; "" if none can help, or is left."""
+        course = question.course
+        own = self.own_model(course)
+        models = [own, *fallbacks_of(self.config, course.asked, own)]
+        if error.again:
+            error.fallback = error.fallback or "busy"
+        if not error.fallback or question.model not in models:
+            return ""
+        rest = models[models.index(question.model) + 1:]
+        return next((name for name in rest if not self.misfit(
+            name, question.raw, question.estimate)), "")
+
+    def turned(self, question: Question, model: str,
+               error: ProxyError) -> Tuple[Question, Json]:
+        """The same question for another model, and its chat."""
+        course = question.course
+        log.warning("%s %s: %s; asking %s instead", course.id[-8:],
+                    printable(question.model), printable(error.message),
+                    printable(model))
+        course.fallback = error.fallback
+        course.tries.clear()
+        course.failed = 0.0
+        question = question._replace(model=model)
+        body = parse_body(question.raw)
+        self.read_documents(body)
+        return question, self.chat(question, body)
+
+    def stick(self, course: Course, error: Optional[ProxyError]) -> None:
+        """Stay with a fallback for a while, so that its prompt cache is of use."""
+        if not error or error.fallback not in STICKY:
+            return
+        while len(self.sticky) >= MAX_KNOWN:
+            del self.sticky[next(iter(self.sticky))]
+        key = (course.session, self.own_model(course))
+        self.sticky[key] = (course.model, error.fallback, time.monotonic())
+
+    def warn(self, course: Course) -> None:
+        log.warning("%s %s: not a word for %g s; still waiting", course.id[-8:],
+                    printable(course.model), self.config.connect_warning)
+
+    # asking
 
     async def taken(self, question: Question, chat: Json, attempt: Attempt) -> Any:
         """What an attempt gives, of a chat that is mended as long as upstream's
@@ -6162,13 +6797,15 @@ class Proxy:
             except ProxyError as error:
                 if last.mend and signless(error.words) == signless(last.words):
                     chat = last.chat            # it did not help: without it, then
-                else:
+                elif error.words:
                     self.learn(question.model, [last.mend])
                 mend = self.mend(question, chat, error, tried)
-                if not mend:
+                if not mend and not await self.patient(question, error):
                     error.message += self.image_hint(chat, error)
                     raise
                 question.message.restart()
+                if not mend:
+                    continue
                 tried.append(mend)
                 last = Trial(mend, error.words, chat)
                 chat = decode_json(encode_json(chat))
@@ -6186,16 +6823,46 @@ class Proxy:
             return ""
         found = overflow_figures(error.words)
         if found is None:
-            return mend_for(error.words, chat, tried)
+            mend = mend_for(error.words, chat, tried)
+            if mend == "blind" and fallbacks_of(self.config, question.course.asked,
+                                                question.model):
+                self.learn(question.model, [mend])
+                error.fallback, mend = "images", ""     # better seen by another model
+            return mend
         if "n" in found:
             self.learn(question.model, [f"window:{found['n']}"])
         room = room_left(found, "at least" not in error.words, len(tried))
         mend = f"now:{room}"
         return mend if 0 < room < wanted_tokens(chat) and mend not in tried else ""
 
+    async def patient(self, question: Question, error: ProxyError) -> bool:
+        """Wait until the same may be asked again; False if that is not worth while.
+
+        Nothing of the answer is out yet, so that nothing is said or run twice.
+        """
+        config, course, kind = self.config, question.course, error.again
+        chance = os.urandom(1)[0] / 255
+        if kind == "rate":
+            self.gate.pacer.refused(course.ticket, error.pause, chance)
+        most = config.start_retries if kind == "broken" else config.retries
+        tries, now = course.tries[kind], time.monotonic()
+        if not kind or tries >= most or error.pause > RETRIES[kind].most:
+            return False
+        pause = max(error.pause, back_off(RETRIES[kind], tries, chance))
+        course.failed = course.failed or now
+        if now + pause > course.failed + RETRY_SECONDS:
+            return False
+        course.tries[kind] += 1
+        self.counts["retried_" + kind] += 1
+        log.info("%s %s: %s; again in %.1f s", course.id[-8:], printable(course.model),
+                 printable(error.message), pause)
+        if kind != "rate":              # then the whole model waits, at the gate
+            await asyncio.sleep(pause)
+        return True
+
     def image_hint(self, chat: Json, error: ProxyError) -> str:
         """A word on images that may be the reason of a refusal."""
-        most = self.host_limits().image_bytes
+        most = host_row(self.config).image_bytes
         sizes = [len(part["image_url"]["url"]) for message in chat["messages"]
                  if isinstance(message["content"], list) for part in message["content"]
                  if part["type"] == "image_url"]
@@ -6217,8 +6884,10 @@ class Proxy:
         try:
             await telling.begin()
         except BaseException:
-            telling.answer.release()
+            telling.release()
             raise
+        course = question.course
+        course.first = time.monotonic() - course.began
         return telling
 
     async def read_whole(self, question: Question, chat: Json) -> List[Event]:
@@ -6226,40 +6895,50 @@ class Proxy:
         telling = await self.taking(question, chat)
         try:
             raw = await telling.answer.whole()
+            chunk = completion(raw, question.message.reading.asked)
+            return await telling.last([chunk, DONE])
         finally:
-            telling.answer.release()
-        chunk = completion(raw, question.message.reading.asked)
-        return await telling.last([chunk, DONE])
+            telling.release()
 
     async def taking(self, question: Question, chat: Json) -> Telling:
         """An answer that takes the chat, about to be told; ProxyError for any other."""
-        payload = self.payload(chat)
+        payload, course = self.payload(chat), question.course
+        ticket = Ticket(question.model, course.session, course.rank, course.began)
+        course.ticket, waits = ticket, time.monotonic()
+        await self.gate.turn(ticket)
+        course.queued += time.monotonic() - waits
+        try:
+            answer = await self.accepted(question, chat, payload)
+        except BaseException:
+            self.gate.leave(ticket)
+            raise
+        self.gate.pacer.answered(ticket)
+        wanted = payload if question.message.reading.tools else None
+        return Telling(question.message, answer, self.again(question, wanted),
+                       lambda: self.gate.leave(ticket))
+
+    async def accepted(self, question: Question, chat: Json,
+                       payload: Tuple[str, str]) -> Any:
+        """Upstream's answer, if it is a 200."""
         answer = await self.ask(chat, payload)
         try:
             await self.check(question, answer)
         except BaseException:
             answer.release()
             raise
-        wanted = payload if question.message.reading.tools else None
-        return Telling(question.message, answer, self.again(question, wanted))
+        return answer
 
     async def ask(self, chat: Json, payload: Tuple[str, str]) -> Any:
         """Upstream's answer to a chat, which is sent as its payload."""
         if chat["model"] == DEMO_MODEL:
             return Script(chat)
         data = "".join(payload).encode("ascii")
-        most = self.host_limits().most_bytes
+        most = host_row(self.config).most_bytes
         if 0 < most < len(data):
             raise ProxyError(413, f"the request has {len(data) >> 20} MB, and "
                                   f"{upstream_label(self.config)} takes {most >> 20}: "
                                   "fewer or smaller images and documents")
         return await self.upstream.ask("/chat/completions", data, "stream" in chat)
-
-    def host_limits(self) -> Provider:
-        """The row of the host that is asked; one without limits if it is not known."""
-        row = upstream_api(self.config)
-        host = urlsplit(self.config.base_url).netloc
-        return row if re.fullmatch(row.hosts or "-", host) else PROVIDERS["custom"]
 
     def again(self, question: Question, payload: Optional[Tuple[str, str]]) -> Again:
         """What asks a chat once more, for a call that can be used; {} if that fails.
@@ -6273,17 +6952,23 @@ class Proxy:
             for name in ("stream", "stream_options"):
                 chat.pop(name, None)
             try:
-                answer = await self.ask(chat, self.payload(chat))
-                try:
-                    await self.check(question, answer)
-                    asked = question.message.reading.asked
-                    return completion(await answer.whole(), asked)
-                finally:
-                    answer.release()
+                return await self.once_more(question, chat)
             except ProxyError as error:
                 log.warning("asked again in vain: %s", printable(error.message))
                 return {}
         return ask
+
+    async def once_more(self, question: Question, chat: Json) -> Json:
+        ticket = Ticket(question.model, question.course.session, MAIN, time.monotonic())
+        await self.gate.turn(ticket)
+        try:
+            answer = await self.accepted(question, chat, self.payload(chat))
+            try:
+                return completion(await answer.whole(), question.message.reading.asked)
+            finally:
+                answer.release()
+        finally:
+            self.gate.leave(ticket)
 
     async def check(self, question: Question, answer: Any) -> None:
         """Raise what an answer other than 200 means."""
@@ -6294,8 +6979,8 @@ class Proxy:
             found = re.match(r"https?://([^/?#@]+)", header(answer.headers, "location"))
             place = found[1] if found else "another place"
             text = f"a redirect to {place}, which is not followed"
-        stated = header(answer.headers, "retry-after")
-        raise refusal(question.message.reading.asked, status, text, stated)
+        pause = retry_seconds(header(answer.headers, "retry-after"), time.time())
+        raise refusal(question.message.reading.asked, status, text, pause)
 
     async def relay(self, question: Question,
                     start: asyncio.Future) -> AsyncIterator[bytes]:
@@ -6316,10 +7001,10 @@ class Proxy:
                     data = await telling.more()
             self.record(question)
         except ProxyError as error:
-            self.note(question.model, error)
+            self.note(question.course, error)
             if question.raw and not message.calls.calls:    # else asking anew may help
                 self.remember(question, error)
-            yield encode_event("error", error.body())
+            yield b"".join(encoded(message.broken_off(error.body(question.course.id))))
         finally:
             drop(start)
 
@@ -6329,9 +7014,9 @@ class Proxy:
         if failure:
             raise failure
         events = question.message.start()
-        events += await self.taken(question, chat, self.read_whole)
+        events += await self.answered(question, chat, self.read_whole)
         self.record(question)
-        return json_response(fold(events))
+        return json_response(fold(events), headers=served(question.course))
 
     # what is remembered
 
@@ -6361,37 +7046,39 @@ class Proxy:
 
     def record(self, question: Question) -> None:
         """Count an answer, and log one line about it."""
-        usage = question.message.final_usage()
+        course, usage = question.course, question.message.final_usage()
         self.counts["answers"] += 1
         self.counts.update("calls_" + name for name in question.message.repairs)
+        if course.fallback:
+            self.counts["fallback_" + course.fallback] += 1
         self.compare(question, usage)
         self.counts["input_tokens"] += usage["input_tokens"]
         self.counts["output_tokens"] += usage["output_tokens"]
-        log.info("%s -> %s: in=%d out=%d %.2f s", printable(question.message.model),
-                 printable(question.model), usage["input_tokens"],
-                 usage["output_tokens"], time.monotonic() - question.began)
+        course.usage = usage
+        facts = course.facts(200)
+        log.info("%s", printable(facts_line(facts)), extra={"facts": facts})
 
     def compare(self, question: Question, usage: Dict[str, int]) -> None:
         """Learn from upstream's own figures; say so if it has cut the prompt."""
-        message = question.message
+        message, model = question.message, question.course.model
         if message.fielded and len(self.fielded) < MAX_KNOWN:
-            self.fielded.add(question.model)
+            self.fielded.add(model)
         counted = usage["input_tokens"] + usage["cache_read_input_tokens"]
         if not any(message.usage.values()):
             return
         base_url = self.config.base_url
-        if counted > self.learned.window(base_url, question.model) > 0:
-            self.learned.forget_window(base_url, question.model)
+        if counted > self.learned.window(base_url, model) > 0:
+            self.learned.forget_window(base_url, model)
         while len(self.calibrations) >= MAX_KNOWN:
             del self.calibrations[next(iter(self.calibrations))]
-        known = self.calibrations.setdefault(question.model, Calibration())
+        known = self.calibrations.setdefault(model, Calibration())
         known.learn(question.estimate, counted)
         hint = window_hint(self.config)
         if (hint and 0 < counted < question.estimate * LEAST_RATIO
                 and counted > LEAST_OUTPUT_TOKENS and hint not in self.warned):
             self.warned.add(hint)
             log.warning("%s: upstream read %d of about %d tokens: its context window "
-                        "is too small; %s", printable(question.model), counted,
+                        "is too small; %s", printable(model), counted,
                         question.estimate, hint)
 
     # the other paths
@@ -6502,15 +7189,42 @@ class Proxy:
                               "version": __version__})
 
     async def status(self, request: Request) -> Response:
-        config = self.config
+        config, pacer = self.config, self.gate.pacer
+        now = time.monotonic()
+        pacer.forget(now)
         return json_response({
-            "service": "nimproxy", "version": __version__,
+            "service": "nimproxy", "version": __version__, "pid": os.getpid(),
             "uptime_seconds": round(time.time() - self.began, 1),
             "provider": config.provider, "base_url": upstream_place(config),
             "models": {"default": config.default_model, "opus": config.opus,
                        "sonnet": config.sonnet, "haiku": config.haiku},
+            "limits": {
+                "requests_per_minute": pacer.per_minute, "concurrency": pacer.at_once,
+                "sent_this_minute": len(pacer.sent), "running": len(pacer.out),
+                "waiting": len(pacer.waiting),
+                "pauses": {model: round(until - now, 1)
+                           for model, until in pacer.pauses.items() if until > now},
+                "ceilings": {model: pacer.ceiling(model, now)
+                             for model in pacer.ceilings}},
+            "fallbacks": [{"session": session[:8], "model": model, "instead": name,
+                           "reason": why} for (session, model), (name, why, since)
+                          in self.sticky.items() if now - since < STICKY_SECONDS],
             "counts": dict(self.counts), "last_errors": list(self.errors),
         })
+
+    async def metrics(self, request: Request) -> Response:
+        """The counts in Prometheus' text format, version 0.0.4."""
+        pacer = self.gate.pacer
+        pacer.forget(time.monotonic())
+        gauges = {"waiting": len(pacer.waiting), "running": len(pacer.out),
+                  "sent_this_minute": len(pacer.sent),
+                  "uptime_seconds": round(time.time() - self.began, 1)}
+        lines = [f"# TYPE nimproxy_{name} gauge\nnimproxy_{name} {value}"
+                 for name, value in gauges.items()]
+        lines += [f"# TYPE nimproxy_{name}_total counter\nnimproxy_{name}_total {value}"
+                  for name, value in sorted(self.counts.items())]
+        text = "\n".join([*lines, ""]).encode("ascii")
+        return Response(200, [("Content-Type", "text/plain; version=0.0.4")], text)
 
 
 # Any prefix is fine for Anthropic's own paths: base URLs come with and without /v1.
@@ -6521,6 +7235,7 @@ ROUTES = [
     ("GET", r".*/v1/models/.+", "model"),
     ("GET", r"/|/healthz?", "health"),
     ("GET", r"/status", "status"),
+    ("GET", r"/metrics", "metrics"),
 ]
 OPEN_PATHS = ("/", "/health", "/healthz")       # nothing in them is worth a key
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -6530,6 +7245,18 @@ def on_loopback(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     return host == "localhost"
+
+
+@contextlib.contextmanager
+def alarm(seconds: float, work: Callable[..., None], *args: Any) -> Iterator[None]:
+    """Do some work if what is inside takes longer; 0: never."""
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(seconds, work, *args) if seconds else None
+    try:
+        yield
+    finally:
+        if timer:
+            timer.cancel()
 
 
 @contextlib.contextmanager
@@ -6554,8 +7281,10 @@ def guarded() -> Iterator[None]:
 class Telling:
     """An upstream's answer while it is being told."""
 
-    def __init__(self, message: Message, answer: Any, again: Again) -> None:
+    def __init__(self, message: Message, answer: Any, again: Again,
+                 leave: Callable[[], None]) -> None:
         self.message, self.answer, self.again = message, answer, again
+        self.leave = leave                  # others may have its turn
         self.stage = translation(message)
         self.hurried = False
         self.first = b""                    # what follows message_start, once begun
@@ -6575,7 +7304,15 @@ class Telling:
         try:
             return self.message.events(chunks)
         except BrokenCall:
-            return self.message.amended(await self.again())
+            return await self.amended()
+
+    async def amended(self) -> List[Event]:
+        self.leave()
+        return self.message.amended(await self.again())
+
+    def release(self) -> None:
+        self.answer.release()
+        self.leave()
 
     async def more(self) -> bytes:
         """The next bytes for the client, one piece per read; b"" at the end."""
@@ -6589,7 +7326,7 @@ class Telling:
             try:
                 out = self.stage.send(data or None)
             except BrokenCall:
-                out = encoded(self.message.amended(await self.again()))
+                out = encoded(await self.amended())
             if self.message.finish and not self.hurried:
                 self.hurried = True
                 self.answer.hurry()
@@ -6621,6 +7358,32 @@ class Script:
         pass
 
 
+def served(course: Course) -> Headers:
+    """Headers that say which request this was, who answers, and why not another."""
+    headers = [("request-id", course.id)]
+    if course.model:
+        headers.append(("x-nimproxy-model", printable(course.model)))
+    if course.fallback:
+        headers.append(("x-nimproxy-fallback", course.fallback))
+    return headers
+
+
+def rank_of(headers: Headers, body: Json) -> int:
+    """Who waits for the answer: the user, a subagent, or nobody in particular, as with
+    titles and suggestions, which stream and have no tools."""
+    if header(headers, "x-claude-code-agent-id"):
+        return SUBAGENT
+    claude = header(headers, "x-claude-code-session-id")
+    return SIDE if claude and body.get("stream") and not body.get("tools") else MAIN
+
+
+def vain(error: ProxyError, tried: List[str]) -> ProxyError:
+    """The first error of several models, with the others that failed as well."""
+    if tried:
+        error.message += f" (its fallbacks failed as well: {', '.join(tried)})"
+    return error
+
+
 def drop(start: asyncio.Future) -> None:
     """Stop an answer that may not have begun, or give its connection back.
 
@@ -6632,15 +7395,15 @@ def drop(start: asyncio.Future) -> None:
 
 def release_begun(start: asyncio.Future) -> None:
     if not start.cancelled() and not start.exception():
-        start.result().answer.release()
+        start.result().release()
 
 
-async def aside(request: Request, work: Callable[[Request], Any]) -> Any:
+async def aside(request: Request, work: Callable[..., Any], *more: Any) -> Any:
     """What some work on a request gives; on a thread if it holds a PDF, which may take
     a second that other answers would have to wait."""
     if PDF_BEGINS.encode() not in request.body:
-        return work(request)
-    return await asyncio.get_running_loop().run_in_executor(None, work, request)
+        return work(request, *more)
+    return await asyncio.get_running_loop().run_in_executor(None, work, request, *more)
 
 
 def parse_body(data: bytes) -> Json:
@@ -6691,7 +7454,8 @@ def completion(raw: bytes, asked: Asked) -> Json:
     if not isinstance(value, dict):
         shown = redacted(raw.decode("utf-8", "replace"), asked.config.api_key)
         shown = printable(shown[:80]) or "nothing"
-        raise ProxyError(502, f"upstream sent no JSON object, but {shown}")
+        words = f"upstream sent no JSON object, but {shown}"
+        raise ProxyError(502, words, again="broken")
     check_chunk(value, asked)
     return value
 
@@ -6700,7 +7464,7 @@ def failure_key(question: Question) -> int:
     """Session and body; `stream` is what the client's replay differs in."""
     body = decode_json(question.raw.decode())
     body.pop("stream", None)
-    return hash((question.session, json.dumps(body, sort_keys=True)))
+    return hash((question.course.session, json.dumps(body, sort_keys=True)))
 
 
 def model_row(name: str, window: int, prefix: str = "") -> Json:
@@ -6717,7 +7481,7 @@ def printable(text: str) -> str:
     return re.sub(r"[^ -~]", lambda match: f"\\x{ord(match[0]):02x}", text[:400])
 
 
-# ---- 19. Server --------------------------------------------------------------
+# ---- 21. Server --------------------------------------------------------------
 # Bytes to Request, Response to bytes, until the connection ends.  It knows nothing
 # of what the paths mean.
 
@@ -6861,6 +7625,8 @@ class Server:
         beating = asyncio.ensure_future(self.beat(wire, response, frame))
         try:
             async for data in response.body:
+                if not data:
+                    return False        # dropped: without its last chunk
                 wire.writer.write(lead + frame(data))
                 lead = b""
                 wire.sent = wire.time()
@@ -6966,7 +7732,7 @@ class Background:
         await server.close()
 
 
-# ---- 20. Client programs -----------------------------------------------------
+# ---- 22. Client programs -----------------------------------------------------
 # The environment that makes Claude Code and the SDKs work through the proxy, and
 # running them: terminal, signals and exit code are theirs.
 
@@ -7097,7 +7863,7 @@ def hand_on(children: List[subprocess.Popen]) -> Callable[[int, Any], None]:
     return handler
 
 
-# ---- 21. Command line --------------------------------------------------------
+# ---- 23. Command line --------------------------------------------------------
 # The only part that reads the environment and files, prints, or exits.
 
 class Context(NamedTuple):
@@ -7135,6 +7901,7 @@ OPTIONS = {                 # name: (what it takes, or "" for a switch; help)
     "--host": ("HOST", "address to listen at (default 127.0.0.1)"),
     "--port": ("PORT", "port to listen at (default 8787; -p is claude's with code)"),
     "--log-level": ("LEVEL", ", ".join(LEVELS)),
+    "--log-json": ("", "log lines as JSON objects"),
     "--demo": ("", "use the built-in upstream"),
     "--show-config": ("", "print each setting with its source, and exit"),
     "--live": ("", "models: ask the provider"),
@@ -7228,7 +7995,7 @@ def argument_parser() -> argparse.ArgumentParser:
         if takes:
             parser.add_argument(*names, metavar=takes, help=text)
         else:
-            parser.add_argument(*names, action="store_true",
+            parser.add_argument(*names, action="store_true", default=None,
                                 help=text or argparse.SUPPRESS)
     return parser
 
@@ -7279,12 +8046,43 @@ def start_log(context: Context, quiet: bool) -> None:
     if quiet and "log_level" not in context.sources:
         level = "CRITICAL"
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s",
-                                           "%H:%M:%S"))
+    handler.setFormatter(LogLines(context.config))
     log.handlers[:] = [handler]
     log.setLevel(level)
     if os.path.isfile(".env"):
         log.info("read .env for variables that the environment lacks")
+
+
+class LogLines:
+    """Formats log records, as logging wants it: one line each, nothing that could forge
+    another, no secret; tracebacks are indented, or a field of the JSON."""
+
+    def __init__(self, config: Config) -> None:
+        self.json = config.log_json
+        proxies = (urlsplit(url).password for url in (config.http_proxy,
+                                                      config.https_proxy) if url)
+        secrets = (config.api_key, config.proxy_key, *proxies)
+        self.secrets = [unquote(secret) for secret in secrets if secret]
+
+    def format(self, record: logging.LogRecord) -> str:
+        trace = ""
+        if record.exc_info:
+            trace = logging.Formatter().formatException(record.exc_info)
+        words = self.clean(record.getMessage())
+        trace = "".join("\n    " + self.clean(line) for line in trace.splitlines())
+        if not self.json:
+            clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+            return f"{clock} {record.levelname} {words}{trace}"
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        row = {"time": f"{when}.{record.msecs:03.0f}Z", "level": record.levelname}
+        facts = getattr(record, "facts", None)
+        row.update(facts or {"message": words}, **({"trace": trace} if trace else {}))
+        return self.clean(encode_json(row))
+
+    def clean(self, text: str) -> str:
+        for secret in self.secrets:
+            text = redacted(text, secret)
+        return re.sub(r"[^ -~]", lambda match: ascii(match[0])[1:-1], text)
 
 
 def say(text: str = "", end: str = "\n") -> None:
@@ -7667,13 +8465,29 @@ def run_status(context: Context) -> int:
         f"{status['models']['default']}")
     say("  " + ", ".join(f"{name.replace('_', ' ')} {counts.get(name, 0)}" for name in
                          ("requests", "answers", "input_tokens", "output_tokens")))
-    mended = [f"{name.partition('_')[2]} {count}" for name, count in counts.items()
-              if name.startswith(("calls_", "mended_"))]
-    if mended:
-        say("  mended: " + ", ".join(sorted(mended)))
+    say("  " + limits_line(status["limits"]))
+    for title, kinds in (("mended", ("calls_", "mended_")),
+                         ("asked again", ("retried_",)), ("fallbacks", ("fallback_",))):
+        found = [f"{name.partition('_')[2]} {count}" for name, count in counts.items()
+                 if name.startswith(kinds)]
+        if found:
+            say(f"  {title}: " + ", ".join(sorted(found)))
+    for row in status["fallbacks"]:
+        say(f"  {row['instead']} instead of {row['model']}: {row['reason']}")
     for error in status["last_errors"]:
         say(f"  {error['status']} {error['message']}")
     return 0
+
+
+def limits_line(limits: Json) -> str:
+    """What of the limits is used up: `7 of 40 requests this minute, 2 of 6 running`."""
+    rows = (("requests_per_minute", "sent_this_minute", "requests this minute"),
+            ("concurrency", "running", "running"))
+    words = [f"{limits[used]}{f' of {limits[most]}' if limits[most] else ''} {what}"
+             for most, used, what in rows] + [f"{limits['waiting']} waiting"]
+    words += [f"{model} pauses {seconds:.0f} s"
+              for model, seconds in limits["pauses"].items()]
+    return ", ".join(words)
 
 
 def run_version() -> int:

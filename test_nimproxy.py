@@ -12,8 +12,11 @@ import argparse
 import ast
 import asyncio
 import base64
+import bisect
+import collections
 import contextlib
 import gc
+import heapq
 import http.client
 import inspect
 import json
@@ -96,6 +99,13 @@ class FakeNim:
                 length = int(self.headers["Content-Length"])
                 nim.answer(self, json.loads(self.rfile.read(length)))
         return Handler
+
+    def heard(self, count):
+        """Wait until so many requests have come."""
+        end = time.monotonic() + 10
+        while len(self.requests) < count:
+            assert time.monotonic() < end
+            time.sleep(0.005)
 
     def answer(self, handler, chat):
         self.requests.append((handler.command, handler.path, dict(handler.headers)))
@@ -267,7 +277,8 @@ def proxy_for(nim, **settings):
     """A proxy on a thread of its own that asks `nim` (or a URL)."""
     url = nim if isinstance(nim, str) else nim.url
     base = {"base_url": url, "api_key": "nvapi-test", "port": 0, "default_model": "m",
-            "context_window": 131072}       # or it would be asked for
+            "context_window": 131072,       # or it would be asked for
+            "retries": 0, "start_retries": 0}
     with np.Background(np.Config(**{**base, **settings})) as address:
         yield Client(address)
 
@@ -289,6 +300,13 @@ def no_leaks():
     yield
     gc.collect()
     assert not [leak.exc_value for leak in LEAKS]
+
+
+@pytest.fixture(autouse=True)
+def in_haste(monkeypatch):
+    """Repetitions, and the pauses after a 429, take no time."""
+    hasty = {name: row._replace(first=0.01) for name, row in np.RETRIES.items()}
+    monkeypatch.setattr(np, "RETRIES", hasty)
 
 
 def named(rows):
@@ -321,14 +339,16 @@ USES = {            # part: the other parts it may use
     "Event": "Numbers Errors Refusals Streams",
     "HTTP/1.1": "Numbers Errors",
     "Demonstration": "Errors Models Streams",
+    "Pacing": "Numbers Errors",
     "Upstream": "Numbers Errors Configuration HTTP/1.1",
     "Memory": "Numbers Errors",
+    "Journal": "Errors Configuration Pacing Memory",
     "Proxy": " ".join(PARTS[:PARTS.index("Proxy")]),
     "Server": "Numbers Errors Configuration HTTP/1.1 Upstream Proxy",
     "Client": "Models Configuration",
     "Command": " ".join(PARTS[:-1]),
 }
-WAIT = ["Upstream", "Memory", "Proxy", "Server", "Client", "Command"]
+WAIT = ["Upstream", "Memory", "Journal", "Proxy", "Server", "Client", "Command"]
 KEPT = {            # names that only some parts may use
     "asyncio": WAIT, "time": WAIT, "socket": ["Upstream"],
     "open": ["Memory", "Client", "Command"], "subprocess": ["Client"],
@@ -580,6 +600,12 @@ def test_strongest_source_wins(given, port):
 
 
 BAD_CONFIGS = [
+    ("limits that are no number", "limits:\n  concurrency: six",
+     "limits.concurrency: expected a whole number, 0 to 100000, found 'six'"),
+    ("an unknown limit", "limits:\n  max_wiat: 5", "did you mean 'limits.max_wait'"),
+    ("a fallback that is no id", "fallbacks:\n  a: 5", "fallbacks.a: expected text"),
+    ("fallbacks without a map", "fallbacks: a", "fallbacks: expected a map of names"),
+    ("log_json that is no switch", "server:\n  log_json: 1", "expected true or false"),
     ("misspelt key", "server:\n  prot: 1\n", "config.yaml:2: expected a known key, "
      "found 'server.prot'; did you mean 'server.port'?"),
     ("wrong type", "server:\n  port: many\n", "config.yaml:2: server.port: expected a "
@@ -627,6 +653,36 @@ def test_bad_configuration_is_named(file, message):
     with pytest.raises(np.ProxyError) as caught:
         resolved(file)
     assert message in caught.value.message
+
+
+LIMITS = [      # base URL, what the file says, requests a minute and at once
+    ("", "", (40, 6)), ("https://integrate.api.nvidia.com/v1", "", (40, 6)),
+    ("http://box:8000/v1", "", (0, 0)), ("", "limits:\n  concurrency: 0", (40, 0)),
+    ("http://box:8000/v1", "limits:\n  requests_per_minute: 9\n  concurrency: 2",
+     (9, 2)),
+]
+
+
+@pytest.mark.parametrize("base_url, file, limits", LIMITS)
+def test_limits_are_the_hosts_unless_they_are_set(base_url, file, limits):
+    config, _ = resolved(file, base_url=base_url)
+    assert (config.requests_per_minute, config.concurrency) == limits
+    built = np.Config(base_url=base_url or np.Config().base_url)
+    if not file:                        # as a library sets it up
+        assert (np.requests_a_minute(built), np.requests_at_once(built)) == limits
+
+
+def test_fallbacks_and_retries_from_the_file():
+    config, sources = resolved(
+        "limits:\n  max_wait: 5\n  retries: 0\nserver:\n  log_json: true\n"
+        "fallbacks:\n  opus: [a/b, '${OTHER}']\n  gpt-oss:20b: c\n",
+        {"OTHER": "x/y", "STREAM_START_RETRIES": "4", "CONNECT_WARNING_SECONDS": "0"})
+    assert (config.max_wait, config.retries, config.start_retries) == (5, 0, 4)
+    assert config.connect_warning == 0 and config.log_json is True
+    assert config.fallbacks == {"opus": ("a/b", "x/y"), "gpt-oss:20b": ("c",)}
+    as_json = '{"fallbacks": {"opus": ["a/b"]}, "server": {"log_json": false}}'
+    config, _ = resolved(as_json)
+    assert config.fallbacks == {"opus": ("a/b",)} and config.log_json is False
 
 
 BAD_FLAGS = [({"base_url": "ftp://x"}, "--base-url: expected a base URL"),
@@ -1768,13 +1824,24 @@ def test_a_secret_is_taken_out_before_the_text_is_cut():
     assert "nvapi" not in np.refusal(ASKED, 400, words).message
 
 
-RETRY_AFTER = [("", "2"), ("7", "7"), ("0", "1"), ("3600", "60"), ("-5", "2"),
-               ("nan", "2"), ("1.5", "2"), ("9" * 40, "2"), ("Wed, 21 Oct 2026", "2")]
+RETRY_AFTER = [     # as stated, seconds, as sent: whole, and never over 60
+    ("", 0, "2"), ("7", 7, "7"), ("0", 0, "2"), ("3600", 3600, "60"), ("-5", 0, "2"),
+    ("nan", 0, "2"), ("1.5", 0, "2"), ("9" * 40, 0, "2"), ("Wed, 21 Oct 2026", 0, "2"),
+    ("Sat, 21 Nov 2026 12:00:09 GMT", 9, "9"),
+    ("Sat, 21 Nov 2026 11:59:59 GMT", 0, "2"),
+    ("Saturday, 21-Nov-26 12:00:30 GMT", 30, "30"),
+    ("Sat Nov 21 12:00:09 2026", 0, "2"),
+    ("Sat, 99 Nov 2026 12:00:09 GMT", 0, "2"),
+    ("Sat, 21 Nov 9999 12:00:09 GMT", None, "60"),
+]
 
 
-@pytest.mark.parametrize("stated, sent", RETRY_AFTER)
-def test_retry_after(stated, sent):
-    assert ("retry-after", sent) in np.refusal(ASKED, 429, "x", stated).headers
+@pytest.mark.parametrize("stated, seconds, sent", RETRY_AFTER)
+def test_retry_after(stated, seconds, sent):
+    noon = 1795262400.0         # 21 November 2026, 12:00 GMT
+    pause = np.retry_seconds(stated, noon)
+    assert seconds is None or pause == seconds
+    assert ("retry-after", sent) in np.refusal(ASKED, 429, "x", pause).headers
 
 
 TOO_LONG = [    # upstream's words, what Claude Code reads
@@ -4098,7 +4165,190 @@ def test_the_demo_calls_a_tool_and_sums_it_up():
     assert second["content"][-1]["text"] == "The tool says: hello"
 
 
-# ---- 16. Upstream ------------------------------------------------------------
+# ---- 16. Pacing: whose turn it is, and when to ask again ---------------------
+# On a clock of the test's own: an hour takes a second.
+
+class Hour:
+    """Clients that ask again as soon as they are answered, through one pacer.
+
+    `takes` gives an answer's seconds, `limits` the requests a minute that upstream
+    takes of a model; what is more gets a 429, and is tried again.
+    """
+    def __init__(self, per_minute, at_once, limits=None, takes=2.0):
+        self.now = 0.0
+        self.pacer = np.Pacer(per_minute, at_once, lambda: self.now)
+        self.limits, self.takes = limits or {}, takes
+        self.events, self.serial = [], 0
+        self.sent, self.refused, self.waits = [], [], []    # (when or how long, ticket)
+        self.taken = {}                                     # when, by model
+
+    def at(self, when, act):
+        self.serial += 1
+        heapq.heappush(self.events, (when, self.serial, act))
+
+    def client(self, model, session, rank=np.MAIN, begins=0.0):
+        def ask(arrived):
+            ticket = np.Ticket(model, session, rank, arrived)
+            ticket.done = lambda: self.at(self.now, lambda: ask(self.now))
+            self.pacer.join(ticket)
+        self.at(begins, lambda: ask(self.now))
+
+    def answer(self, ticket):
+        self.sent.append((self.now, ticket))
+        taken = self.taken.setdefault(ticket.model, collections.deque())
+        while taken and self.now - taken[0] >= 60:
+            taken.popleft()
+        if len(taken) < self.limits.get(ticket.model, 10 ** 9):
+            taken.append(self.now)
+            self.waits.append((self.now - ticket.arrived, ticket))
+            self.at(self.now + self.takes, lambda: self.over(ticket))
+        else:
+            self.refused.append((self.now, ticket))
+            self.pacer.leave(ticket)
+            self.pacer.refused(ticket, 0.0, 0.5)
+            again = np.Ticket(ticket.model, ticket.session, ticket.rank, ticket.arrived)
+            again.done = ticket.done
+            self.pacer.join(again)
+
+    def over(self, ticket):
+        self.pacer.answered(ticket)
+        self.pacer.leave(ticket)
+        ticket.done()
+
+    def run(self, seconds=3600.0):
+        while self.now < seconds:
+            for ticket in iter(self.pacer.next, None):
+                self.answer(ticket)
+            assert not self.pacer.at_once or len(self.pacer.out) <= self.pacer.at_once
+            soon = self.now + self.pacer.rest()
+            if self.events and self.events[0][0] <= soon:
+                self.now, _, act = heapq.heappop(self.events)
+                act()
+            else:
+                self.now = soon
+        return self
+
+    def most_in_a_minute(self):
+        times = [when for when, _ in self.sent]
+        return max(bisect.bisect_left(times, when + 60) - at
+                   for at, when in enumerate(times))
+
+
+def test_an_hour_keeps_to_the_limit_and_uses_it():
+    hour = Hour(40, 6)
+    for number in range(12):
+        hour.client("m", "session %d" % (number % 3))
+    hour.run()
+    assert hour.most_in_a_minute() == 40
+    assert len(hour.sent) >= 0.97 * 40 * 60
+
+
+def test_sessions_get_the_same_whatever_they_want():
+    hour = Hour(40, 6)
+    for number in range(20):
+        hour.client("m", "greedy" if number else "modest")
+    hour.run()
+    shares = collections.Counter(ticket.session for _, ticket in hour.sent)
+    assert 0.8 < shares["modest"] / shares["greedy"] < 1.1
+
+
+def test_who_comes_late_does_not_wait_for_a_minute():
+    hour = Hour(40, 6)
+    for number in range(20):
+        hour.client("m", "greedy")
+    hour.client("m", "late", begins=600)
+    hour.run()
+    waits = [seconds for seconds, ticket in hour.waits if ticket.session == "late"]
+    assert max(waits) < 5
+
+
+def test_the_main_thread_goes_first_and_nobody_starves():
+    hour = Hour(40, 6)
+    hour.client("m", "s", np.MAIN)
+    for number in range(30):
+        hour.client("m", "s", np.SUBAGENT)
+    hour.client("m", "s", np.SIDE)
+    hour.run()
+    waits = {rank: [seconds for seconds, ticket in hour.waits if ticket.rank == rank]
+             for rank in (np.MAIN, np.SUBAGENT, np.SIDE)}
+    assert median(waits[np.MAIN]) < median(waits[np.SUBAGENT]) / 2
+    assert max(max(each) for each in waits.values()) < 120
+    assert len(waits[np.SIDE]) > 3600 / 120
+
+
+def test_a_hot_model_is_learned_and_the_others_go_on():
+    hour = Hour(40, 6, {"hot": 10})
+    for number in range(4):
+        hour.client("hot", "a")
+        hour.client("cool", "b")
+    hour.run()
+    hot = [when for when, ticket in hour.sent if ticket.model == "hot"]
+    taken = len(hot) - len(hour.refused)
+    assert taken >= 0.8 * 10 * 60
+    assert len(hour.refused) <= 0.1 * len(hot)
+    assert len(hour.sent) - len(hot) >= 20 * 60
+    assert hour.most_in_a_minute() <= 40
+
+
+def test_what_a_429_taught_is_forgotten_by_and_by():
+    now = [1000.0]
+    pacer = np.Pacer(40, 0, lambda: now[0])
+    tickets = [np.Ticket("m") for _ in range(21)]
+    for ticket in tickets:
+        now[0] += 2
+        pacer.join(ticket)
+        assert pacer.next() is ticket
+    pacer.refused(tickets[-1], 0.0, 0.5)
+    pacer.refused(tickets[-2], 0.0, 0.5)        # it was on its way already
+    assert pacer.ceiling("m", now[0]) == 20 and pacer.ceiling("n", now[0]) == 40
+    assert pacer.ceiling("m", now[0] + np.CEILING_SECONDS / 2) == 30
+    assert pacer.ceiling("m", now[0] + np.CEILING_SECONDS * 9) == 40
+
+
+@pytest.mark.parametrize("stated, strikes, pause", [
+    (0, 1, 2), (0, 2, 4), (0, 3, 8), (0, 9, 30), (7, 1, 7), (1e9, 1, 300)])
+def test_a_model_that_said_429_pauses(stated, strikes, pause, monkeypatch):
+    monkeypatch.setattr(np, "RETRIES", {"rate": np.Retry(2.0, 30.0)})
+    now = [1000.0]
+    pacer = np.Pacer(0, 0, lambda: now[0])
+    for _ in range(strikes):
+        ticket = np.Ticket("m")
+        pacer.join(ticket)
+        assert pacer.next() is ticket
+        began = now[0] = now[0] + 1
+        pacer.refused(ticket, stated, 0.5)
+        now[0] += np.PAUSE_SECONDS
+    waiting, other = np.Ticket("m"), np.Ticket("n")
+    for ticket in (waiting, other):
+        pacer.join(ticket)
+    now[0] = began + pause - 0.01
+    assert pacer.next() is other and pacer.next() is None
+    assert 0 < pacer.rest() < 0.02
+    now[0] = began + pause + 0.01
+    assert pacer.next() is waiting
+
+
+def test_who_leaves_the_queue_costs_no_turn():
+    pacer = np.Pacer(1, 0, lambda: 0.0)
+    first, second, third = np.Ticket("m"), np.Ticket("m"), np.Ticket("m")
+    for ticket in (first, second, third):
+        pacer.join(ticket)
+    pacer.leave(first)
+    assert pacer.next() is second and pacer.next() is None
+    pacer.give_back(second)             # it was let go, but its client was not there
+    assert pacer.next() is third
+
+
+def test_repetitions_back_off_and_spread():
+    for retry in np.RETRIES.values():
+        for tries in range(12):
+            low, high = (np.back_off(retry, tries, chance) for chance in (0.0, 1.0))
+            middle = min(retry.first * 2 ** tries, retry.most)
+            assert low == pytest.approx(0.7 * middle)
+            assert high == pytest.approx(1.3 * middle)
+
+
+# ---- 17. Upstream ------------------------------------------------------------
 
 def test_a_tool_loop_uses_one_connection_on_both_sides():
     with both(streams(*HELLO)) as (nim, client):
@@ -4483,7 +4733,7 @@ def test_a_proxy_address_that_is_none_is_named():
     assert "secret" not in error["error"]["message"]
 
 
-# ---- 17. Memory --------------------------------------------------------------
+# ---- 18. Memory --------------------------------------------------------------
 
 TOP_K = refused("Unsupported parameter(s): `top_k`")
 
@@ -4567,7 +4817,7 @@ def test_mends_of_another_version_are_ignored(tmp_path):
     assert chat == {"messages": []} and learned.window("u", "m") == 0
 
 
-# ---- 18. Proxy ---------------------------------------------------------------
+# ---- 20. Proxy ---------------------------------------------------------------
 
 def names_of(events):
     return [name for name, _ in events]
@@ -4645,14 +4895,14 @@ def test_a_stream_without_a_frame_is_a_retryable_error():
 
 def test_a_late_failure_is_an_event_and_its_replay_gets_the_status():
     go = threading.Event()
-    late = [go, refuses(429, {"title": "Too Many Requests"}, "Retry-After: 9")]
+    late = [go, refuses(429, {"title": "Too Many Requests"}, "Retry-After: 1")]
     with both(late, completes("ok"), eager_after=0) as (nim, client):
         threading.Timer(0.05, go.set).start()
         events = client.stream()
         assert names_of(events) == ["message_start", "error"]
         assert events[1][1]["error"]["type"] == "rate_limit_error"
         status, headers, _ = client.request("POST", "/v1/messages", ASK)
-        assert (status, headers["retry-after"], len(nim.asked)) == (429, "9", 1)
+        assert (status, headers["retry-after"], len(nim.asked)) == (429, "1", 1)
         assert client.ask()[0] == 200       # once only: the next is asked again
         assert len(nim.asked) == 2
 
@@ -4672,7 +4922,9 @@ def test_a_replay_is_known_by_session_and_body():
 def test_no_more_failures_are_kept_than_that():
     proxy = np.Proxy(np.Config())
     for number in range(np.KEPT_FAILURES + 9):
-        question = np.Question(b"{}", 1, str(number), "m", np.Message("x", "m"), 0.0)
+        course = np.Course()
+        course.session = str(number)
+        question = np.Question(b"{}", 1, "m", np.Message("x", "m"), course)
         proxy.remember(question, np.ProxyError(500, "x"))
     assert len(proxy.failures) == np.KEPT_FAILURES
 
@@ -5128,9 +5380,8 @@ def test_hosted_limits_are_said_in_plain_words(monkeypatch):
         body = dict(ASK, model="google/gemma-4-31b-it",
                     messages=[user(said("a"), *[shown] * number)])
         request = np.Request("POST", "/v1/messages", [], json.dumps(body).encode())
-        with pytest.raises(np.ProxyError) as raised:
-            asyncio.run(proxy.messages(request))
-        assert words in raised.value.message
+        answer = asyncio.run(proxy.messages(request))
+        assert words in answer.body.decode()
 
 
 def test_a_broken_call_is_asked_for_again_without_streaming():
@@ -5160,7 +5411,467 @@ def test_stop_sequences_beyond_the_fourth_are_enforced():
     assert message["content"] == [said("a ")] and message["stop_sequence"] == "five"
 
 
-# ---- 19. Server --------------------------------------------------------------
+# ---- asking again
+
+FULL = refuses(503, {"error": {"message": "ResourceExhausted: Worker local total "
+                               "request limit reached (163/32)", "code": 503}})
+EMPTY = chunked(sse(done=True))
+FAILURES = [    # what upstream does first, how often in vain it is asked by default
+    ("429", refuses(429, {"status": 429, "title": "Too Many Requests"}), 3),
+    ("429, as a date", refuses(429, {"title": "x"},
+                               "Retry-After: Thu, 01 Jan 1970 00:00:00 GMT"), 3),
+    ("500", refuses(500, {"message": "EngineCore encountered an issue"}), 3),
+    ("502", refuses(502, b"<html>bad gateway</html>"), 3),
+    ("503", FULL, 3),
+    ("504, empty", refuses(504, b""), 3),
+    ("529", refuses(529, {"message": "Service temporarily overloaded"}), 3),
+    ("degraded", refuses(400, {"detail": "Function id 'x': DEGRADED function cannot be "
+                               "invoked"}), 3),
+    ("an error event", chunked(b"event: error\n: ResourceExhausted: full\n\n"), 3),
+    ("an error frame", streams({"error": {"message": "busy", "code": 503}}), 3),
+    ("empty 200", EMPTY, 1),
+    ("nothing in a 200", response(b"", 200, "text/event-stream"), 1),
+    ("reset before the head", [FakeNim.RESET], 1),
+    ("closed before the head", [FakeNim.CLOSE], 1),
+    ("cut in the head", [b"HTTP/1.1 200 OK\r\nConte", FakeNim.CLOSE], 1),
+    ("cut before the first word", [EVENT_STREAM + b": hi\n\n", FakeNim.RESET], 1),
+    ("cut in the first word", [EVENT_STREAM + b'data: {"choices', FakeNim.CLOSE], 1),
+    ("no JSON", chunked(b"data: nonsense\n\n"), 1),
+]
+ONCE = [        # what is not repeated
+    ("400", refuses(400, {"message": "no such thing"})),
+    ("401", refuses(401, {"message": "x"})),
+    ("402", refuses(402, {"message": "x"})),
+    ("403", refuses(403, {"message": "x"})),
+    ("404", refuses(404, {"message": "x"})),
+    ("413", refuses(413, {"message": "x"})),
+    ("no credit", refuses(429, {"error": {"code": "1113", "message": "arrears"}})),
+    ("a quota of a week", refuses(429, {"error": {"code": "1310", "message": "x"}})),
+    ("a pause that is too long", refuses(429, {"title": "x"}, "Retry-After: 31")),
+    ("a redirect", refuses(301, b"", "Location: http://x/")),
+]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("failure, tries", named(FAILURES))
+def test_what_passes_is_asked_again(failure, tries, stream):
+    if not stream and failure in (row[1] for row in FAILURES[8:]):
+        return                          # those are of streams
+    defaults = {"retries": 3, "start_retries": 1}
+    good = streams(*HELLO) if stream else completes("Hello")
+    with both(*[failure] * tries, good, **defaults) as (nim, client):
+        answer = client.message(stream=stream)
+        assert answer["content"] == [{"type": "text", "text": "Hello"}]
+        assert len(nim.asked) == tries + 1
+        counts = client.request("GET", "/status")[2]["counts"]
+        assert sum(count for name, count in counts.items()
+                   if name.startswith("retried_")) == tries
+    with both(failure, **defaults, eager_after=5) as (nim, client):
+        assert client.ask(stream=stream)[0] in (429, 500, 502, 529)
+        assert len(nim.asked) == tries + 1
+
+
+@pytest.mark.parametrize("failure", named(ONCE))
+def test_what_does_not_pass_is_asked_once(failure):
+    with both(failure, retries=3, start_retries=1, eager_after=5) as (nim, client):
+        assert client.ask(stream=True)[0] >= 400
+        assert len(nim.asked) == 1
+
+
+def test_retries_can_be_set():
+    with both(*[FULL] * 5, EMPTY, EMPTY, streams(*HELLO), retries=5,
+              start_retries=2) as (nim, client):
+        assert client.message(stream=True)["content"][0]["text"] == "Hello"
+        assert len(nim.asked) == 8
+
+
+def test_repetitions_end_in_time(monkeypatch):
+    monkeypatch.setattr(np, "RETRY_SECONDS", 0.0)
+    with both(FULL, retries=9, eager_after=5) as (nim, client):
+        assert client.ask(stream=True)[0] == 529
+        assert len(nim.asked) == 1
+
+
+@pytest.mark.parametrize("told", [
+    sse(says(content="Hel"), done=False), sse(says(reasoning="Hm"), done=False),
+    sse(says(content='<tool_call>{"name":"Read","arguments":{"file_path":"/a"}}'
+                     "</tool_call>"), done=False)], ids=["text", "thinking", "a call"])
+def test_nothing_is_asked_again_once_something_was_told(told):
+    broken = [EVENT_STREAM + told, FakeNim.RESET]
+    with both(broken, retries=3, start_retries=3) as (nim, client):
+        with contextlib.suppress(http.client.IncompleteRead):
+            client.stream(tools=list(READ.values()))
+        assert len(nim.asked) == 1
+
+
+def test_a_break_after_thinking_drops_the_connection():
+    """Claude Code then asks again; an error event would end its turn."""
+    broken = [EVENT_STREAM + sse(says(reasoning="Hm"), done=False), FakeNim.RESET]
+    with both(broken) as (nim, client):
+        with pytest.raises(http.client.IncompleteRead) as raised:
+            client.stream()
+        events = parse_events(raised.value.partial)
+        assert names_of(events)[:2] == ["message_start", "content_block_start"]
+        assert "error" not in names_of(events)
+        assert client.request("GET", "/status")[2]["last_errors"][0]["status"] == 502
+
+
+def test_a_break_in_text_behind_thinking_keeps_the_text():
+    """Claude Code shows text only of closed blocks; asking anew it will not then."""
+    broken = [EVENT_STREAM + sse(says(reasoning="Hm"), says(content="Hel"), done=False),
+              FakeNim.RESET]
+    with both(broken) as (nim, client):
+        events = client.stream()
+        assert names_of(events)[-2:] == ["content_block_stop", "error"]
+    broken = [EVENT_STREAM + sse(says(content="Hel"), done=False), FakeNim.RESET]
+    with both(broken) as (nim, client):
+        assert names_of(client.stream())[-2:] == ["content_block_delta", "error"]
+
+
+# ---- a turn at the gate
+
+def test_a_request_that_waits_for_its_turn_is_alive():
+    go = threading.Event()
+    slow = [EVENT_STREAM + sse(says(content="Hel"), done=False), go, sse(*text("lo")),
+            FakeNim.CLOSE]
+    with both(slow, streams(*HELLO), concurrency=1, ping_interval=0.05,
+              ) as (nim, client):
+        first = background(client.message, stream=True)
+        nim.heard(1)
+        second = background(client.ask, stream=True)
+        time.sleep(0.3)
+        assert len(nim.asked) == 1
+        limits = client.request("GET", "/status")[2]["limits"]
+        assert (limits["running"], limits["waiting"]) == (1, 1)
+        go.set()
+        assert first()["content"][0]["text"] == "Hello"
+        status, raw = second()
+        assert names_of(parse_events(raw)).count("ping") >= 3
+
+
+def test_who_waits_too_long_gets_a_429():
+    go = threading.Event()
+    slow = [EVENT_STREAM, go, sse(*HELLO), FakeNim.CLOSE]
+    with both(slow, streams(*HELLO), concurrency=1, max_wait=0.1) as (nim, client):
+        first = background(client.message, stream=True)
+        nim.heard(1)
+        status, headers, error = client.request("POST", "/v1/messages", ASK)
+        assert status == 429 and 1 <= int(headers["retry-after"]) <= 60
+        assert "1 at once" in error["error"]["message"]
+        go.set()
+        assert first()["content"][0]["text"] == "Hello"
+        assert client.message(stream=True)["content"][0]["text"] == "Hello"
+
+
+def test_a_full_minute_is_told_at_once():
+    with both(completes("ok"), requests_per_minute=2, max_wait=5) as (nim, client):
+        assert [client.ask(max_tokens=n)[0] for n in (1, 2, 3)] == [200, 429, 429]
+        assert len(nim.asked) == 1
+        text = client.request("GET", "/metrics")[2].decode()
+        assert "nimproxy_sent_this_minute 1\n" in text
+        assert "# TYPE nimproxy_errors_429_total counter\nnimproxy_errors_429_total 2" \
+            in text
+
+
+def test_the_place_of_a_client_that_leaves_is_free_again():
+    go = threading.Event()
+    slow = [EVENT_STREAM, go, sse(*HELLO), FakeNim.CLOSE]
+    with both(slow, streams(*HELLO), concurrency=1) as (nim, client):
+        first = background(client.message, stream=True)
+        nim.heard(1)
+        for stream in (True, False):        # one that waits, and leaves
+            body = json.dumps(dict(ASK, stream=stream)).encode()
+            with socket.create_connection(client.address, 10) as sock:
+                sock.sendall(b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n"
+                             b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+                until(lambda: waiting(client) == 1)
+            until(lambda: waiting(client) == 0)
+        go.set()
+        first()
+        assert client.message(stream=True)["content"][0]["text"] == "Hello"
+        assert len(nim.asked) == 2
+
+
+def waiting(client):
+    return client.request("GET", "/status")[2]["limits"]["waiting"]
+
+
+def until(holds):
+    """Wait until something holds, ten seconds at most."""
+    end = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def background(work, *args, **kwargs):
+    """Some work on a thread of its own; call what this gives for its result."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(work(*args, **kwargs)))
+    thread.start()
+
+    def result():
+        thread.join(20)
+        return results[0]
+    return result
+
+
+def test_a_model_that_is_left_alone_does_not_hold_up_another():
+    hot = refuses(429, {"title": "x"}, "Retry-After: 20")
+    with both(hot, completes("ok"), max_wait=3) as (nim, client):
+        assert client.ask(model="hot")[0] == 429
+        status, error = client.ask(model="hot")
+        assert status == 429 and "wants hot left alone" in error["error"]["message"]
+        assert client.ask(model="cool")[0] == 200
+        assert [chat["model"] for chat in nim.asked] == ["hot", "cool"]
+
+
+def test_a_broken_call_is_asked_for_again_when_one_goes_at_a_time():
+    broken = streams(piece(0, "c", "Read", '{"file_path": "/'), says("tool_calls"))
+    good = completes("", "tool_calls", tool_calls=[
+        {"id": "d", "function": {"name": "Read", "arguments": '{"file_path": "/a"}'}}])
+    with both(broken, good, concurrency=1, max_wait=5) as (nim, client):
+        message = client.message(stream=True, tools=list(READ.values()))
+        assert message["content"][0]["input"] == {"file_path": "/a"}
+
+
+RANKS = [
+    ({}, {}, np.MAIN), ({}, {"stream": True}, np.MAIN),
+    ({"session": "s"}, {"stream": True, "tools": [{}]}, np.MAIN),
+    ({"session": "s"}, {"stream": True, "tools": []}, np.SIDE),
+    ({"session": "s"}, {"tools": []}, np.MAIN),         # the auto mode's classifier
+    ({"session": "s", "agent": "a"}, {"stream": True, "tools": [{}]}, np.SUBAGENT),
+]
+
+
+@pytest.mark.parametrize("ids, body, rank", RANKS)
+def test_ranks(ids, body, rank):
+    headers = [("x-claude-code-%s-id" % name, value) for name, value in ids.items()]
+    assert np.rank_of(headers, body) == rank
+
+
+# ---- another model instead
+
+def by_model(**answers):
+    """What upstream says of each model; `a__b` is a/b."""
+    named = {name.replace("__", "/"): answer for name, answer in answers.items()}
+    return lambda chat: named[chat["model"]]
+
+
+GONE = refuses(410, {"title": "Gone", "status": 410,
+                     "detail": "The model 'a' has reached its end of life"})
+REASONS = [
+    ("gone", GONE), ("gone", refuses(404, b"404 page not found")),
+    ("gated", refuses(404, {"detail": "Function 'x': Not found for account 'y'"})),
+    ("gated", refuses(403, {"detail": "Authorization failed"})),
+    ("degraded", refuses(400, {"detail": "DEGRADED function cannot be invoked"})),
+    ("busy", FULL), ("busy", refuses(429, {"title": "x"})), ("busy", EMPTY),
+    ("busy", refuses(500, {"message": "EngineCore encountered an issue"})),
+    ("busy", [FakeNim.RESET]),
+]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("reason, refused", REASONS)
+def test_a_fallback_steps_in_and_stays(reason, refused, stream):
+    good = streams(*HELLO) if stream else completes("Hello")
+    fallbacks = {"a": ("b", "c")}
+    with both(by_model(a=refused, b=GONE, c=good), fallbacks=fallbacks,
+              eager_after=5) as (nim, client):
+        for asked in (["a", "b", "c"], ["c"]):      # the second time it is known
+            nim.asked.clear()
+            status, headers, answer = client.request(
+                "POST", "/v1/messages", dict(ASK, model="a", stream=stream))
+            answer = np.fold(parse_events(answer)) if stream else answer
+            assert answer["content"][0]["text"] == "Hello" and answer["model"] == "a"
+            assert [chat["model"] for chat in nim.asked] == asked
+            assert headers["x-nimproxy-model"] == "c"
+            assert headers["x-nimproxy-fallback"] in (reason, "gone")
+        told = client.request("GET", "/status")[2]
+        row, = told["fallbacks"]
+        assert (row["model"], row["instead"]) == ("a", "c")
+
+
+def test_each_session_has_its_own_fallback_for_a_while(monkeypatch):
+    sessions = [{"x-claude-code-session-id": name} for name in "12"]
+    answers = [FULL, completes("b"), completes("a"), completes("b"), completes("a")]
+    with both(*answers, fallbacks={"a": ("b",)}) as (nim, client):
+        for which in (0, 1, 0):
+            client.ask(headers=sessions[which], model="a")
+        monkeypatch.setattr(np, "STICKY_SECONDS", 0.0)
+        client.ask(headers=sessions[0], model="a")
+        assert [chat["model"] for chat in nim.asked] == ["a", "b", "a", "b", "a"]
+
+
+def test_all_in_vain_is_the_first_error():
+    with both(by_model(a=GONE, b=FULL), fallbacks={"a": ("b",)}) as (nim, client):
+        status, error = client.ask(model="a")
+        assert status == 404
+        assert "its fallbacks failed as well: b" in error["error"]["message"]
+
+
+@pytest.mark.parametrize("refused", [401, 402, 400, 413])
+def test_what_another_model_would_say_too_is_said_at_once(refused):
+    answers = by_model(a=refuses(refused, {"message": "x"}), b=completes("no"))
+    with both(answers, fallbacks={"a": ("b",)}) as (nim, client):
+        assert client.ask(model="a")[0] == refused
+        assert len(nim.asked) == 1
+
+
+TIER_ROWS = [   # fallbacks, what is asked for, who steps in
+    ({"opus": ("b",)}, "claude-opus-4-8", "b"), ({"opus": ("b",)}, "opus", "b"),
+    ({"big": ("b",)}, "claude-opus-4-8", "b"), ({"big": ("b",)}, "big", "b"),
+    ({"opus": ("b",)}, "big", "b"),         # it is that tier's model
+    ({"x/y": ("b",)}, "x/y", "b"), ({"alias": ("b",)}, "alias", "b"),
+    ({"haiku": ("b",)}, "claude-opus-4-8", ""), ({"big": ("big",)}, "big", ""),
+]
+
+
+@pytest.mark.parametrize("fallbacks, asked, steps_in", TIER_ROWS)
+def test_fallbacks_by_model_and_tier(fallbacks, asked, steps_in):
+    with both(lambda chat: completes("ok") if chat["model"] == "b" else GONE,
+              fallbacks=fallbacks, opus="big", model_aliases={"alias": "z"},
+              ) as (nim, client):
+        status, _ = client.ask(model=asked)
+        assert status == (200 if steps_in else 404)
+
+
+PICTURE = {"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                       "data": "iVBORw0KGgo="}}
+BLIND_ONE, SEEING_ONE = "openai/gpt-oss-20b", "z-ai/glm-5.3-flash"
+
+
+def test_images_go_to_a_model_that_sees():
+    with both(completes("ok"), fallbacks={BLIND_ONE: (SEEING_ONE,)}) as (nim, client):
+        turns = [user(said("what is this?"), PICTURE)]
+        status, headers, _ = client.request("POST", "/v1/messages", dict(
+            ASK, model=BLIND_ONE, messages=turns))
+        assert headers["x-nimproxy-fallback"] == "images"
+        client.ask(model=BLIND_ONE)
+        assert [chat["model"] for chat in nim.asked] == [SEEING_ONE, BLIND_ONE]
+        content = nim.asked[0]["messages"][-1]["content"]
+        assert any(part["type"] == "image_url" for part in content)
+
+
+def test_a_model_that_turns_out_to_be_blind_is_replaced_for_images():
+    blind = refuses(400, {"error": {"message": "image input is not supported"}})
+    with both(by_model(x=blind, y=completes("ok")), fallbacks={"x": ("y",)},
+              ) as (nim, client):
+        turns = [user(said("what is this?"), PICTURE)]
+        for _ in range(2):
+            assert client.ask(model="x", messages=turns)[0] == 200
+        assert [chat["model"] for chat in nim.asked] == ["x", "y", "y"]
+
+
+def test_what_does_not_fit_goes_to_a_larger_window():
+    long = "word " * 200000
+    small, large = "google/gemma-3-12b-it", "z-ai/glm-5.3"
+    with both(completes("ok"), fallbacks={small: (BLIND_ONE, large)},
+              context_window=0) as (nim, client):
+        assert client.ask(model=small, messages=[user(said(long))])[0] == 200
+        assert client.ask(model=small)[0] == 200
+        assert [chat["model"] for chat in nim.asked] == [large, small]
+
+
+def test_what_turns_out_not_to_fit_as_well():
+    over = refuses(400, {"error": {"message":
+        "This model's maximum context length is 4096 tokens. However, your prompt "
+        "contains at least 5000 input tokens"}})
+    with both(by_model(x=over, y=completes("ok")), fallbacks={"x": ("y",)},
+              ) as (nim, client):
+        assert client.ask(model="x")[0] == 200
+        assert [chat["model"] for chat in nim.asked] == ["x", "y"]
+    with both(over) as (nim, client):
+        status, error = client.ask(model="x")
+        assert status == 400
+        assert error["error"]["message"] == ("prompt is too long: 5000 tokens > 4096 "
+                                             "maximum")
+
+
+def test_a_busy_key_spills_over_to_the_fallback():
+    with both(completes("ok"), requests_per_minute=2, max_wait=1,
+              fallbacks={"a": ("b",)}) as (nim, client):
+        assert client.ask(model="a")[0] == 200
+        assert client.ask(model="a", max_tokens=9)[0] == 429    # b has the same key
+
+
+# ---- the log of a request
+
+def test_one_line_for_each_request(caplog):
+    caplog.set_level("INFO", "nimproxy")
+    with both(FULL, streams(*HELLO), retries=1) as (nim, client):
+        status, headers, _ = client.request("POST", "/v1/messages",
+                                            dict(ASK, model="x", stream=True))
+    line, = [each for each in caplog.records if getattr(each, "facts", None)]
+    facts = line.facts
+    assert facts["id"] == headers["request-id"][-8:]
+    assert (facts["asked"], facts["model"], facts["status"]) == ("x", "x", 200)
+    assert (facts["input_tokens"], facts["output_tokens"]) == (7, 3)
+    assert facts["retries"] == 1 and 0 < facts["ttft"] <= facts["seconds"]
+    assert re.fullmatch(r"[0-9a-f]{8} x -> x 200 ttft \d+\.\d\d s, in 7, out 3, "
+                        r"\d+\.\d\d s, retries 1", line.getMessage())
+
+
+def test_failures_are_kept_for_a_day(tmp_path):
+    with both(refuses(404, {"message": "no nvapi-test"}), home=str(tmp_path),
+              ) as (nim, client):
+        status, headers, error = client.request("POST", "/v1/messages", ASK)
+    path, = (tmp_path / "error_logs").iterdir()
+    row = json.loads(path.read_text())
+    assert path.name == row["timestamp"][:10] + ".jsonl"
+    assert row["request_id"] == headers["request-id"] == error["request_id"]
+    assert (row["provider"], row["model_name"]) == (nim.url, "m")
+    assert row["streaming"] is False
+    assert row["error"]["status"] == 404 and "***" in row["error"]["message"]
+    assert "nvapi-test" not in path.read_text()
+    if os.name == "posix":
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_error_log_is_bounded(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(np, "ERROR_LOG_BYTES", 1000)
+    folder = tmp_path / "error_logs"
+    folder.mkdir()
+    for number in range(40):
+        (folder / ("2020-01-%02d.jsonl" % number)).write_text("{}\n")
+    (folder / "notes.txt").write_text("mine")
+    error_log = np.ErrorLog(str(tmp_path))
+    for _ in range(99):
+        error_log.add(np.Course(), np.ProxyError(500, "x"), np.Config())
+    days = sorted(path.name for path in folder.iterdir())
+    assert len(days) == np.ERROR_LOG_DAYS + 2 and "notes.txt" in days
+    assert 500 < (folder / days[-2]).stat().st_size <= 1000
+
+
+def test_an_error_log_that_cannot_be_written_is_said_once(tmp_path, caplog):
+    (tmp_path / "error_logs").write_text("a file")
+    error_log = np.ErrorLog(str(tmp_path))
+    for _ in range(3):
+        error_log.add(np.Course(), np.ProxyError(500, "x"), np.Config())
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs symbolic links")
+def test_the_error_log_follows_no_link(tmp_path):
+    folder = tmp_path / "error_logs"
+    folder.mkdir()
+    (folder / time.strftime("%Y-%m-%d.jsonl")).symlink_to(tmp_path / "other")
+    np.ErrorLog(str(tmp_path)).add(np.Course(), np.ProxyError(500, "x"), np.Config())
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_long_silence_is_said(caplog):
+    go = threading.Event()
+    with both([go, streams(*HELLO)], connect_warning=0.05) as (nim, client):
+        threading.Timer(0.3, go.set).start()
+        client.stream()
+        client.stream()
+    assert sum("not a word for 0.05 s" in each.getMessage()
+               for each in caplog.records) == 1
+
+
+# ---- 21. Server --------------------------------------------------------------
 
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n"
@@ -5377,7 +6088,7 @@ def test_background_says_that_a_port_is_taken():
                 pass
 
 
-# ---- 20. Client programs -----------------------------------------------------
+# ---- 22. Client programs -----------------------------------------------------
 
 CONFIG = np.Config(default_model="z-ai/glm-5.3", opus="o/o", sonnet="s/s", haiku="h/h",
                    proxy_key="secret")
@@ -5430,7 +6141,7 @@ def test_sh_reads_back_what_is_exported():
     assert subprocess.check_output(["sh", "-c", script]).decode() == added["A"]
 
 
-# ---- 21. Command line --------------------------------------------------------
+# ---- 23. Command line --------------------------------------------------------
 
 @pytest.fixture
 def shell(monkeypatch, tmp_path):
@@ -5571,6 +6282,47 @@ def test_status_says_what_was_mended(shell, capsys):
         run(capsys, "status", "--port", str(client.address[1]))
         code, out, _ = run(capsys, "status", "--port", str(client.address[1]))
     assert code == 0 and "mended: coerced 1, drop 1, leaked 1" in out
+
+
+def test_status_says_what_the_limits_leave(shell, capsys):
+    hot = refuses(429, {"title": "x"}, "Retry-After: 20")
+    with both(hot, completes("ok"), fallbacks={"hot": ("cool",)}, concurrency=2,
+              requests_per_minute=9) as (nim, client):
+        client.ask(model="hot")
+        code, out, _ = run(capsys, "status", "--port", str(client.address[1]))
+    assert "2 of 9 requests this minute, 0 of 2 running, 0 waiting, hot pauses" in out
+    assert "cool instead of hot: busy" in out and "fallbacks: busy 1" in out
+
+
+RECORDS = [     # message, arguments, as text
+    ("%s", ("a\nb\x1b[31m\u2028\x7f",), "a\\nb\\x1b[31m\\u2028\\x7f"),
+    ("key %s", ("nvapi-secret",), "key ***"),
+    ("%s", ("bnZhcGktc2VjcmV0",), "***"),       # in base64
+    ("%s", ("http://u:pa%25ss@proxy",), "http://u:***@proxy"),
+]
+SECRETS = {"api_key": "nvapi-secret", "proxy_key": "mine",
+           "https_proxy": "http://u:pa%25ss@proxy"}
+
+
+@pytest.mark.parametrize("message, args, line", RECORDS)
+def test_log_lines_are_lines_without_secrets(message, args, line):
+    record = np.logging.LogRecord("nimproxy", 30, "", 0, message, args, None)
+    shown = np.LogLines(np.Config(**SECRETS)).format(record)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d WARNING " + re.escape(line), shown)
+    row = json.loads(np.LogLines(np.Config(log_json=True, **SECRETS)).format(record))
+    assert row["level"] == "WARNING" and "nvapi-secret" not in row["message"]
+
+
+def test_tracebacks_stay_in_their_record():
+    try:
+        raise ValueError("a\nnvapi-secret")
+    except ValueError:
+        record = np.logging.LogRecord("nimproxy", 40, "", 0, "x", (), sys.exc_info())
+    first, *rest = np.LogLines(np.Config(**SECRETS)).format(record).splitlines()
+    assert rest and all(line.startswith("    ") for line in rest)
+    assert "nvapi-secret" not in "".join(rest)
+    row = json.loads(np.LogLines(np.Config(log_json=True, **SECRETS)).format(record))
+    assert "ValueError" in row["trace"] and "nvapi-secret" not in row["trace"]
 
 
 def test_env_prints_exports(shell, capsys):
@@ -5722,6 +6474,18 @@ def test_the_first_signal_drains(shell):
             go.set()
             assert b"message_stop" in received(sock)
         assert child.wait(5) == 0
+
+
+def test_serve_writes_json_lines_when_asked_to(shell):
+    with FakeNim(completes("ok")) as nim, serving(
+            "--base-url", nim.url, "--model", "m", "--log-json") as (child, url):
+        assert Client(url).ask()[0] == 200
+        child.send_signal(signal.SIGTERM)
+        rows = [json.loads(line) for line in child.stderr.read().splitlines()
+                if line.startswith(b"{")]
+    row, = [row for row in rows if row.get("status") == 200]
+    assert (row["asked"], row["model"], row["level"]) == ("m", "m", "INFO")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", row["time"])
 
 
 def test_the_second_signal_stops_at_once(shell):
