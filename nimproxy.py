@@ -723,7 +723,7 @@ def resolve_config(flags: Json, environ: Mapping[str, str],
     row = PROVIDERS[provider]
     preset_models(found, sources, row)
     if not found.setdefault("base_url", row.base_url):
-        raise ProxyError(400, "provider 'custom' needs --base-url URL")
+        raise ProxyError(400, f"{sources['provider']}: 'custom' needs --base-url URL")
     found["base_url"] = clean_base_url(found["base_url"])
     found[ALIASES] = model_aliases(entries, {**dotenv, **environ})
     found[FALLBACKS] = model_fallbacks(entries)

@@ -624,6 +624,8 @@ BAD_CONFIGS = [
     ("a section that is a value", "server: 5\n",
      "expected a known key, found a number"),
     ("unset variable", "provider: ${NOPE}\n", "config.yaml:1: ${NOPE} is not set"),
+    ("custom without a URL", "provider: custom\n",
+     "config.yaml:1: provider: 'custom' needs --base-url URL"),
     ("bad JSON", '{"server": }', "config.yaml: not JSON"),
     ("JSON, wrong type", '{"server":\n {"port": "x"}}', "config.yaml:2: server.port"),
     ("unknown provider", "provider: nvida\n", "did you mean 'nvidia'?"),
