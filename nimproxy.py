@@ -1034,7 +1034,7 @@ def yaml_value(file: File, number: int, line: str, text: str) -> Any:
         return [yaml_value(file, number, line, item.strip()) for item in items]
     if re.search(r"^[\[\]{}&*!|>%@`\"',]|^-(?![0-9.])|:(\s|$)", text):
         raise yaml_error(file, number, line, "a scalar or a [flow, list]")
-    if re.fullmatch(r"-?[0-9]+", text):
+    if re.fullmatch(r"-?[0-9]{1,19}", text):    # Python reads 4300 digits and no more
         return int(text)
     if re.fullmatch(r"-?[0-9]*\.[0-9]+", text):
         return float(text)

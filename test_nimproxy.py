@@ -611,6 +611,8 @@ BAD_CONFIGS = [
     ("wrong type", "server:\n  port: many\n", "config.yaml:2: server.port: expected a "
      "port from 0 to 65535, found 'many'"),
     ("out of range", "server:\n  port: 70000\n", "found 70000"),
+    ("5000 digits", "server:\n  port: " + "9" * 5000, "config.yaml:2: server.port: "
+     "expected a port from 0 to 65535"),
     ("tab", "server:\n\tport: 1\n", "config.yaml:2:2: expected spaces, not tabs"),
     ("block list", "- a\n", "config.yaml:1:1: expected 'key: value'"),
     ("block scalar", "log: |\n", "config.yaml:1:1: expected a scalar"),
