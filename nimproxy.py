@@ -1900,7 +1900,8 @@ def choose_within(chat: Json, choices: str) -> None:
 
 
 def asks_for_text_only(body: Json) -> bool:
-    last = body["messages"][-1] if body.get("messages") else {}
+    messages = typed(body, "messages", list, "a list of messages") or [{}]
+    last = messages[-1] if isinstance(messages[-1], dict) else {}
     return any(block["text"].startswith(TEXT_ONLY)
                for block in as_blocks(last.get("content"), "messages[-1].content")
                if isinstance(block.get("text"), str))
