@@ -2078,9 +2078,8 @@ def user_messages(blocks: List[Json], waiting: Dict[str, str],
     results: Dict[str, Json] = {}
     rest: List[Json] = []
     for block in blocks:
-        call_id = block.get("tool_use_id")
-        awaited = call_id in waiting and call_id not in results
-        if awaited and block.get("type") == "tool_result":
+        call_id = block["tool_use_id"] if block.get("type") == "tool_result" else None
+        if call_id in waiting and call_id not in results:
             results[call_id] = block
         else:
             rest.append(block)
