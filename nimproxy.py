@@ -2024,7 +2024,7 @@ def call_ids(blocks: List[Json], given: Set[str]) -> Dict[str, str]:
     """The turn's call ids, and for upstream one that no earlier turn has used."""
     ids = {}
     for block in blocks:
-        if block.get("type") == "tool_use":
+        if block.get("type") == "tool_use" and block["id"] not in ids:
             fresh, count = block["id"], 1
             while fresh in given:
                 count += 1
@@ -2035,14 +2035,15 @@ def call_ids(blocks: List[Json], given: Set[str]) -> Dict[str, str]:
 
 
 def assistant_message(blocks: List[Json], ids: Dict[str, str], manner: Manner) -> Json:
-    texts, thoughts, calls = [], [], []
+    texts, thoughts = [], []
+    calls: Json = {}                    # by id; what repeats one is left out
     for block in blocks:
         kind = block.get("type")
         if kind == "tool_use":
             arguments = encode_text(call_input(block))
             function = {"name": upstream_name(block["name"]), "arguments": arguments}
             call = {"id": ids[block["id"]], "type": "function", "function": function}
-            calls.append(call)
+            calls.setdefault(block["id"], call)
         elif kind == "thinking":
             thoughts.append(str(block.get("thinking") or ""))
         elif kind != "redacted_thinking":
@@ -2055,7 +2056,7 @@ def assistant_message(blocks: List[Json], ids: Dict[str, str], manner: Manner) -
             or manner.replay == "every" and (thought or manner.tools)):
         message[manner.field] = thought
     if calls:
-        message["tool_calls"] = calls
+        message["tool_calls"] = list(calls.values())
     elif not text:
         message["content"] = "(no content)"     # an empty turn is refused by some
     return message

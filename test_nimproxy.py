@@ -1276,6 +1276,8 @@ TURNS = [   # (case, messages, what upstream is asked)
     ("text that is null", [user({"type": "text", "text": None}, said("a"))],
      [{"role": "user", "content": "[text]\na"}]),
     ("no content", [user(), user(said("a"))], [{"role": "user", "content": "a"}]),
+    ("the same call twice in a turn", [assistant(call()), assistant(call()),
+                                       user(result())], [LS, LS_RESULT]),
     ("an unknown block's odd id", [user({"tool_use_id": [], "text": "a"})],
      [{"role": "user", "content": "a"}]),
 ]
