@@ -2199,7 +2199,7 @@ def read_documents(body: Json, read: Dict[int, str]) -> None:
         elif isinstance(value, dict) and value.get("type") == "document":
             source = value.get("source")
             data = source.get("data") if isinstance(source, dict) else None
-            key = hash((data, value.get("title"))) if isinstance(data, str) else 0
+            key = hash((data, str(value.get("title")))) if isinstance(data, str) else 0
             value["text"] = read.get(key) or document_text(value, left)
             if isinstance(data, str) and data.startswith(PDF_BEGINS):
                 read[key] = value["text"]

@@ -1662,6 +1662,13 @@ def test_threads_are_refused_so_that_the_sdk_resends_everything():
     assert details == {"error_code": "thread_unsupported_request"}
 
 
+def test_a_document_with_an_odd_title_is_read():
+    source = {"type": "text", "data": "x"}
+    block = {"type": "document", "title": ["t"], "source": source}
+    np.read_documents({"messages": [user(block)]}, {})
+    assert block["text"] == "[['t']]\nx"
+
+
 # ---- 7. Token estimate -------------------------------------------------------
 
 def test_an_empty_conversation_has_a_token():
