@@ -1653,6 +1653,16 @@ def range_texts(pdf: Pdf, low: bytes, high: bytes, target: Any) -> Dict[int, str
 # Pure functions from Anthropic's request body to OpenAI's.  Tolerant in: what is
 # not used is not looked at.  Minimal out: only fields that upstreams take.
 
+@contextlib.contextmanager
+def not_too_deep() -> Iterator[None]:
+    """Refuse what stands deeper in itself than Python can follow: 1000 frames."""
+    try:
+        yield
+    except RecursionError:
+        raise ProxyError(400, "JSON nested too deeply") from None
+
+
+@not_too_deep()
 def chat_body(body: Json, model: str, provider: Provider = PROVIDERS["custom"],
               prompt_tokens: int = 0, facts: Optional[Model] = None) -> Json:
     """The chat completion request for a Messages request.
@@ -2185,6 +2195,7 @@ def base64_bytes(text: str) -> bytes:
         return b""
 
 
+@not_too_deep()
 def read_documents(body: Json, read: Dict[int, str]) -> None:
     """Put the text of documents in their place.
 
@@ -2264,6 +2275,7 @@ MESSAGE_TOKENS = 4      # role and separators of a chat template
 TOOL_TOKENS = 16        # what a template writes around one tool
 
 
+@not_too_deep()
 def count_tokens(body: Json) -> int:
     """The input tokens of a Messages request, estimated within 15 %."""
     texts: List[str] = []

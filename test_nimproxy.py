@@ -1612,6 +1612,9 @@ def test_a_call_without_thinking_is_replayed_with_none():
     assert chat["messages"][0]["reasoning_content"] == ""
 
 
+NESTED = said("x")
+for _ in range(1000):
+    NESTED = result("t0", [NESTED])
 BAD_BODIES = [
     ("no messages", {"messages": None}, "messages: expected a list of messages"),
     ("messages is text", {"messages": "hi"}, "messages: expected a list"),
@@ -1644,6 +1647,7 @@ BAD_BODIES = [
     ("thinking is text", {"thinking": "on"}, "thinking: expected an object"),
     ("an image without source", {"messages": [user({"type": "image"})]},
      "image.source"),
+    ("nested too deep", {"messages": [user(NESTED)]}, "JSON nested too deeply"),
 ]
 
 
@@ -1674,6 +1678,14 @@ def test_a_document_with_an_odd_title_is_read():
 def test_an_empty_conversation_has_a_token():
     assert np.count_tokens({"messages": []}) == 1
     assert np.estimate_tokens("") == 0
+
+
+def test_what_is_nested_too_deep_to_count_is_refused():
+    for work in (np.count_tokens, lambda body: np.read_documents(body, {})):
+        with pytest.raises(np.ProxyError) as caught:
+            work({"messages": [user({"type": "document", "source": {
+                "type": "content", "content": [NESTED]}})]})
+        assert caught.value.status == 400 and "too deep" in caught.value.message
 
 
 def test_base64_does_not_count_as_text():
