@@ -2589,11 +2589,19 @@ def error_words(raw: bytes, status: int) -> Tuple[str, int]:
 
 
 def sentence(value: Any) -> str:
-    """What a parsed error body says: message, detail or title, wherever it is."""
+    """What a parsed error body says; nothing if it is nested too deep."""
+    try:
+        return words_in(value)
+    except RecursionError:
+        return ""
+
+
+def words_in(value: Any) -> str:
+    """Message, detail or title, wherever it is.  Raises RecursionError."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        return "; ".join(filter(None, map(sentence, value)))
+        return "; ".join(filter(None, map(words_in, value)))
     if not isinstance(value, dict):
         return ""
     if "msg" in value:
@@ -2604,7 +2612,7 @@ def sentence(value: Any) -> str:
         if value.get(name):
             code, param = value.get("code"), value.get("param")
             code = code if isinstance(code, str) else value.get("status_code")
-            words = sentence(value[name]) + (f" ({code})" if code else "")
+            words = words_in(value[name]) + (f" ({code})" if code else "")
             named = isinstance(param, str) and param and param not in words
             return f"{param}: {words}" if named else words
     return str(value.get("title") or "")

@@ -3997,6 +3997,8 @@ ERRORS_INSIDE = [   # (case, bytes, status, words)
      "bad"),
     ("MiniMax", b'data: {"base_resp":{"status_code":1008,"status_msg":"insufficient '
      b'balance"},"choices":null}\n\n', 500, "insufficient balance"),
+    ("nested too deep", b'data: {"error":' + b"[" * 600 + b"]" * 600 + b"}\n\n", 500,
+     "an error"),
     ("overflow", b'data: {"error":{"message":"Context size has been exceeded."}}\n\n',
      400, "prompt is too long"),
 ]
