@@ -4574,7 +4574,7 @@ def message_usage(usage: Any) -> Dict[str, int]:
 
 
 def whole(value: Any) -> int:
-    return value if isinstance(value, int) and 0 <= value < 1 << 53 else 0
+    return value if type(value) is int and 0 <= value < 1 << 53 else 0
 
 
 def cut(text: str, size: int) -> List[str]:

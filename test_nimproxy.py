@@ -3733,6 +3733,8 @@ USAGES = [
     ("nulls", [used(10, 4, prompt_tokens_details=None), {"usage": None}], (10, 0, 4)),
     ("none at all", [], (99, 0, 1)),
     ("nonsense", [{"usage": "x"}, {"usage": {"prompt_tokens": "7"}}], (99, 0, 1)),
+    ("booleans", [{"usage": {"prompt_tokens": True, "completion_tokens": True}}],
+     (99, 0, 1)),
 ]
 
 
