@@ -4192,7 +4192,7 @@ class Message:
         }
         return [("message_start", {"message": message})]
 
-    def events(self, chunks: List[Json]) -> List[Event]:
+    def events(self, chunks: Iterable[Json]) -> List[Event]:
         """What some chunks add; the last event is message_stop once all is said.
 
         Raises ProxyError for an error that upstream put into the stream.
@@ -4938,9 +4938,11 @@ def translation(message: Message) -> Stage:
     frames = started(sse_frames())
     data = yield encoded(message.start())
     while data is not None:
-        chunks = frame_chunks(frames.send(data), message.reading.asked)
+        found = [] if message.over else frames.send(data)
+        chunks = frame_chunks(found, message.reading.asked)
         data = yield encoded(message.events(chunks))
-    chunks = frame_chunks(frames.send(None), message.reading.asked)
+    found = [] if message.over else frames.send(None)
+    chunks = frame_chunks(found, message.reading.asked)
     yield encoded(message.events(chunks) + message.end_of_input())
 
 
@@ -5009,14 +5011,16 @@ def sse_lines(lines: List[bytes], frame: Tuple[List[str], List[str], List[str]],
             out.append(Frame("", line.decode("utf-8", "replace"), []))
 
 
-def frame_chunks(frames: List[Frame], asked: Asked) -> List[Json]:
-    """The frames' chunks; what is no chunk is left out, what is an error is raised."""
-    chunks = []
+def frame_chunks(frames: List[Frame], asked: Asked) -> Iterator[Json]:
+    """The frames' chunks; what is no chunk is left out, what is an error is raised.
+
+    One at a time: an error after the end of the message is none.
+    """
     for event, data, comments in frames:
         if event and event not in ("message", "error"):
             continue                    # Dynamo's side channels
         if data.strip() == "[DONE]" and event != "error":
-            chunks.append(DONE)
+            yield DONE
             continue
         try:
             chunk = decode_json(data)
@@ -5031,8 +5035,7 @@ def frame_chunks(frames: List[Frame], asked: Asked) -> List[Json]:
             raise refusal(asked, status, words.strip() or "an error without words")
         if isinstance(chunk, dict):
             check_chunk(chunk, asked)
-            chunks.append(chunk)
-    return chunks
+            yield chunk
 
 
 def check_chunk(chunk: Json, asked: Asked) -> None:

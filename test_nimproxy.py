@@ -3938,6 +3938,8 @@ CUT_STREAMS = [
     ("garbage between", b"data:\n\ndata: null\n\ndata: []\n\n: \xff\n\n"
      + sse(*text("Hel", "lo"))),
     ("after DONE", sse(*text("Hel", "lo")) + sse(*text("more"))),
+    ("garbage after DONE", sse(*text("Hel", "lo")) + b"data: {oops\n\n"),
+    ("an error after DONE", sse(*text("Hel", "lo")) + b"event: error\ndata: x\n\n"),
     ("not UTF-8", json.dumps(says(content="@")).join(["data: ", "\n\n"]).encode()
      .replace(b"@", b"\xff\xfe") + sse(END)),
 ]
@@ -3952,6 +3954,12 @@ def test_any_cut_gives_the_same_message(raw):
     for pieces in [*cuts, [raw[at:at + 1] for at in range(len(raw))]]:
         assert np.fold(parse_events(translated(pieces))) == message
     assert message["stop_reason"] in ("end_turn", "tool_use")
+
+
+def test_an_error_behind_a_stop_sequence_is_none():
+    raw = sse(says(content="a five")) + b"data: {oops\n\n"
+    for pieces in ([raw], [raw[at:at + 1] for at in range(len(raw))]):
+        assert plain_text(translated(pieces, stops=("five",))) == "a "
 
 
 def test_text_comes_out_exactly():
