@@ -9,10 +9,14 @@ NODE     = .cache/e2e/node_modules
 ENGINE   = .cache/engine/build/bin/llama-server
 
 help:    ## show this list
-	@sed -n 's/^\([a-z0-9]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z0-9]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 test: $(VENV)/pytest    ## run the tests (no network beyond this machine, under a minute)
 	$(PYTEST) test_nimproxy.py
+
+properties: $(VENV)/pytest    ## what holds for all inputs, tried on 100,000 random ones
+	NIMPROXY_CASES=100000 $(VENV)/bin/python -m pytest -q -p no:cacheprovider test_nimproxy.py \
+	  -k random_cases --durations=7
 
 check:   ## run them on every Python from 3.8 up that is at hand
 	@for p in $(or $(PYTHONS),$(PYTHON)); do $$p -c 'import ensurepip' 2>/dev/null || continue; $$p -V; \
@@ -67,4 +71,4 @@ $(ENGINE):
 	  -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
 	cmake --build .cache/engine/build --target llama-server -j
 
-.PHONY: help test check e2e engine bench tokens cover map install
+.PHONY: help test properties check e2e engine bench tokens cover map install
