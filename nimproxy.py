@@ -100,6 +100,8 @@ MAX_EXTENSION_BYTES = 16 * 1024     # all chunk extensions of one body together
 MAX_PIPELINED_BYTES = 1 << 20   # read ahead while an answer is under way, then wait
 MAX_INTERIM_ANSWERS = 10        # 1xx before the answer; Go allows 5
 MAX_ANSWER_BYTES = 32 << 20     # an upstream answer that is read whole
+MAX_INFLATED_BYTES = 256 * 1024     # at once; a gzip bomb grows a thousand times
+MAX_TUNNEL_HEAD_BYTES = 16 * 1024   # an HTTP proxy's answer to CONNECT
 MAX_LINE_BYTES = 16 << 20       # one line of an event stream: a whole tool call
 MAX_ARGUMENT_BYTES = 16 << 20   # arguments of one message's tool calls, held whole
 MAX_CALLS = 256                 # tool calls of one message
@@ -109,11 +111,17 @@ MAX_REASON_CHARS = 2000         # of an upstream's error text, as quoted
 MAX_CONNECTIONS = 256           # clients at once; well under any descriptor limit
 READ_BYTES = 64 * 1024          # one read; asyncio's own default buffer
 
-HEAD_SECONDS = 15.0             # for a whole request head, from its first byte
+HEAD_SECONDS = 15.0             # for a whole head, from its first byte; either side
 BODY_SECONDS = 30.0             # of silence inside a request body
 WRITE_SECONDS = 600.0           # for a client that takes nothing: it may be suspended
 IDLE_SECONDS = 90.0             # a kept-alive client; longer than clients' own pools
 POOL_SECONDS = 20.0             # an idle upstream connection; CDN edges drop at 30
+ALIVE_SECONDS = 15.0            # of silence; then the kernel asks whether a peer lives
+ALIVE_RETRY_SECONDS = 5.0       # between two such questions
+ALIVE_TRIES = 3                 # of them unanswered: the peer is gone
+DEAD_SECONDS = 20.0             # a reused connection that takes no byte is given up
+USEFUL_SECONDS = 900.0          # of bytes that say nothing: comments, empty deltas;
+                                # a cold start takes minutes, a dead queue for ever
 CONNECT_SECONDS = 10.0          # per address, and again for TLS; Go takes 30 and 10
 HAPPY_EYEBALLS_SECONDS = 0.25   # head start of one address family, RFC 8305
 GRACE_SECONDS = 2.5             # from finish_reason to a [DONE] that may never come
@@ -5608,6 +5616,7 @@ class Wire:
         self.time = time.monotonic
         self.heard = self.sent = self.time()    # when bytes last came and went
         self.target: Optional[Target] = None    # whose pool an upstream one goes to
+        self.pooled = 0.0                   # when it went there, by the wall clock
         self.patience = 0.0
         self.paused = False                 # between two reads of an answer
         self.timer: Optional[asyncio.TimerHandle] = None
@@ -5737,12 +5746,16 @@ class Answer:
         self.rest: Optional[bytes] = None   # what followed the body, once it has ended
         self.reusable = False
         self.said = False                   # all that matters; the rest is framing
-        coding = header(headers, "content-encoding").lower()
-        self.inflate = zlib.decompressobj(47) if coding in ("gzip", "deflate") else None
+        self.packed = b""                   # compressed bytes that wait
+        self.inflate = inflater(header(headers, "content-encoding"))
 
     async def read(self) -> bytes:
         """The next bytes of the body, b"" at its end.  Raises ProxyError(502, 504)."""
+        piece = self.inflated(b"") if self.packed else b""
+        if piece:
+            return piece
         self.wire.paused, self.wire.heard = False, self.wire.time()
+        since = 0.0
         while self.rest is None:
             try:
                 data = await self.wire.read()
@@ -5759,6 +5772,7 @@ class Answer:
             if piece:
                 self.wire.paused = True
                 return piece
+            since = check_progress(since)
         return b""
 
     def finish(self) -> None:
@@ -5775,23 +5789,28 @@ class Answer:
                                f"{f' ({error})' if error else ''}", again="broken")
 
     def inflated(self, piece: bytes) -> bytes:
+        """What is in a piece, and in what waits: so much at most, the rest waits."""
         try:
-            data = self.inflate.decompress(piece, MAX_ANSWER_BYTES)
+            data = self.inflate.decompress(self.packed + piece, MAX_INFLATED_BYTES)
         except zlib.error as error:
             raise ProxyError(502, f"upstream's compressed answer: {error}") from None
-        if self.inflate.unconsumed_tail:
-            raise ProxyError(502, f"upstream sent over {MAX_ANSWER_BYTES} bytes")
+        self.packed = self.inflate.unconsumed_tail
+        if self.inflate.unused_data:
+            raise ProxyError(502, "upstream's compressed answer goes on after its end")
         return data
 
     async def whole(self) -> bytes:
-        pieces, size = [], 0
+        """The whole body; blanks before it, which keep a connection alive, are cut."""
+        body, since = bytearray(), 0.0
         while True:
             piece = await self.read()
             if not piece:
-                return b"".join(pieces)
-            pieces.append(piece)
-            size += len(piece)
-            if size > MAX_ANSWER_BYTES:
+                return bytes(body)
+            if not body and piece.isspace():
+                since = check_progress(since)
+                continue
+            body += piece
+            if len(body) > MAX_ANSWER_BYTES:
                 raise ProxyError(502, f"upstream sent over {MAX_ANSWER_BYTES} bytes")
 
     def hurry(self) -> None:
@@ -5805,6 +5824,28 @@ class Answer:
             self.wire.abort()
         else:
             self.upstream.settle_soon(self)
+
+
+def inflater(coding: str) -> Any:
+    """What undoes a Content-Encoding, None if nothing does: none was asked for."""
+    if coding.lower() in ("br", "zstd", "compress"):
+        raise ProxyError(502, "upstream compressed its answer, unasked: expected "
+                              "Content-Encoding identity or gzip")
+    known = ("gzip", "x-gzip", "deflate")
+    return zlib.decompressobj(47) if coding.lower() in known else None
+
+
+def check_progress(since: float) -> float:
+    """Since when nothing of use has come: `since`, or now if that is 0.
+
+    Raises ProxyError(504) once that is too long ago.  It is asked only where bytes
+    came that said nothing, so that a token costs no look at the clock.
+    """
+    now = time.monotonic()
+    if since and now - since > USEFUL_SECONDS:
+        raise ProxyError(504, "upstream sent only signs of life, but no answer, for "
+                              f"{USEFUL_SECONDS:g} s")
+    return since or now
 
 
 class Upstream:
@@ -5838,25 +5879,21 @@ class Upstream:
         return answer
 
     async def send(self, url: str, payload: bytes, stream: bool) -> Answer:
-        """One request, tried again once if its connection died before any answer."""
+        """One request; sent once more, on a fresh connection, if it went out on one of
+        the pool that died before any byte of an answer."""
         target = url_target(url)
         request = self.request(url, payload, stream)
-        for fresh in (False, True):
-            wire = None if fresh else self.waiting(target)
-            if not wire and not fresh:
-                continue
-            wire = wire or await self.connect(target)
-            wire.target = target
-            try:
-                answer = await self.exchange(wire, request)
-            except BaseException:
-                wire.abort()
-                raise
-            if answer:
-                return answer
-            wire.abort()
-        words = f"{target.host} closed the connection without an answer"
-        raise ProxyError(502, words, again="broken")
+        wire = self.waiting(target)
+        if wire:
+            with contextlib.suppress(OSError):
+                return await self.attempt(wire, request)
+        wire = await self.connect(target)
+        try:
+            return await self.attempt(wire, request)
+        except OSError as error:
+            why = f" ({failure_words(error)})" if error.args else ""
+            words = f"{target.host} closed the connection without an answer{why}"
+            raise ProxyError(502, words, again="broken") from error
 
     def request(self, url: str, payload: bytes, stream: bool) -> bytes:
         parts = urlsplit(url)
@@ -5879,38 +5916,45 @@ class Upstream:
         start = f"{'POST' if payload else 'GET'} {path} HTTP/1.1"
         return encode_head(start, headers) + payload
 
-    async def exchange(self, wire: Wire, request: bytes) -> Optional[Answer]:
-        """The answer's head; None if the connection closed before its first byte."""
-        wire.allow(self.config.first_byte_timeout)
-        wire.writer.write(request)      # no drain: an early answer may be there
-        interim = 0
+    async def attempt(self, wire: Wire, request: bytes) -> Answer:
+        """One request on one connection.  Raises OSError if that ends before the first
+        byte of an answer, else ProxyError(502, 504)."""
         try:
-            while interim < MAX_INTERIM_ANSWERS:
+            return await self.exchange(wire, request)
+        except BaseException as error:
+            wire.abort()
+            if isinstance(error, ProxyError):
+                fault = head_fault(wire, error)
+                fault.again = "broken"
+                raise fault from error
+            raise
+
+    async def exchange(self, wire: Wire, request: bytes) -> Answer:
+        """The answer's head.  Interim answers do not make the wait for it longer."""
+        wire.writer.write(request)      # no drain: an early answer may be there
+        limit = self.config.first_byte_timeout
+        until = wire.time() + limit
+        for interim in range(MAX_INTERIM_ANSWERS):
+            wire.allow(limit and max(until - wire.time(), 0.001), total=True)
+            try:
+                wire.held = await wire.read()
+                wire.allow(HEAD_SECONDS, total=True)
                 head = await wire.head()
-                if not head and not wire.expired and not interim:
-                    return None
-                if not head and not wire.expired:
-                    words = "upstream broke off before its answer"
-                    raise ProxyError(502, words, again="broken")
-                if not head:
-                    words = f"upstream did not answer within {wire.patience:g} s"
-                    raise ProxyError(504, words, again="broken")
-                status, headers, version = parse_status(head)
-                if status >= 200:
-                    return self.answer(wire, status, headers, version)
-                if status == 101:
-                    raise ProxyError(502, "upstream switched protocols unasked")
-                interim += 1
-        except OSError as error:
-            if wire.held or interim:        # a byte of an answer: not asked twice
-                words = f"upstream broke off ({error})"
-                raise ProxyError(502, words, again="broken") from error
-            return None
-        except ProxyError as error:
-            if error.status >= 500:
+            except OSError as error:
+                if wire.held or interim:    # a byte of an answer: not asked twice
+                    raise ProxyError(502, f"upstream broke off ({error})") from error
                 raise
-            words = f"upstream's answer: {error.message}"
-            raise ProxyError(502, words, again="broken") from None
+            if not head and wire.expired:
+                raise ProxyError(504, f"upstream did not answer within {limit:g} s")
+            if not head and interim:
+                raise ProxyError(502, "upstream broke off before its answer")
+            if not head:
+                raise ConnectionAbortedError
+            status, headers, version = parse_status(head)
+            if status == 101:
+                raise ProxyError(502, "upstream switched protocols unasked")
+            if status >= 200:
+                return self.answer(wire, status, headers, version)
         raise ProxyError(502, f"upstream sent {MAX_INTERIM_ANSWERS} interim answers")
 
     def answer(self, wire: Wire, status: int, headers: Headers, version: int) -> Answer:
@@ -5929,7 +5973,10 @@ class Upstream:
         wires = self.pool[target]
         while wires:
             wire = wires.pop()
-            if wire.time() - wire.heard < POOL_SECONDS and wire.quiet():
+            away = abs(time.time() - wire.pooled)   # while suspended, too
+            idle = max(wire.time() - wire.heard, away)
+            if idle < POOL_SECONDS and wire.quiet():
+                watch_deliveries(wire)
                 return wire
             wire.abort()
         return None
@@ -5942,6 +5989,7 @@ class Upstream:
                 pass
         if answer.reusable and answer.rest == b"":
             answer.wire.allow(POOL_SECONDS)
+            answer.wire.pooled = time.time()
             self.pool[answer.wire.target].append(answer.wire)
         else:
             answer.wire.abort()
@@ -5978,11 +6026,11 @@ class Upstream:
         except BaseException as error:
             opening.cancel()
             opening.add_done_callback(abort_opened)
-            if isinstance(error, (OSError, asyncio.TimeoutError)):
+            if isinstance(error, (OSError, asyncio.TimeoutError, ValueError)):
                 raise unreachable(target, proxy, error) from error
             raise
-        sock = wire.writer.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        keep_alive(wire)
+        wire.target = target
         return wire
 
     async def open(self, target: Target, proxy: str) -> Any:
@@ -6002,6 +6050,48 @@ class Upstream:
     def tls(self) -> ssl.SSLContext:
         self.context = self.context or tls_context(self.config.ca_files)
         return self.context
+
+
+def head_fault(wire: Wire, error: ProxyError) -> ProxyError:
+    """An error in upstream's head as the client is to hear it."""
+    if wire.expired and wire.held:
+        words = f"upstream's head was not whole within {HEAD_SECONDS:g} s"
+        return ProxyError(504, words)
+    if wire.held[:2] in (b"\x15\x03", b"\x16\x03"):
+        words = "upstream speaks TLS: the base URL should begin with https://"
+        return ProxyError(502, words)
+    if error.status < 500:
+        return ProxyError(502, f"upstream's answer: {error.message}")
+    return error
+
+
+TCP_ALIVE = [       # options by their names: not every platform has each
+    ("TCP_KEEPIDLE", ALIVE_SECONDS), ("TCP_KEEPALIVE", ALIVE_SECONDS),    # macOS
+    ("TCP_KEEPINTVL", ALIVE_RETRY_SECONDS), ("TCP_KEEPCNT", ALIVE_TRIES),
+]
+
+
+def keep_alive(wire: Wire) -> None:
+    """Let the kernel find out, in a silence, that a peer is gone without a word."""
+    sock = wire.writer.get_extra_info("socket")
+    with contextlib.suppress(OSError):      # it may have gone already
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in TCP_ALIVE:
+            if hasattr(socket, name):
+                option = getattr(socket, name)
+                sock.setsockopt(socket.IPPROTO_TCP, option, int(value))
+
+
+def watch_deliveries(wire: Wire) -> None:
+    """Give a connection of the pool up soon if what goes out on it arrives nowhere.
+
+    Only such a one, whose request can be sent again: a peer that lives, but is too
+    busy to read a long request, falls under the same limit on Linux.
+    """
+    sock = wire.writer.get_extra_info("socket")
+    with contextlib.suppress(OSError, AttributeError):
+        option = socket.TCP_USER_TIMEOUT
+        sock.setsockopt(socket.IPPROTO_TCP, option, int(DEAD_SECONDS * 1000))
 
 
 def abort_opened(opening: asyncio.Future) -> None:
@@ -6029,20 +6119,53 @@ def poll_url(base_url: str, request_id: str) -> str:
 def unreachable(target: Target, proxy: str, error: BaseException) -> ProxyError:
     """A connection's failure in words: what was tried, what failed, what helps."""
     where = f"{target.host}:{target.port}"
+    whose = "server"
     if proxy:
         where += f" through the proxy {urlsplit(proxy).hostname}"
-    if isinstance(error, socket.gaierror):
-        why = "the name cannot be resolved; check the host and the network"
-    elif isinstance(error, ssl.SSLCertVerificationError):
-        why = (f"its certificate is not trusted ({error.verify_message}); a company's "
-               "own authority goes into SSL_CERT_FILE")
+        whose = "proxy"
+    if isinstance(error, (socket.gaierror, UnicodeError)):
+        why = f"the {whose}'s name cannot be resolved; check it and the network"
     elif isinstance(error, asyncio.TimeoutError):
         why = f"no connection within {2 * CONNECT_SECONDS:g} s"
-    elif isinstance(error, ConnectionRefusedError):
-        why = "nothing listens there; is the server running?"
+    elif error_numbers(error) == {errno.ECONNREFUSED}:
+        why = f"nothing listens there; is the {whose} running?"
     else:
-        why = str(error) or type(error).__name__
+        why = failure_words(error)
     return ProxyError(502, f"cannot reach {where}: {why}")
+
+
+CERTIFICATE_FAULTS = {      # OpenSSL's codes, the most frequent ones
+    9: "is not valid yet; check this machine's clock",
+    10: "has expired; whoever runs the server has to renew it",
+    62: "is for another host; check the host in the base URL",
+    64: "is for another address; check the host in the base URL",
+}
+NO_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL",
+          "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE"}     # as versions name it
+
+
+def failure_words(error: BaseException) -> str:
+    """What a failed connection's error means, without addresses and numbers."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        fault = CERTIFICATE_FAULTS.get(error.verify_code) or (
+            f"is not trusted ({error.verify_message}); a company's own authority goes "
+            "into SSL_CERT_FILE")
+        return f"its certificate {fault}"
+    if isinstance(error, ssl.SSLError):
+        if error.reason in NO_TLS:
+            return "it does not speak TLS; should the base URL begin with http://?"
+        reason = (error.reason or "the connection was cut").lower().replace("_", " ")
+        return f"TLS failed: {reason}"
+    numbers = sorted(error_numbers(error))
+    if numbers:
+        return " and ".join(map(os.strerror, numbers)).lower()
+    return str(error) or "the connection was closed while it was being made"
+
+
+def error_numbers(error: BaseException) -> Set[int]:
+    """All errnos of an error; asyncio tells those of several addresses in a text."""
+    texts = re.findall(r"\[Errno (\d+)\]", str(error))
+    return {int(text) for text in texts}
 
 
 # ---- certificates and proxies
@@ -6124,39 +6247,83 @@ def proxy_authorization(proxy: str) -> Headers:
 
 
 async def tunnel(proxy: str, target: Target) -> socket.socket:
-    """A socket to the target through an HTTP proxy's CONNECT.
+    """A socket to the target through an HTTP proxy's CONNECT.  Raises OSError.
 
     Made by hand, because StreamWriter.start_tls exists only from Python 3.11 on.
     """
     loop = asyncio.get_running_loop()
-    _, *place = url_target(proxy)
-    infos = await loop.getaddrinfo(*place, type=socket.SOCK_STREAM)
-    family, kind, protocol, _, address = infos[0]
-    sock = socket.socket(family, kind, protocol)
-    sock.setblocking(False)
     host = f"[{target.host}]" if ":" in target.host else target.host
     where = f"{host}:{target.port}"
+    headers = [("Host", where), *proxy_authorization(proxy)]
+    request = encode_head(f"CONNECT {where} HTTP/1.1", headers)
+    sock = await connected_socket(url_target(proxy))
     try:
-        await loop.sock_connect(sock, address)
-        headers = [("Host", where), *proxy_authorization(proxy)]
-        await loop.sock_sendall(sock, encode_head(f"CONNECT {where} HTTP/1.1", headers))
+        await loop.sock_sendall(sock, request)
         head = b""
         while b"\r\n\r\n" not in head:
             data = await loop.sock_recv(sock, 4096)
             head += data
-            if not data or len(head) > MAX_HEAD_BYTES:
+            if not data:
                 raise OSError("the proxy closed the connection")
-        status, _, _ = parse_status(head)
-        if not 200 <= status < 300 or not head.endswith(b"\r\n\r\n"):
-            hint = "; check user and password in HTTPS_PROXY" if status == 407 else ""
-            raise OSError(f"the proxy answered {status}{hint}")
+            if len(head) > MAX_TUNNEL_HEAD_BYTES:
+                raise OSError(f"the proxy's head is over {MAX_TUNNEL_HEAD_BYTES} bytes")
+        check_tunnel(head)
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-# ---- 18. Memory --------------------------------------------------------------
+TUNNEL_FAULTS = {           # what the proxy's status calls for
+    403: "; it does not let this host through",
+    407: "; check user and password in HTTPS_PROXY",
+    502: "; it cannot reach the host", 503: "; it cannot reach the host",
+    504: "; it cannot reach the host",
+}
+
+
+def check_tunnel(head: bytes) -> None:
+    """Raise OSError unless a proxy's answer to CONNECT opens a tunnel."""
+    head, end, more = head.partition(b"\r\n\r\n")
+    try:
+        status, _, _ = parse_status(head + end)
+    except ProxyError:
+        raise OSError("the proxy does not answer in HTTP/1.1") from None
+    if not 200 <= status < 300:
+        raise OSError(f"the proxy answered {status}{TUNNEL_FAULTS.get(status, '')}")
+    if more:
+        raise OSError("the proxy sent bytes of its own into the tunnel")
+
+
+async def connected_socket(place: Target) -> socket.socket:
+    """A socket to the first of a place's addresses that takes the connection."""
+    loop = asyncio.get_running_loop()
+    infos = await loop.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
+    failure: BaseException = OSError("it has no address")
+    for family, kind, protocol, _, address in infos:
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:        # a family that this machine does not have
+            failure = error
+            continue
+        sock.setblocking(False)
+        connecting = asyncio.ensure_future(loop.sock_connect(sock, address))
+        try:
+            await asyncio.wait({connecting}, timeout=CONNECT_SECONDS)
+            if not connecting.done():
+                raise asyncio.TimeoutError
+            connecting.result()
+            return sock
+        except BaseException as error:
+            connecting.cancel()
+            connecting.add_done_callback(lambda task, sock=sock: sock.close())
+            if not isinstance(error, (OSError, asyncio.TimeoutError)):
+                raise
+            failure = error
+    raise failure
+
+
+# ---- 17. Memory --------------------------------------------------------------
 # What upstreams have refused, so that they are asked rightly the next time.  A file
 # that may be deleted at any time; that it cannot be read or written is never fatal.
 
