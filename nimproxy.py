@@ -105,9 +105,14 @@ MAX_TUNNEL_HEAD_BYTES = 16 * 1024   # an HTTP proxy's answer to CONNECT
 MAX_LINE_BYTES = 16 << 20       # one line of an event stream: a whole tool call
 MAX_ARGUMENT_BYTES = 16 << 20   # arguments of one message's tool calls, held whole
 MAX_CALLS = 256                 # tool calls of one message
+MAX_NAME_CHARS = 1024           # of a call's name or id; Anthropic's names have 128
+MAX_PIECES = 4096               # of a call's arguments, before they are joined
+MAX_DELTAS = 10000              # that one read of a long text is cut into
+MAX_FRAME_LINES = 4096          # of one event of an event stream; one is usual
 MAX_BLANK_CHARS = 4096          # leading whitespace that waits for text to lead
 MAX_MODEL_CHARS = 256           # of a model's id; the longest in the catalog has 46
 MAX_REASON_CHARS = 2000         # of an upstream's error text, as quoted
+MAX_DIGITS = 4300               # of an integer in JSON; Python's own limit, since 3.11
 MAX_CONNECTIONS = 256           # clients at once; well under any descriptor limit
 READ_BYTES = 64 * 1024          # one read; asyncio's own default buffer
 
@@ -221,8 +226,24 @@ def finite(text: str) -> float:
     return value
 
 
+def short_integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError("a number of too many digits")
+    return int(text)
+
+
+def integers() -> Callable[[str], int]:
+    """`int`, where it refuses what would take minutes, as it does since 2022."""
+    try:
+        int("9" * 5000)
+    except ValueError:
+        return int                      # half as fast with a function of ours
+    return short_integer
+
+
 # NaN and Infinity are refused here, so that they cannot be passed on.
-DECODER = json.JSONDecoder(parse_float=finite, parse_constant=refuse_constant)
+DECODER = json.JSONDecoder(parse_float=finite, parse_int=integers(),
+                           parse_constant=refuse_constant)
 
 
 def decode_json(text: str) -> Any:
@@ -4272,7 +4293,10 @@ class Message:
 
     def muse(self, pieces: Pieces) -> None:
         """Keep the calls that stand in the thinking."""
-        self.mused += [value[:2] for kind, value in pieces if kind == "call"]
+        new = [value[:2] for kind, value in pieces if kind == "call"]
+        if new:
+            self.mused += new
+            check_calls(self.mused)
 
     def say(self, content: Any) -> None:
         """Text that may hold think tags, or a list of parts."""
@@ -4310,6 +4334,7 @@ class Message:
             elif not self.halted:
                 name, arguments, repairs = value
                 self.leaked.append((name, arguments))
+                check_calls(self.leaked)
                 self.repairs += ["leaked", *repairs]
                 if self.stops:          # no stop sequence reaches over a call
                     self.write_held()
@@ -4349,6 +4374,7 @@ class Message:
         text, self.pending = "".join(self.pending), []
         self.output_chars += len(text)
         size = self.reading.text_delta_chars
+        size = size and max(size, len(text) // MAX_DELTAS)
         pieces = cut(text, size) if self.open == "text" and size else [text]
         delta_type = self.open + "_delta"
         for piece in pieces:
@@ -4371,6 +4397,12 @@ class Message:
         """Usage may come on every chunk, cumulative: the greatest figures count."""
         for name, value in message_usage(usage).items():
             self.usage[name] = max(value, self.usage.get(name, 0))
+
+    def held(self) -> int:
+        """How much waits to be told: it grows as long as upstream says something."""
+        waiting = self.leaks and self.leaks.held, self.leaks and self.leaks.call
+        return (self.calls.size + len(waiting[0] or "")
+                + (waiting[1].size if waiting[1] else 0))
 
     def nudge(self) -> Event:
         """An event that says nothing, but resets Claude Code's watchdog."""
@@ -4501,6 +4533,14 @@ class Message:
                     "output_tokens": (self.output_chars + 3) // 4}
         usage = self.usage if any(self.usage.values()) else estimate
         return {**EMPTY_USAGE, **usage}
+
+
+def check_calls(told: Told) -> None:
+    """Raise ProxyError for more calls in one text than any message has."""
+    size = sum(len(arguments) for _, arguments in told)
+    if len(told) > MAX_CALLS or size > MAX_ARGUMENT_BYTES:
+        raise ProxyError(502, f"upstream wrote more than {MAX_CALLS} tool calls or "
+                              f"{MAX_ARGUMENT_BYTES} characters for them")
 
 
 EMPTY_BLOCKS = {
@@ -4649,6 +4689,8 @@ class Call:
                 self.pieces, self.size = [], 0
         self.pieces.append(value)
         self.size += len(value)
+        if len(self.pieces) > MAX_PIECES:   # small ones take ten times their size
+            self.pieces = ["".join(self.pieces)]
 
     def is_followed(self, name: str, value: Any) -> bool:
         """Whether a whole call follows this whole one, rather than repeating it."""
@@ -4682,6 +4724,7 @@ class Calls:
         self.at: Dict[int, Call] = {}
         self.cut = False                    # the last call ends in the middle
         self.broken = False                 # arguments that cannot be mended
+        self.size = 0                       # characters of all arguments
         self.repairs: List[str] = []
 
     def grow(self, entries: Any) -> None:
@@ -4699,15 +4742,20 @@ class Calls:
                 call = self.follow(call)
             if name:
                 call.more_name(name, self.tools)
+            before = call.size
             call.more_arguments(arguments)
-            if call.size > MAX_ARGUMENT_BYTES or len(self.calls) > MAX_CALLS:
+            self.size += call.size - before
+            if self.size > MAX_ARGUMENT_BYTES or len(self.calls) > MAX_CALLS:
                 raise ProxyError(502, f"upstream sent more than {MAX_CALLS} tool calls "
-                                      f"or {MAX_ARGUMENT_BYTES} characters for one")
+                                      f"or {MAX_ARGUMENT_BYTES} characters for them")
+            if len(call.name) > MAX_NAME_CHARS:
+                raise ProxyError(502, "upstream sent a tool's name of more than "
+                                      f"{MAX_NAME_CHARS} characters")
 
     def find(self, entry: Json, name: str, position: int) -> Call:
         """The call that an entry belongs to, a new one if it begins one."""
         index, call_id = entry.get("index"), entry.get("id")
-        call_id = call_id if isinstance(call_id, str) else ""
+        call_id = call_id[:MAX_NAME_CHARS] if isinstance(call_id, str) else ""
         if isinstance(index, str) and re.fullmatch("[0-9]{1,4}", index):
             index = int(index)
         if not isinstance(index, int):
@@ -4957,12 +5005,12 @@ def translation(message: Message) -> Stage:
 def sse_frames() -> Stage:
     """Bytes in, Frames out; lines end in CR, LF or CRLF, the last frame at None.
 
-    An unfinished line is kept as pieces and joined once: rest + piece would be
-    quadratic for a tool call of megabytes.
+    An unfinished line grows in place: rest + piece would be quadratic for a tool call
+    of megabytes, and a list of small pieces takes many times their size.
     """
     frame: Tuple[List[str], List[str], List[str]] = ([], [], [])
-    pieces: List[bytes] = []
-    after_cr, first, size = False, True, 0
+    held = bytearray()
+    after_cr, first = False, True
     piece = yield []
     while piece is not None:
         if after_cr and piece[:1] == b"\n":     # the LF of a CRLF that was cut
@@ -4972,23 +5020,23 @@ def sse_frames() -> Stage:
             piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         elif piece:
             after_cr = False
-        if not size and not first and not any(frame) and is_lone_frame(piece):
+        if not held and not first and not any(frame) and is_lone_frame(piece):
             piece = yield [Frame("", piece[6:-2].decode("utf-8", "replace"), [])]
             continue
-        pieces.append(piece)
-        size += len(piece)
-        if size > MAX_LINE_BYTES and b"\n" not in piece:
+        held += piece
+        if len(held) > MAX_LINE_BYTES and b"\n" not in piece:
             raise ProxyError(502, f"upstream sent a line over {MAX_LINE_BYTES} bytes")
         out: List[Frame] = []
         if b"\n" in piece:
-            *lines, last = b"".join(pieces).split(b"\n")
+            *lines, last = bytes(held).split(b"\n")
             if first:
                 lines[0], first = re.sub(rb"^\xef\xbb\xbf", b"", lines[0]), False
-            pieces, size = [last], len(last)
+            held = bytearray(last)
             sse_lines(lines, frame, out)
+            check_frame(frame)
         piece = yield out
     out = []
-    sse_lines([b"".join(pieces), b""], frame, out)
+    sse_lines([bytes(held), b""], frame, out)
     yield out
 
 
@@ -5017,6 +5065,14 @@ def sse_lines(lines: List[bytes], frame: Tuple[List[str], List[str], List[str]],
             events.append(line[6:].decode("utf-8", "replace").strip())
         elif line[:1] == b"{":      # JSON where a stream should be: Ollama's errors
             out.append(Frame("", line.decode("utf-8", "replace"), []))
+
+
+def check_frame(frame: Tuple[List[str], List[str], List[str]]) -> None:
+    """Raise ProxyError for an open frame that grows without end."""
+    sizes = [len(line) for lines in frame for line in lines]
+    if len(sizes) > MAX_FRAME_LINES or sum(sizes) > MAX_LINE_BYTES:
+        raise ProxyError(502, f"upstream sent an event of over {MAX_FRAME_LINES} lines "
+                              f"or {MAX_LINE_BYTES} bytes")
 
 
 def frame_chunks(frames: List[Frame], asked: Asked) -> Iterator[Json]:
@@ -7507,6 +7563,7 @@ class Telling:
 
     async def more(self) -> bytes:
         """The next bytes for the client, one piece per read; b"" at the end."""
+        since, held = 0.0, -1
         while not self.message.over:
             try:
                 data = await self.answer.read()
@@ -7523,6 +7580,8 @@ class Telling:
                 self.answer.hurry()
             if out:
                 return b"".join(out)
+            known, held = held, self.message.held()
+            since = check_progress(since if held == known else 0.0)
         return b""
 
 

@@ -326,7 +326,7 @@ PARTS = [title.split()[0].strip(":") for _, _, title in BANNERS]
 WAITING = PARTS.index("Upstream")       # the parts before it do no I/O, read no clock
 USES = {            # part: the other parts it may use
     "Numbers": "",
-    "Errors": "",
+    "Errors": "Numbers",
     "Models": "Errors",
     "Configuration": "Errors Models",
     "Documents": "Numbers",
