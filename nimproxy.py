@@ -107,7 +107,7 @@ MAX_ARGUMENT_BYTES = 16 << 20   # arguments of one message's tool calls, held wh
 MAX_CALLS = 256                 # tool calls of one message
 MAX_NAME_CHARS = 1024           # of a call's name or id; Anthropic's names have 128
 MAX_PIECES = 4096               # of a call's arguments, before they are joined
-MAX_DELTAS = 10000              # that one read of a long text is cut into
+MAX_CUT_CHARS = 64 * 1024       # of text in one read; more is not cut into deltas
 MAX_FRAME_LINES = 4096          # of one event of an event stream; one is usual
 MAX_BLANK_CHARS = 4096          # leading whitespace that waits for text to lead
 MAX_MODEL_CHARS = 256           # of a model's id; the longest in the catalog has 46
@@ -4374,8 +4374,8 @@ class Message:
         text, self.pending = "".join(self.pending), []
         self.output_chars += len(text)
         size = self.reading.text_delta_chars
-        size = size and max(size, len(text) // MAX_DELTAS)
-        pieces = cut(text, size) if self.open == "text" and size else [text]
+        fine = size and self.open == "text" and len(text) <= MAX_CUT_CHARS
+        pieces = cut(text, size) if fine else [text]
         delta_type = self.open + "_delta"
         for piece in pieces:
             delta = {"type": delta_type, self.open: piece}
@@ -5784,7 +5784,7 @@ def check_partial_head(held: bytes) -> None:
     """Raise ProxyError for the beginning of a head that no end could make good."""
     start = held.partition(b"\n")[0]
     if len(start) > MAX_REQUEST_LINE_BYTES:
-        raise ProxyError(414, f"request line over {MAX_REQUEST_LINE_BYTES} bytes")
+        raise ProxyError(414, f"start line over {MAX_REQUEST_LINE_BYTES} bytes")
     if len(held) > MAX_HEAD_BYTES:
         raise ProxyError(431, f"head over {MAX_HEAD_BYTES} bytes")
     if re.search(rb"(?<!\r)\n|\r(?=[^\n])|^[^!-~\r]", held):

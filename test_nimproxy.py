@@ -4777,7 +4777,431 @@ def test_a_proxy_address_that_is_none_is_named():
     assert "secret" not in error["error"]["message"]
 
 
-# ---- 18. Memory --------------------------------------------------------------
+# ---- hostile upstreams
+
+def assert_canonical(events):
+    """Blocks one at a time and numbered; message_stop or an error last, and once."""
+    names = [name for name, _ in events]
+    assert names[0] == "message_start" and names[-1] in ("message_stop", "error")
+    assert not {"message_start", "message_stop", "error"} & set(names[1:-1])
+    opened, count = None, 0
+    for name, data in events:
+        if name == "content_block_start":
+            assert opened is None and data["index"] == count
+            opened, count = count, count + 1
+        elif name in ("content_block_delta", "content_block_stop"):
+            assert data["index"] == opened
+            opened = None if name == "content_block_stop" else opened
+    if names[-1] == "message_stop":
+        assert names[-2] == "message_delta" and opened is None
+
+
+CHUNKED_JSON = JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+ONE_CHUNK = b"1;" + b"x" * 4000 + b"\r\n \r\n"
+FAULTS = [      # (case, what the raw upstream does, words)
+    ("a signed length", [JSON_HEAD + b"Content-Length: +2\r\n\r\n{}", FakeNim.CLOSE],
+     "malformed Content-Length"),
+    ("a length of 5000 digits", [JSON_HEAD + b"Content-Length: " + b"9" * 5000
+                                 + b"\r\n\r\n{}", FakeNim.CLOSE], "beyond all bounds"),
+    ("another coding", [JSON_HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
+                        FakeNim.CLOSE], "expected Transfer-Encoding"),
+    ("length and coding", [JSON_HEAD + b"Transfer-Encoding: chunked\r\n"
+                           b"Content-Length: 2\r\n\r\n{}", FakeNim.CLOSE],
+     "more than one"),
+    ("frames of HTTP/2", [b"\0\0\x12\4\0\0\0\0\0\0\3\0\0\0\x80", FakeNim.CLOSE],
+     "malformed head"),
+    ("a TLS alert", [b"\x15\3\3\0\2\2\x28", FakeNim.CLOSE], "speaks TLS"),
+    ("ICY", [b"ICY 200 OK\r\n\r\n", FakeNim.CLOSE], "not HTTP/1.1"),
+    ("a NUL in a header", [JSON_HEAD + b"A: \0\r\n\r\n", FakeNim.CLOSE],
+     "malformed header"),
+    ("a start line for ever", [b"HTTP/1.1 200 " + b"x" * 20000, FakeNim.CLOSE],
+     "start line over"),
+    ("200 fields", [JSON_HEAD + b"A: b\r\n" * 200 + b"\r\n", FakeNim.CLOSE],
+     "more than 150"),
+    ("not modified", b"HTTP/1.1 304 Not Modified\r\n\r\n", "304"),
+    ("extensions for ever", [CHUNKED_JSON + ONE_CHUNK * 9, FakeNim.CLOSE],
+     "extensions over"),
+    ("a chunk's line for ever", [CHUNKED_JSON + b"1;" + b"x" * 9000, FakeNim.CLOSE],
+     "line over"),
+    ("trailers for ever", [CHUNKED_JSON + b"0\r\n" + b"a: b\r\n" * 9000, FakeNim.CLOSE],
+     "trailers over"),
+    ("brotli, unasked", response(b"\x0b", 200, "application/json",
+                                 "Content-Encoding: br"), "unasked"),
+    ("more after gzip", response(ZIPPED + b"more", 200, "application/json",
+                                 "Content-Encoding: gzip"), "after its end"),
+    ("a number beyond all bounds", response(b'{"choices": [1e999]}'), "no JSON object"),
+    ("5000 digits", response(b'{"choices": [%s]}' % (b"9" * 5000)), "no JSON object"),
+    ("nothing", [FakeNim.CLOSE], "without an answer"),
+    ("a reset", [FakeNim.RESET], "without an answer"),
+]
+NO_CHUNKS = [   # (case, the data of a stream's only event)
+    ("nested", '{"choices":' + "[" * 100000), ("NaN", '{"choices": NaN}'),
+    ("1e999", '{"choices": 1e999}'), ("5000 digits", '{"a": %s}' % ("9" * 5000)),
+    ("minus infinity", '{"choices": -Infinity}'), ("cut", '{"choices": ['),
+]
+FAULTS += [("in a chunk: " + case, streams(data), "not JSON")
+           for case, data in NO_CHUNKS]
+MODES = [("whole", {"stream": False}, 9), ("early", {"stream": True}, 9),
+         ("late", {"stream": True}, 0)]
+
+
+@pytest.mark.parametrize("changes, eager_after", named(MODES))
+@pytest.mark.parametrize("answer, words", named(FAULTS))
+def test_a_fault_is_one_clear_error(answer, words, changes, eager_after):
+    if words == "not JSON" and not changes["stream"]:
+        words = "no JSON object"
+    with both(answer, eager_after=eager_after) as (nim, client):
+        status, error = client.ask(**changes)
+        if status == 200:
+            events = parse_events(error)
+            assert_canonical(events)
+            status, error = 502, events[-1][1]
+        assert (status, error["error"]["type"]) == (502, "api_error"), error
+        assert words in error["error"]["message"]
+        assert len(nim.asked) == nim.connections == 1
+        nim.script = [completes("fine")]
+        assert client.ask(max_tokens=9)[1]["content"] == [said("fine")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_odd_but_sound_answers_are_passed_on(stream):
+    odd = {"a": [0] * 900, "content": "\ud83d", "b": -1e308}
+    call = {"index": 0, "id": "\ud83d", "function": {
+        "name": "Read", "arguments": '{"file_path": "\\ud83d"}'}}
+    tools = list(READ.values())
+    for delta in (odd, {"tool_calls": [call]}):
+        answer = streams(says("tool_calls", **delta)) if stream else response(
+            json.dumps({"choices": [{"message": delta, "finish_reason": "stop"}]})
+            .encode())
+        with both(answer) as (nim, client):
+            block = client.message(stream=stream, tools=tools)["content"][0]
+            value = block.get("text") or block["input"]["file_path"]
+            assert value == "\ud83d"
+
+
+@pytest.mark.parametrize("step", [FakeNim.CLOSE, FakeNim.RESET])
+def test_only_a_reused_connection_is_replaced_by_a_fresh_one(step):
+    with both([step], completes("one")) as (nim, client):
+        assert client.ask()[0] == 502 and len(nim.asked) == 1
+        assert client.ask()[0] == 200 and nim.connections == 2
+        nim.script = [[step], completes("two")]
+        assert client.ask()[1]["content"] == [said("two")]
+        assert len(nim.asked) == 4 and nim.connections == 3
+
+
+def test_no_connection_is_used_after_a_suspend(monkeypatch):
+    with both(completes("ok")) as (nim, client):
+        client.ask()
+        clock = time.time       # which goes on while the monotonic one may rest
+        monkeypatch.setattr(np.time, "time", lambda: clock() + np.POOL_SECONDS)
+        assert client.ask()[0] == 200 and nim.connections == 2
+
+
+def test_what_follows_an_answer_is_never_the_next_one():
+    with both(completes("right") + completes("wrong"), completes("fresh")) as (
+            nim, client):
+        assert client.ask()[1]["content"] == [said("right")]
+        assert client.ask()[1]["content"] == [said("fresh")]
+        assert nim.connections == 2
+
+
+def test_the_kernel_watches_connections():
+    async def options(url):
+        upstream = np.Upstream(np.Config(base_url=url))
+        wire = await upstream.connect(np.url_target(url))
+        sock = wire.writer.get_extra_info("socket")
+        found = [sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)] + [
+            sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
+            for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")
+            if hasattr(socket, name)]
+        wire.abort()
+        return found
+    with FakeNim(b"") as nim:
+        found = asyncio.run(options(nim.url))
+    assert found[0] and found[1:] in ([15, 5, 3], [5, 3], [])
+
+
+def test_an_upstream_too_busy_to_read_is_not_taken_for_dead(monkeypatch):
+    monkeypatch.setattr(np, "DEAD_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def serve():
+            with listener.accept()[0] as near:
+                time.sleep(1)
+                seen = b""
+                while b"the end" not in seen:
+                    seen = seen[-9:] + near.recv(1 << 20)
+                near.sendall(completes("ok"))
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with proxy_for("http://127.0.0.1:%d/v1" % listener.getsockname()[1]) as client:
+            words = "x" * (20 << 20) + "the end"
+            assert client.ask(messages=[user(said(words))])[0] == 200
+        thread.join()
+
+
+def drip(piece, first=b"", seconds=5):
+    """An answer that says the same again and again, fifty times a second."""
+    def answer(chat):
+        yield first
+        for _ in range(50 * seconds):
+            time.sleep(0.02)
+            yield piece
+        yield FakeNim.CLOSE
+    return answer
+
+
+def gzip_blocks():
+    """The head of a gzip stream, and a block of it that holds nothing."""
+    squeezer = zlib.compressobj(wbits=31)
+    head = squeezer.compress(b"") + squeezer.flush(zlib.Z_FULL_FLUSH)
+    return head, squeezer.flush(zlib.Z_FULL_FLUSH) or b"\0\0\0\xff\xff"
+
+
+GZIP_HEAD, GZIP_BLOCK = gzip_blocks()
+LIFE = "only signs of life"
+DRIPS = [       # (case, what comes for ever, what came before it, words, whole or not)
+    ("a head", b"x", b"HTTP/1.1 200 OK\r\nA: ", "head was not whole", False),
+    ("a head after 103", b"x", b"HTTP/1.1 103 Early\r\n\r\nHTTP/1.1 200",
+     "head was not whole", True),
+    ("interim answers", b"", b"HTTP/1.1 102 Processing\r\n\r\n" * 9,
+     "did not answer within 0.3 s", False),
+    ("comments", b": keep-alive\n\n", EVENT_STREAM, LIFE, False),
+    ("comments after text", b": keep-alive\n\n",
+     EVENT_STREAM + sse(says(content="x"), done=False), LIFE, False),
+    ("empty deltas", sse(says(content="", role="assistant"), done=False), EVENT_STREAM,
+     LIFE, False),
+    ("usage", sse(used(), done=False), EVENT_STREAM, LIFE, False),
+    ("the same call's name", sse(piece(0, "c", "Read"), done=False), EVENT_STREAM, LIFE,
+     False),
+    ("blanks before JSON", b"\n", JSON_HEAD + b"\r\n", LIFE, True),
+    ("nothing, compressed", GZIP_BLOCK, EVENT_STREAM[:-2]
+     + b"Content-Encoding: gzip\r\n\r\n" + GZIP_HEAD, LIFE, False),
+]
+
+
+@pytest.mark.parametrize("again, first, words, whole", named(DRIPS))
+def test_signs_of_life_are_no_answer_for_ever(monkeypatch, again, first, words, whole):
+    monkeypatch.setattr(np, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(np, "USEFUL_SECONDS", 0.3)
+    with both(drip(again, first), first_byte_timeout=0.3) as (nim, client):
+        began = time.monotonic()
+        status, error = client.ask(stream=not whole)
+        assert time.monotonic() - began < 4
+        if status == 200:
+            events = parse_events(error)
+            assert_canonical(events)
+            status, error = 504, events[-1][1]
+        assert (status, error["error"]["type"]) == (504, "timeout_error")
+        assert words in error["error"]["message"]
+        assert len(nim.asked) == 1
+        nim.script = [completes("fine")]
+        assert client.ask(max_tokens=9)[0] == 200
+
+
+def test_a_long_call_is_progress(monkeypatch):
+    monkeypatch.setattr(np, "USEFUL_SECONDS", 0.3)
+    leak = "<tool_call>{\"name\": \"Read\", \"arguments\": {\"file_path\": \"/"
+
+    def slowly(begin, more, end):
+        yield EVENT_STREAM + begin
+        for _ in range(40):
+            time.sleep(0.02)
+            yield more
+        yield end
+        yield FakeNim.CLOSE
+    ways = [
+        [sse(piece(0, "c", "Read", '{"file_path": "/'), done=False),
+         sse(piece(0, arguments="x"), done=False),
+         sse(piece(0, arguments='"}'), CALLED)],
+        [sse(says(content=leak), done=False), sse(says(content="x"), done=False),
+         sse(says(content='"}}</tool_call>'), END)],
+    ]
+    for way in ways:
+        with both(lambda chat: slowly(*way)) as (nim, client):
+            message = client.message(stream=True, tools=list(READ.values()))
+            assert message["content"][0]["input"] == {"file_path": "/" + "x" * 40}
+
+
+SSE_HEAD = [EVENT_STREAM]
+LONG_PIECE = "x" * 8000
+LEAKED_CALL = ('<tool_call>{"name": "Read", "arguments": {"file_path": "/%s"}}'
+               "</tool_call>")
+GZIP_SSE = [EVENT_STREAM[:-2] + b"Content-Encoding: gzip\r\n\r\n"]
+ENDLESS = [     # (case, before it, what comes for ever, how often, words, at most MB)
+    ("text", SSE_HEAD, sse(says(content=LONG_PIECE), done=False) * 8, 1600,
+     "broke off", 15),
+    ("thinking", SSE_HEAD, sse(says(reasoning_content=LONG_PIECE), done=False) * 8,
+     400, "broke off", 15),
+    ("arguments", SSE_HEAD, sse(piece(0, "c", "Read", LONG_PIECE), done=False) * 8,
+     400, "for them", 60),
+    ("small arguments", SSE_HEAD, sse(piece(0, arguments="xy"), done=False) * 500, 500,
+     "broke off", 30),
+    ("many calls", SSE_HEAD, sse(*[piece(n, "c", "Read", LONG_PIECE * 9)
+                                   for n in range(99)], done=False), 9, "for them", 60),
+    ("a name", SSE_HEAD, sse(piece(0, name="ab"), piece(0, name="cd"), done=False) * 50,
+     400, "tool's name", 15),
+    ("ids", SSE_HEAD, sse(*[piece(n, "c" * 100000, "Read", "") for n in range(300)],
+                          done=False), 1, "more than 256 tool calls", 25),
+    ("a line", SSE_HEAD, b"data: " + b"x" * 64000, 400, "line over", 60),
+    ("an event's lines", SSE_HEAD, b"data: xy\n" * 9000, 400, "event of over", 15),
+    ("comments in one event", SSE_HEAD, b": xyz\n" * 9000, 400, "event of over", 15),
+    ("calls in the text", SSE_HEAD,
+     sse(says(content=LEAKED_CALL % LONG_PIECE), done=False) * 4, 400, "for them", 15),
+    ("calls in the thinking", SSE_HEAD,
+     sse(says(reasoning_content=LEAKED_CALL % LONG_PIECE), done=False) * 4, 400,
+     "for them", 15),
+    ("a gzip bomb", GZIP_SSE, BOMB, 1, "line over", 60),
+    ("a long text, cut", SSE_HEAD, sse(says(content="x y " * (3 << 20)), done=False), 1,
+     "broke off", 200),
+    ("a head", [b"HTTP/1.1 200 OK\r\n"], b"A: b\r\n" * 9000, 400, "head over", 15),
+]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="asks /proc")
+@pytest.mark.parametrize("first, piece, times, words, most", named(ENDLESS))
+def test_memory_has_a_bound_whatever_comes(tmp_path, first, piece, times, words, most):
+    def answer(chat):
+        if chat is None:
+            return refuses(404, {})
+        return first + [piece] * times + [FakeNim.CLOSE]
+
+    with FakeNim(answer) as nim:
+        upstream = argparse.Namespace(port=int(nim.url.split(":")[-1].split("/")[0]))
+        cut = 6 if "x y " in repr(piece[:100]) else 0
+        proxy = Process(tmp_path, *proxy_command(tmp_path, upstream, cut))
+        try:
+            client = Client("http://127.0.0.1:%d" % proxy.port)
+            assert client.request("GET", "/health")[0] == 200
+            before = proxy.memory()
+            body = {**ASK, "stream": True, "tools": list(READ.values())}
+            end = last_event(client, body)
+            assert words in end["error"]["message"]
+            assert proxy.peak() - before < most
+        finally:
+            proxy.stop()
+
+
+def last_event(client, body):
+    """The data of a stream's last event, or the error that came instead."""
+    raw = json.dumps(body).encode()
+    with socket.create_connection(client.address, 60) as sock:
+        sock.sendall(POST + CLOSE + b"Content-Length: %d\r\n\r\n" % len(raw) + raw)
+        tail, data = b"", sock.recv(65536)
+        while data:
+            tail = (tail + data)[-5000:]
+            data = sock.recv(65536)
+    return json.loads(re.findall(rb'\{"type":"error".*\}', tail)[-1])
+
+
+@pytest.mark.parametrize("answer, words", named([
+    ("407", b"HTTP/1.1 407 Who\r\nContent-Length: 4\r\n\r\nnope", "HTTPS_PROXY"),
+    ("403", b"HTTP/1.1 403 No\r\n\r\n", "403; it does not let this host through"),
+    ("503", b"HTTP/1.1 503 No\r\n\r\n", "cannot reach the host"),
+    ("a head for ever", b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 4000, "over 16384"),
+    ("bytes of its own", b"HTTP/1.1 200 OK\r\n\r\nHTTP/1.1 200 OK", "bytes of its own"),
+    ("a malformed header", b"HTTP/1.1 200 OK\r\nA B\r\n\r\n", "in HTTP/1.1"),
+    ("another protocol", b"SSH-2.0\r\n\r\n", "in HTTP/1.1"),
+    ("a closed connection", b"", "closed the connection"),
+]))
+def test_a_proxy_that_opens_no_tunnel_says_why(answer, words):
+    middle = Tunnel(9, answer)
+    with proxy_for("https://nim.example/v1", https_proxy=middle.url) as client:
+        status, error = client.ask()
+    assert status == 502 and words in error["error"]["message"]
+    assert "through the proxy 127.0.0.1" in error["error"]["message"]
+
+
+def led_to(monkeypatch, *addresses):
+    """Let every name lead to these addresses."""
+    infos = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place) for place in addresses]
+    infos = infos or [(12345, socket.SOCK_STREAM, 6, "", ("::1", 1))]
+    lookup = socket.getaddrinfo
+
+    def looked_up(host, *rest, **more):
+        return infos if "example" in str(host) else lookup(host, *rest, **more)
+    monkeypatch.setattr(socket, "getaddrinfo", looked_up)
+
+
+def test_a_proxy_is_tried_at_each_of_its_addresses(monkeypatch, certificates):
+    monkeypatch.setattr(np, "CONNECT_SECONDS", 1.0)
+    trusted = (("SSL_CERT_FILE", str(certificates / "ca.pem")),)
+    with contextlib.ExitStack() as stack:
+        closed = stack.enter_context(socket.socket())
+        closed.bind(("127.0.0.1", 0))
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(3):              # nothing takes them: the next one waits
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        url = stack.enter_context(secure(FakeNim(completes("ok")), certificates))
+        middle = Tunnel(int(url.split(":")[-1].split("/")[0]))
+        led_to(monkeypatch, closed.getsockname(), full.getsockname(),
+               middle.listener.getsockname())
+        with proxy_for("https://nim.example/v1", ca_files=trusted,
+                       https_proxy="http://proxy.example:1") as client:
+            assert client.ask()[1]["content"] == [said("ok")]
+
+
+def test_unreachable_places_are_told_in_a_sentence(monkeypatch):
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+        led_to(monkeypatch, ("127.0.0.1", port), ("127.0.0.2", port))
+        rows = [
+            ("http://two.example:1/v1", "", "nothing listens there; is the server"),
+            ("https://two.example/v1", "http://p.example:1", "is the proxy running?"),
+            ("http://a..b:1/v1", "", "server's name cannot be resolved"),
+            ("https://n.example/v1", "http://no.invalid:1", "the proxy's name cannot"),
+        ]
+        for url, proxy, words in rows:
+            with proxy_for(url, https_proxy=proxy) as client:
+                status, error = client.ask()
+            assert status == 502 and words in error["error"]["message"], error
+
+
+def expired(certificates, place):
+    """A folder with a certificate that the authority gave for no time at all."""
+    for name in ("key.pem", "csr.pem", "ext"):
+        shutil.copy(certificates / name, place / name)
+    authority = ["-CA", str(certificates / "ca.pem"), "-CAkey",
+                 str(certificates / "ca.key"), "-CAcreateserial"]
+    subprocess.run(["openssl", "x509", "-req", "-in", "csr.pem", *authority, "-days",
+                    "-1", "-out", "cert.pem", "-extfile", "ext"], cwd=place, check=True,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return place
+
+
+def test_tls_failures_say_what_is_wrong(certificates, tmp_path):
+    trusted = (("SSL_CERT_FILE", str(certificates / "ca.pem")),)
+
+    def failure(url, ca_files=trusted):
+        with proxy_for(url, ca_files=ca_files) as client:
+            status, error = client.ask()
+        assert status == 502
+        return error["error"]["message"]
+
+    with secure(FakeNim(completes("ok")), certificates) as url:
+        assert "is not trusted" in failure(url, ())
+        other = failure(url.replace("127.0.0.1", "localhost"))
+        assert "is for another host" in other and "SSL_CERT_FILE" not in other
+        assert re.search("speaks TLS|without an answer",
+                         failure(url.replace("https", "http")))
+    with secure(FakeNim(completes("ok")), expired(certificates, tmp_path)) as url:
+        assert "has expired" in failure(url)
+    with FakeNim(completes("ok")) as nim:
+        assert "does not speak TLS" in failure(nim.url.replace("http", "https"))
+        assert not nim.requests
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def hang_up():
+            listener.accept()[0].close()
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        url = "https://127.0.0.1:%d/v1" % listener.getsockname()[1]
+        assert re.search("closed|reset|cut", failure(url))
+        thread.join()
+
+
+# ---- 17. Memory --------------------------------------------------------------
 
 TOP_K = refused("Unsupported parameter(s): `top_k`")
 
@@ -8169,6 +8593,11 @@ class Process:
         """Resident, in MB."""
         status = Path("/proc/%d/status" % self.process.pid).read_text()
         return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
+
+    def peak(self):
+        """The most that was ever resident, in MB."""
+        status = Path("/proc/%d/status" % self.process.pid).read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 def proxy_command(home, upstream, text_delta_chars):
