@@ -4900,9 +4900,11 @@ def orphan(text: str) -> List[Tuple[str, str]]:
     """Text that may hold a closing tag whose opening one was in the prompt."""
     for opener, closer in TAGS.items():
         thought, found, rest = text.partition(closer)
+        if not found or "/" not in closer or opener in thought:
+            continue                    # before the search, which takes its time
         alone = (thought.endswith("\n") or rest[:1] == "\n"
                  or not OUTSIDE.search(thought))    # else in code, or in a call
-        if found and "/" in closer and opener not in thought and alone:
+        if alone:
             return [("thinking", thought)] * bool(thought) + [("text", rest.lstrip())]
     return [("text", text)]
 
