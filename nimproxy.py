@@ -5695,6 +5695,7 @@ class Wire:
         Raises ProxyError(400, 431) as soon as it cannot become one.
         """
         blank = True                        # one may precede, RFC 9112 section 2.2
+        checked = 0
         while True:
             if blank and self.held[:2] == b"\r\n":
                 self.held, blank = self.held[2:], False
@@ -5702,7 +5703,8 @@ class Wire:
             if 0 <= end <= MAX_HEAD_BYTES:
                 head, self.held = self.held[:end + 4], self.held[end + 4:]
                 return head
-            check_partial_head(self.held)
+            check_partial_head(self.held, checked)
+            checked = max(len(self.held) - 1, 0)    # a CR may want its LF
             data = await self.reader.read(READ_BYTES)
             self.heard = self.time()
             self.held += data
@@ -5782,14 +5784,20 @@ class Target(NamedTuple):
     port: int
 
 
-def check_partial_head(held: bytes) -> None:
-    """Raise ProxyError for the beginning of a head that no end could make good."""
+BAD_HEAD = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|^[^!-~\r]")
+
+
+def check_partial_head(held: bytes, checked: int) -> None:
+    """Raise ProxyError for the beginning of a head that no end could make good.
+
+    So many bytes of it have passed before: a head may come byte by byte.
+    """
     start = held.partition(b"\n")[0]
     if len(start) > MAX_REQUEST_LINE_BYTES:
         raise ProxyError(414, f"start line over {MAX_REQUEST_LINE_BYTES} bytes")
     if len(held) > MAX_HEAD_BYTES:
         raise ProxyError(431, f"head over {MAX_HEAD_BYTES} bytes")
-    if re.search(rb"(?<!\r)\n|\r(?=[^\n])|^[^!-~\r]", held):
+    if BAD_HEAD.search(held, checked):
         raise ProxyError(400, "malformed head: expected lines that end in CRLF")
 
 
