@@ -6389,7 +6389,7 @@ async def connected_socket(place: Target) -> socket.socket:
     raise failure
 
 
-# ---- 17. Memory --------------------------------------------------------------
+# ---- 18. Memory --------------------------------------------------------------
 # What upstreams have refused, so that they are asked rightly the next time.  A file
 # that may be deleted at any time; that it cannot be read or written is never fatal.
 

@@ -5203,7 +5203,7 @@ def test_tls_failures_say_what_is_wrong(certificates, tmp_path):
         thread.join()
 
 
-# ---- 17. Memory --------------------------------------------------------------
+# ---- 18. Memory --------------------------------------------------------------
 
 TOP_K = refused("Unsupported parameter(s): `top_k`")
 
