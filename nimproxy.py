@@ -132,10 +132,11 @@ HAPPY_EYEBALLS_SECONDS = 0.25   # head start of one address family, RFC 8305
 GRACE_SECONDS = 2.5             # from finish_reason to a [DONE] that may never come
 POLL_SECONDS = 1.0              # between looks at a queued (202) NVCF request
 FAILURE_SECONDS = 15.0          # a failure is kept for the client's own replay
-DRAIN_SECONDS = 20.0            # for running answers after the first signal
+DRAIN_SECONDS = 30.0            # for running answers after the first signal; gunicorn's
 RESET_SECONDS = 60.0            # of silence; then an event that resets the client's
                                 # watchdog (300 s), which pings do not
 LINGER_SECONDS = 1.0            # read and drop, so that a refusal can be read
+WAKE_SECONDS = 0.5              # until a signal is seen that does not wake the loop
 TRIM_SECONDS = 2.0              # between giving freed memory back; it takes about 1 ms
 
 KEPT_FAILURES = 64              # failures remembered at once
@@ -5155,12 +5156,14 @@ class Response(NamedTuple):
     """An answer; who holds it closes its body.
 
     An empty piece of a body that is streamed ends it as if the line were cut, which
-    the client can tell.  `pulse` gives the bytes that keep a silent stream alive.
+    the client can tell.  `pulse` gives the bytes that keep a silent stream alive, and
+    `last` those that end it before its time.
     """
     status: int
     headers: Headers
     body: Union[bytes, AsyncIterator[bytes]] = b""
     pulse: Optional[Callable[[float], bytes]] = None
+    last: Optional[Callable[[ProxyError], bytes]] = None
 
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -6727,6 +6730,7 @@ class Proxy:
         self.toolboxes: Any = collections.deque(maxlen=KEPT_TOOLBOXES)
         self.documents: Dict[int, str] = {}     # the text of the last PDFs
         self.tool_texts: Any = collections.deque(maxlen=KEPT_TOOLBOXES)
+        self.traffic: Callable[[], Json] = dict     # what a server adds to the status
         self.began = time.time()
 
     # every path
@@ -6835,7 +6839,8 @@ class Proxy:
             return self.failed(course, error)
         relay = self.relay(question, start)
         return Response(200, EVENT_STREAM + served(course), relay,
-                        self.pulse(question.message))
+                        self.pulse(question.message),
+                        lambda error: encode_event("error", error.body(course.id)))
 
     def question(self, request: Request, course: Course) -> Tuple[Question, Json]:
         """The question, and the chat that asks it."""
@@ -7467,6 +7472,7 @@ class Proxy:
                            "reason": why} for (session, model), (name, why, since)
                           in self.sticky.items() if now - since < STICKY_SECONDS],
             "counts": dict(self.counts), "last_errors": list(self.errors),
+            **self.traffic(),
         })
 
     async def metrics(self, request: Request) -> Response:
@@ -7750,16 +7756,23 @@ class Server:
 
     def __init__(self, proxy: Proxy) -> None:
         self.proxy = proxy
-        self.listener: Optional[asyncio.AbstractServer] = None
+        self.listeners: List[asyncio.AbstractServer] = []   # for each address
         self.tasks: Dict[asyncio.Future, Wire] = {}
         self.idle: Set[Wire] = set()        # those between two requests
-        self.draining = False
+        self.running: Dict[Wire, asyncio.Future] = {}   # the answers under way
+        self.draining = False               # no new request is taken
+        self.cutting = False                # an answer that is cancelled says so
+        proxy.traffic = self.traffic
 
     @property
     def url(self) -> str:
-        host, port = self.listener.sockets[0].getsockname()[:2]
+        host, port = self.listeners[0].sockets[0].getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def traffic(self) -> Json:
+        """For the status, whose own answer is not counted among the running ones."""
+        return {"connections": len(self.tasks), "running": len(self.running) - 1}
 
     def connected(self, reader: asyncio.StreamReader,
                   writer: asyncio.StreamWriter) -> None:
@@ -7776,12 +7789,23 @@ class Server:
         try:
             while await self.exchange(wire):
                 pass
-            wire.close()
+            await self.part(wire)
         except OSError:
-            wire.abort()                    # the client left; there is no one to tell
-        except BaseException:
-            wire.abort()
-            raise
+            pass                            # the client left; there is no one to tell
+        finally:
+            wire.abort()                    # of no effect on one that is closed
+            with contextlib.suppress(OSError):
+                await wire.writer.wait_closed()
+
+    async def part(self, wire: Wire) -> None:
+        """Close when all that was written has gone out, or nobody takes it."""
+        wire.close()
+        timer = asyncio.get_running_loop().call_later(
+            WRITE_SECONDS, wire.writer.transport.abort)
+        try:
+            await wire.writer.wait_closed()
+        finally:
+            timer.cancel()
 
     async def exchange(self, wire: Wire) -> bool:
         """One request and its response; whether the connection can carry another."""
@@ -7797,10 +7821,12 @@ class Server:
         answering = asyncio.ensure_future(self.answer(wire, request))
         leaving = asyncio.ensure_future(wire.departure())
         del request                         # a long answer need not hold its body
+        self.running[wire] = answering
         try:
             await asyncio.wait({answering, leaving},
                                return_when=asyncio.FIRST_COMPLETED)
         finally:
+            del self.running[wire]
             answering.cancel()
             leaving.cancel()
             await asyncio.gather(answering, leaving, return_exceptions=True)
@@ -7808,6 +7834,8 @@ class Server:
 
     async def receive(self, wire: Wire) -> Optional[Request]:
         """The next request; None if the client has closed or said nothing for long."""
+        if self.draining and not wire.held:
+            return None
         wire.allow(IDLE_SECONDS)
         self.idle.add(wire)
         try:
@@ -7824,6 +7852,8 @@ class Server:
             return None
         request = parse_request(head)
         self.proxy.admit(request)
+        if self.draining:
+            raise stopped()
         wire.allow(BODY_SECONDS)
         body = await self.body(wire, request)
         wire.allow(0)
@@ -7857,7 +7887,12 @@ class Server:
         return b"".join(pieces) + piece
 
     async def answer(self, wire: Wire, request: Request) -> bool:
-        response = await self.proxy.respond(request)
+        try:
+            response = await self.proxy.respond(request)
+        except asyncio.CancelledError:
+            if not self.cutting:
+                raise
+            response = self.proxy.refuse(request.path(), stopped())
         request = request._replace(body=b"")
         if isinstance(response.body, bytes):
             return await self.write_whole(wire, response, request)
@@ -7877,7 +7912,7 @@ class Server:
                            request: Request) -> bool:
         """Write the pieces as they come, with heartbeats in long silences."""
         chunked = request.version > 0
-        keep = chunked and request.keeps_alive()
+        keep = chunked and request.keeps_alive() and not self.draining
         coding = [("Transfer-Encoding", "chunked")] if chunked else []
         frame = encode_chunk if chunked else bytes
         lead = response_head(response, coding, keep)
@@ -7891,12 +7926,17 @@ class Server:
                 lead = b""
                 wire.sent = wire.time()
                 await wire.flush()
-            wire.writer.write(LAST_CHUNK if chunked else b"")
-            await wire.flush()
+        except asyncio.CancelledError:
+            if not self.cutting or not response.last:
+                raise
+            self.proxy.note(request.path(), stopped())
+            wire.writer.write(lead + frame(response.last(stopped())))
         finally:
-            beating.cancel()
+            beating.cancel()                # nothing may follow the last chunk
             await response.body.aclose()
-        return keep and not self.draining
+        wire.writer.write(LAST_CHUNK if chunked else b"")
+        await wire.flush()
+        return keep
 
     async def beat(self, wire: Wire, response: Response,
                    frame: Callable[[bytes], bytes]) -> None:
@@ -7920,18 +7960,42 @@ class Server:
             while wire.time() < until and await wire.read():
                 pass
 
-    async def close(self, drain: float = 0.0) -> None:
-        """Stop listening, let running answers finish for `drain` seconds, then stop."""
+    def drain(self) -> int:
+        """Take no new request, close what is idle; how many answers are under way."""
         self.draining = True
-        self.listener.close()
-        for wire in list(self.idle):
-            wire.abort()
-        if drain and self.tasks:
-            await asyncio.wait(list(self.tasks), timeout=drain)
+        for listener in self.listeners:
+            listener.close()
+        for wire in list(self.tasks.values()):
+            if wire in self.idle:
+                wire.abort()
+            elif wire not in self.running and not wire.writer.is_closing():
+                wire.allow(LINGER_SECONDS)  # a request that is still coming
+        return len(self.running)
+
+    async def close(self, limit: float = 0.0) -> None:
+        """Stop listening, let running answers finish for `limit` seconds, cut the rest.
+
+        Who is cut off is told so, as far as it takes that within LINGER_SECONDS.
+        """
+        self.drain()
+        if limit and self.tasks:
+            await asyncio.wait(list(self.tasks), timeout=limit)
+        writing = [task for task, wire in self.tasks.items()
+                   if wire in self.running or wire.writer.is_closing()]
+        self.cutting = True
+        for answering in self.running.values():
+            answering.cancel()
+        if writing:
+            await asyncio.wait(writing, timeout=LINGER_SECONDS)
+        self.cutting = False
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
         await self.proxy.close()
+
+
+def stopped() -> ProxyError:
+    return ProxyError(503, "nimproxy is being stopped; ask again when it is up again")
 
 
 def response_head(response: Response, framed: Headers, keep: bool) -> bytes:
@@ -7947,9 +8011,53 @@ def response_head(response: Response, framed: Headers, keep: bool) -> bytes:
 async def serve(config: Config) -> Server:
     """Listen as the config says.  Raises OSError if the address is taken."""
     server = Server(Proxy(config))
-    server.listener = await asyncio.start_server(
-        server.connected, config.host, config.port, limit=READ_BYTES)
+    for sock in listening_sockets(config.host, config.port):
+        server.listeners.append(await asyncio.start_server(
+            server.connected, sock=sock, limit=READ_BYTES))
     return server
+
+
+def listening_sockets(host: str, port: int) -> List[socket.socket]:
+    """A socket for each address of a host, all at one port; OSError if it is taken."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM,
+                               flags=socket.AI_PASSIVE)
+    socks: List[socket.socket] = []
+    with contextlib.ExitStack() as stack:
+        for family, address in dict.fromkeys((row[0], row[4]) for row in found):
+            try:
+                sock = bound_socket(family, (address[0], port, *address[2:]))
+            except OSError as error:        # localhost on a machine without IPv6
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                continue
+            socks.append(stack.enter_context(sock))
+            port = sock.getsockname()[1]
+        if not socks:
+            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+        stack.pop_all()
+    return socks
+
+
+def bound_socket(family: int, address: Tuple[Any, ...]) -> socket.socket:
+    """A socket that listens, also where a program has just ended that did.
+
+    On Windows SO_REUSEADDR would share a port with a program that uses it: there it
+    is that option's opposite which is asked for.
+    """
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        exclusive = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+        sock.setsockopt(socket.SOL_SOCKET, exclusive, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+        sock.listen()
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 
 
 class Background:
@@ -7968,6 +8076,7 @@ class Background:
         self.thread.start()
         self.ready.wait()
         if self.failed:
+            self.thread.join()
             raise self.failed
         return self.url
 
@@ -8395,26 +8504,61 @@ async def serve_forever(config: Config, given: str) -> int:
         complain(address_trouble(config, error))
         return 1
     stopping = asyncio.Event()
-
-    def stop(*_: Any) -> None:
-        if stopping.is_set():
-            os._exit(130)       # threads that resolve names would hold a plain exit up
-        stopping.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            loop.add_signal_handler(number, stop)
-        except NotImplementedError:     # Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
-    trimming = asyncio.ensure_future(trim_memory(server.proxy.counts))
+    tasks = [] if heed_signals(stopping) else [asyncio.ensure_future(wake())]
+    tasks.append(asyncio.ensure_future(trim_memory(server.proxy.counts)))
     say(f"nimproxy {__version__} listening on {server.url}")
     say(f"  upstream {described_upstream(config)}")
     say(f"  Claude Code: eval \"$({program()} env{given})\" && claude")
     await stopping.wait()
-    trimming.cancel()
+    count = server.drain()
+    if count:
+        with contextlib.suppress(OSError):      # the terminal may have gone
+            complain(f"waiting for {count} answer{'s' * (count > 1)}; "
+                     "again to stop at once")
     await server.close(DRAIN_SECONDS)
+    for task in tasks:
+        task.cancel()
+    # A thread that still resolves a name does not hold the end up.
+    asyncio.get_running_loop().call_later(LINGER_SECONDS, os._exit, 0)
     return 0
+
+
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")      # as far as there are
+
+
+def heed_signals(stopping: asyncio.Event) -> bool:
+    """Set the event at the first signal, end the program at the second; whether they
+    wake the loop.
+
+    SIGHUP, the end of a terminal, comes twice or along with others: it is never the
+    second.  Under nohup it stays ignored.
+    """
+    loop = asyncio.get_running_loop()
+
+    def stop(name: str) -> None:
+        if stopping.is_set() and name != "SIGHUP":
+            os._exit(130)       # threads that resolve names would hold a plain exit up
+        stopping.set()
+
+    wakes = True
+    for name in STOP_SIGNALS:
+        number = getattr(signal, name, 0)
+        ignored = number and signal.getsignal(number) == signal.SIG_IGN
+        if not number or name == "SIGHUP" and ignored:
+            continue
+        try:
+            loop.add_signal_handler(number, stop, name)
+        except NotImplementedError:     # Windows
+            wakes = False
+            signal.signal(number, lambda *_, name=name: loop.call_soon_threadsafe(
+                stop, name))
+    return wakes
+
+
+async def wake() -> None:
+    """Windows looks for signals only between two steps of a loop."""
+    while True:
+        await asyncio.sleep(WAKE_SECONDS)
 
 
 async def trim_memory(counts: Mapping[str, int]) -> None:
@@ -8442,12 +8586,53 @@ def config_url(config: Config) -> str:
 
 def address_trouble(config: Config, error: OSError) -> str:
     where = f"{config.host}:{config.port}"
-    found = running_status(config)
-    if found:
-        return f"{where} is in use by nimproxy already; see `{program()} status`"
+    name, pid = port_owner(config)
+    number = f" (pid {pid})" if pid else ""
+    if running_status(config, "/health"):
+        return (f"{where} is in use by nimproxy already{number}; "
+                f"see `{program()} status`")
     if error.errno == errno.EADDRINUSE:
-        return f"{where} is in use by another program; try --port {config.port + 1}"
+        return f"{where} is in use by {name}{number}; try --port {config.port + 1}"
     return f"cannot listen at {where}: {error.strerror or error}; try --host or --port"
+
+
+def port_owner(config: Config) -> Tuple[str, str]:
+    """Name and process id of who listens where we would, if the system tells (Linux:
+    of one's own processes)."""
+    found: Set[str] = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError), open(table, encoding="ascii") as rows:
+            found.update(f"socket:[{row.split()[9]}]" for row in list(rows)[1:]
+                         if conflicts(row.split(), config))
+    for pid in os.listdir("/proc") if found else ():
+        with contextlib.suppress(OSError):      # another user's, or just ended
+            places = f"/proc/{pid}/fd"
+            if any(os.readlink(f"{places}/{number}") in found
+                   for number in (os.listdir(places) if pid.isdigit() else ())):
+                with open(f"/proc/{pid}/comm", encoding="utf-8") as name:
+                    return printable(name.read().strip()), pid
+    return "another program", ""
+
+
+LISTENING = "0A"            # the state, in /proc/net/tcp
+
+
+def conflicts(row: List[str], config: Config) -> bool:
+    """Whether a row of /proc/net/tcp is a listener at our port, and not at another
+    address of this machine: its fields are, from the second on,
+    0100007F:2253 00000000:0000 0A (in words of the machine's own byte order)."""
+    host, _, port = row[1].partition(":")
+    if row[3] != LISTENING or int(port, 16) != config.port:
+        return False
+    raw = bytes.fromhex(host)
+    words = [raw[at:at + 4] for at in range(0, len(raw), 4)]
+    turn = -1 if sys.byteorder == "little" else 1
+    there = ipaddress.ip_address(b"".join(word[::turn] for word in words))
+    try:
+        ours = ipaddress.ip_address(config.host)
+    except ValueError:
+        return True                         # a name: any of its addresses
+    return ours.is_unspecified or there.is_unspecified or there == ours
 
 
 def run_code(context: Context) -> int:
