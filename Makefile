@@ -6,6 +6,7 @@ PYTHONS ?= $(wildcard $(foreach v,3.[89] 3.1[0-9],/usr/bin/python$(v) \
 VENV     = .venv/$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 PYTEST   = $(VENV)/bin/python -X dev -W error -m pytest -q -p no:cacheprovider
 NODE     = .cache/e2e/node_modules
+SECONDS ?= 300
 ENGINE   = .cache/engine/build/bin/llama-server
 
 help:    ## show this list
@@ -32,6 +33,9 @@ engine: $(VENV)/pytest $(NODE) $(ENGINE)    ## Claude Code on llama.cpp's server
 
 bench: $(VENV)/pytest    ## the figures of the README, measured on this machine
 	$(VENV)/bin/python test_nimproxy.py bench
+
+soak: $(VENV)/pytest    ## a hundred clients, good and bad, for SECONDS (300); nothing may grow
+	$(VENV)/bin/python test_nimproxy.py soak $(SECONDS)
 
 tokens: $(VENV)/tokens    ## count_tokens against a real tokenizer
 	NIMPROXY_TOKENS=1 $(PYTEST) test_nimproxy.py -k real_tokenizer -s
@@ -71,4 +75,4 @@ $(ENGINE):
 	  -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
 	cmake --build .cache/engine/build --target llama-server -j
 
-.PHONY: help test properties check e2e engine bench tokens cover map install
+.PHONY: help test properties check e2e engine bench soak tokens cover map install

@@ -6114,7 +6114,7 @@ class Upstream:
         if proxy:
             host, port = url_target(proxy)[1:]
         return await asyncio.open_connection(
-            host, port, happy_eyeballs_delay=HAPPY_EYEBALLS_SECONDS, **secured)
+            host, port, happy_eyeballs_delay=head_start(host), **secured)
 
     def tls(self) -> ssl.SSLContext:
         self.context = self.context or tls_context(self.config.ca_files)
@@ -6161,6 +6161,16 @@ def watch_deliveries(wire: Wire) -> None:
     with contextlib.suppress(OSError, AttributeError):
         option = socket.TCP_USER_TIMEOUT
         sock.setsockopt(socket.IPPROTO_TCP, option, int(DEAD_SECONDS * 1000))
+
+
+def head_start(host: str) -> Optional[float]:
+    """Seconds between a name's addresses; None for an address, which races with none:
+    asyncio's race leaves its socket to the garbage collector when it is cancelled."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return HAPPY_EYEBALLS_SECONDS
+    return None
 
 
 def abort_opened(opening: asyncio.Future) -> None:

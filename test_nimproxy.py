@@ -5,6 +5,7 @@
     make properties     what holds for all inputs, tried on 100,000 random ones
     make e2e            the real Claude Code and both SDKs, through the proxy
     make bench          the figures of the README
+    make soak           a hundred clients at once, for minutes: nothing may grow
 
 A fake upstream on a real socket says what a test tells it to; the proxy runs on a
 thread of its own; clients are the standard library's or the real ones.
@@ -6647,11 +6648,9 @@ def test_a_drain_finishes_what_runs_and_takes_nothing_new(before, after, answers
     with FakeNim(said_then) as nim, server_for(nim) as (client, server, on_loop):
         with socket.create_connection(client.address, 10) as sock:
             sock.sendall(before)
-            until(lambda: server.tasks and (
-                not before or nim.asked or server.idle or before in HALF_GET + HALF_BODY
-                and next(iter(server.tasks.values())).heard))
-            heard = before.startswith((STREAM, GET + b"\r\n"))
-            raw = sock.recv(65536) if heard else b""
+            raw = sock.recv(65536) if answers[:1] == [(200, "keep-alive")] else b""
+            until(lambda: nim.asked or receiving(server)
+                  or server.idle and before in (b"", GET + b"\r\n"))
             on_loop(drained(server)).result(10)
             closing = on_loop(server.close(10))
             with contextlib.suppress(OSError):
@@ -6664,6 +6663,12 @@ def test_a_drain_finishes_what_runs_and_takes_nothing_new(before, after, answers
     assert answers_in(raw) == answers
     assert raw.count(b"message_stop") == 2 * before.startswith(STREAM)
     assert raw.count(b"overloaded_error") == answers.count((503, "close"))
+
+
+def receiving(server):
+    """The connections on which a part of a request has come."""
+    return [wire for wire in server.tasks.values()
+            if wire.timer and wire not in server.idle]
 
 
 def until(happened):
@@ -6691,7 +6696,7 @@ def test_half_a_request_does_not_hold_the_end_up(monkeypatch):
                 socket.create_connection(client.address, 10) as body:
             head.sendall(HALF_GET[0])
             body.sendall(HALF_BODY[0])
-            until(lambda: len(server.tasks) == 2 and not server.idle)
+            until(lambda: len(receiving(server)) == 2)
             on_loop(server.close(10)).result(5)
             assert received(head) == received(body) == b""
 
@@ -8289,6 +8294,333 @@ def test_engine_and_claude_code_work_with_a_tool(engine, tmp_path):
     assert results == ["hello"]
 
 
+# ---- Soak --------------------------------------------------------------------
+# `make soak`: a hundred clients at once do what clients do, well and badly, for five
+# minutes.  Whoever stays gets its answer whole; in the end nothing has grown.  Proxy
+# and upstream are processes of their own, as in the benchmark.
+
+CROWD = 100
+WARM_SHARE = 0.1            # of the time, before the first snapshot
+REPORT_SECONDS = 10.0
+CLIENT_SECONDS = 60.0       # for one client's turn; longer is a hang
+QUIET_SECONDS = 5.0         # until freed memory is given back: twice np.TRIM_SECONDS
+LATEST_SECONDS = 30.0       # until idle upstream connections close: np.POOL_SECONDS
+GROWTH = {"memory": 8.0, "descriptors": 2, "connections": 0, "running": 0}      # MB
+LETTERS = ("abcdefgh ijklmnop qrstuvwxyz .,;:\u00e9\u00df\u0416\u6f22\u5b57"
+           "\U0001f642\U0001f469\u200d\U0001f4bb")
+SIZES = [30] * 12 + [1000] * 6 + [8000] * 2 + [30000]     # letters: up to 100 kB
+RUBBISH = [b"\x16\x03\x01\x02\x00", b"\r\n" * 9, b"GET / HTTP/9.9\r\n\r\n",
+           POST + b"Content-Length: 5\r\n" + CHUNKS, GET + b"\0: \r\n\r\n"]
+FAULTS = ["429", "500", "empty", "reset"]
+
+
+def soak(seconds="300"):
+    """A line every 10 seconds, then a table; 1 if an answer differs or a thing grew."""
+    with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as stack:
+        def started(*command):
+            process = Process(home, *command)
+            stack.callback(process.stop)
+            return process
+
+        upstream = started(str(Path(__file__).resolve()), "bench", "soak")
+        proxy = started(*proxy_command(Path(home), upstream, 6))
+        return asyncio.run(soaked(proxy, float(seconds)))
+
+
+async def soaked(proxy, seconds):
+    tally, wrong = collections.Counter(), []
+    still = await settled(proxy, {})
+    await crowded(proxy, seconds * WARM_SHARE, tally, wrong, 1)
+    before = {**await settled(proxy, {}), "descriptors": still["descriptors"]}
+    await crowded(proxy, seconds * (1 - WARM_SHARE), tally, wrong, 2)
+    after = await settled(proxy, before)
+    print("\n| what clients did | times |\n|---|---|")
+    for name, count in sorted(tally.items()):
+        print("| %s | %d |" % (name, count))
+    print("\n| what is held | before | after |\n|---|---|---|")
+    for name in GROWTH:
+        grown = after[name] > before[name] + GROWTH[name]
+        print("| %s | %.4g | %.4g%s |" % (name, before[name], after[name],
+                                          " (grew)" * grown))
+        wrong += [name + " grew"] * grown
+    print("\n".join(["", *wrong[:20]]) if wrong else "\nnothing grew, none differed")
+    return int(bool(wrong))
+
+
+async def settled(proxy, like):
+    """What the proxy holds when its clients have left; waits for what takes time."""
+    await asyncio.sleep(QUIET_SECONDS)
+    deadline = time.monotonic() + LATEST_SECONDS
+    while True:
+        head, body = await exchanged(proxy.port, GET.replace(b"/health", b"/status")
+                                     + CLOSE + b"\r\n")
+        status = json.loads(body)
+        held = {"memory": proxy.memory(),
+                "descriptors": len(os.listdir("/proc/%d/fd" % proxy.process.pid)),
+                "connections": status["connections"], "running": status["running"]}
+        limits = {"connections": 1, "running": 0, **like}
+        if time.monotonic() > deadline or all(
+                held[name] <= limits[name] + GROWTH[name] for name in limits):
+            return held
+        await asyncio.sleep(1)
+
+
+async def crowded(proxy, seconds, tally, wrong, seed):
+    """So many seconds of the crowd's doings, and until each has ended its last."""
+    until_when = time.monotonic() + seconds
+    clients = [asyncio.ensure_future(lived(proxy, until_when, tally, wrong,
+                                           random.Random(seed * 1000 + number)))
+               for number in range(CROWD)]
+    pending = clients
+    while pending:
+        _, pending = await asyncio.wait(pending, timeout=REPORT_SECONDS)
+        print("%4d s left: %d turns, %d wrong, %.1f MB, %d descriptors" % (
+            max(until_when - time.monotonic(), 0), sum(tally.values()), len(wrong),
+            proxy.memory(), len(os.listdir("/proc/%d/fd" % proxy.process.pid))),
+            flush=True)
+    await asyncio.gather(*clients)
+
+
+async def lived(proxy, until_when, tally, wrong, rng):
+    """One client's turns, one after the other."""
+    while time.monotonic() < until_when:
+        name, seed = rng.choice(list(DOINGS)), rng.randrange(1 << 40)
+        try:
+            trouble = await asyncio.wait_for(DOINGS[name](proxy.port, seed, rng),
+                                             CLIENT_SECONDS)
+        except (OSError, EOFError, ValueError, AssertionError, KeyError, TypeError,
+                asyncio.TimeoutError) as error:
+            trouble = repr(error)[:200]
+        tally[name] += 1
+        wrong += ["%s, seed %d: %s" % (name, seed, trouble)] if trouble else []
+
+
+# ---- what upstream says in a soak
+
+def soak_answer(seed):
+    """Thinking, text and the arguments of a call."""
+    rng = random.Random(seed)
+
+    def words():
+        return "a%sz" % "".join(rng.choices(LETTERS, k=rng.choice(SIZES)))
+    return words(), words(), {"path": words(), "text": words(), "line": seed}
+
+
+def soak_pieces(seed, rng):
+    """The chunks of an answer, as the bytes of an event stream cut anywhere."""
+    def cut(whole, most):
+        at = 0
+        while at < len(whole):
+            size = rng.randint(1, most)
+            yield whole[at:at + size]
+            at += size
+
+    thinking, said, arguments = soak_answer(seed)
+    chunks = [says(reasoning_content=piece) for piece in cut(thinking, 900)]
+    chunks += [says(content=piece) for piece in cut(said, 900)]
+    function = {"index": 0, "id": "call_1", "function": {"name": "Edit",
+                                                         "arguments": ""}}
+    chunks.append(says(tool_calls=[function]))
+    for piece in cut(json.dumps(arguments, ensure_ascii=False), 900):
+        chunks.append(says(tool_calls=[{"index": 0, "function": {"arguments": piece}}]))
+    lines = [json.dumps(chunk, ensure_ascii=False)
+             for chunk in [*chunks, says("tool_calls"), used()]]
+    raw = "".join("data: %s\n\n" % line for line in [*lines, "[DONE]"]).encode()
+    return list(cut(raw, max(len(raw) // 8, 20)))
+
+
+async def answer_soak(reader, writer, _):
+    """An upstream whose request says "soak KIND SEED": the answer, or the fault."""
+    while True:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"(?i)content-length: (\d+)", head)
+        body = await reader.readexactly(int(length[1]) if length else 0)
+        asked = re.search(rb"soak (\w+) (\d+)", body)
+        if not asked:
+            writer.write(refuses(404, {"detail": "no such path"}))
+            continue
+        kind, seed = asked[1].decode(), int(asked[2])
+        if kind in ("429", "500"):
+            writer.write(refuses(int(kind), {"detail": "soak"}))
+        elif kind == "empty":
+            writer.write(streams() if b'"stream":true' in body else completes(""))
+        elif kind == "reset" and seed % 3 == 0:
+            return writer.transport.abort()
+        elif b'"stream":true' not in body:
+            thinking, said, arguments = soak_answer(seed)
+            call = {"id": "call_1", "type": "function", "function": {
+                "name": "Edit", "arguments": json.dumps(arguments)}}
+            writer.write(completes(said, "tool_calls", reasoning_content=thinking,
+                                   tool_calls=[call]))
+        elif await say_soak(writer, kind, seed):
+            return writer.transport.abort()
+        await writer.drain()
+
+
+async def say_soak(writer, kind, seed):
+    """Write a streamed answer; whether it is to break off, somewhere in it."""
+    rng = random.Random(seed + 1)
+    pieces = soak_pieces(seed, rng)
+    writer.write(STREAM_HEAD)
+    whole = len(pieces) if kind != "reset" else (seed % 3 - 1) * len(pieces) // 2
+    for piece in pieces[:whole]:
+        writer.write(np.encode_chunk(piece))
+        await writer.drain()
+        await asyncio.sleep(rng.choice((0, 0, 0.01)))
+    writer.write(b"" if kind == "reset" else np.LAST_CHUNK)
+    return kind == "reset"
+
+
+# ---- what clients do in a soak: each gives "" or what was wrong
+
+SOAK_TOOL = {"name": "Edit", "input_schema": {"type": "object", "properties": {
+    "path": {"type": "string"}, "text": {"type": "string"},
+    "line": {"type": "integer"}}}}
+
+
+def soak_request(seed, kind="good", stream=True, fields=CLOSE, path=b"/v1/messages"):
+    words = "soak %s %d %s" % (kind, seed, PROSE * (seed % 40))
+    body = json.dumps({"model": "m", "max_tokens": 999, "stream": stream,
+                       "tools": [SOAK_TOOL],
+                       "messages": [{"role": "user", "content": words}]}).encode()
+    return (b"POST %s HTTP/1.1\r\nHost: localhost\r\n%sContent-Length: %d\r\n\r\n%s"
+            % (path, fields, len(body), body))
+
+
+@contextlib.asynccontextmanager
+async def talking(port, *pieces):
+    """A connection on which something was said; it is dropped in the end."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+
+
+async def exchanged(port, *pieces, rest=0.0):
+    """Head and body of the answer to a request that says `Connection: close`; after
+    its first bytes the client may rest."""
+    async with talking(port, *pieces) as (reader, _):
+        raw = await reader.read(500)
+        await asyncio.sleep(rest)
+        return parted(raw + await reader.read())
+
+
+def parted(raw):
+    """A response's head and its decoded body; what is behind it must be nothing."""
+    head, _, body = raw.partition(b"\r\n\r\n")
+    how = np.framing(np.parse_status(head + b"\r\n\r\n")[1], "close")
+    whole, rest = np.body_decoder(how).send(body)
+    assert rest == b"", "cut off after %d bytes" % len(raw)
+    return head, whole
+
+
+def differs(seed, message):
+    """"" if the message is the answer to that seed."""
+    thinking, said, arguments = soak_answer(seed)
+    wanted = [("thinking", thinking), ("text", said), ("input", arguments)]
+    blocks = message["content"]
+    if len(blocks) != len(wanted):
+        return "%d blocks" % len(blocks)
+    return ", ".join(name for (name, value), block in zip(wanted, blocks)
+                     if block.get(name) != value)
+
+
+def outcome(head, body):
+    """The message of an answer, or None for an error of whichever form."""
+    if b" 200 " not in head.partition(b"\r\n")[0]:
+        assert json.loads(body)["type"] == "error"
+        return None
+    if b"event-stream" not in head:
+        return json.loads(body)
+    events = parse_events(body)
+    assert events[-1][0] in ("message_stop", "error")
+    return np.fold(events) if events[-1][0] == "message_stop" else None
+
+
+async def do_stream(port, seed, rng, rest=0.0, **changes):
+    message = outcome(*await exchanged(port, soak_request(seed, **changes), rest=rest))
+    return differs(seed, message) if message else "an error"
+
+
+async def do_whole(port, seed, rng):
+    return await do_stream(port, seed, rng, stream=False)
+
+
+async def do_stall(port, seed, rng):
+    return await do_stream(port, seed, rng, rest=rng.uniform(0.2, 2))
+
+
+async def do_leave(port, seed, rng):
+    async with talking(port, soak_request(seed)) as (reader, _):
+        await reader.read(rng.randint(1, 20000))
+        await asyncio.sleep(rng.choice((0, 0.05)))
+    return ""
+
+
+async def do_half_close(port, seed, rng):
+    async with talking(port, soak_request(seed)) as (reader, writer):
+        writer.write_eof()
+        with contextlib.suppress(ConnectionError):
+            await reader.read()         # it ends, in one way or the other
+    return ""
+
+
+async def do_rubbish(port, seed, rng):
+    async with talking(port, rng.choice(RUBBISH)) as (reader, _):
+        raw = await reader.read()
+        return "" if re.match(rb"HTTP/1.1 (4..|505) ", raw) else "no refusal"
+
+
+async def do_half_a_request(port, seed, rng):
+    request = soak_request(seed)
+    async with talking(port, request[:rng.randrange(1, len(request))]):
+        await asyncio.sleep(rng.uniform(0, 0.5))
+    return ""
+
+
+async def do_fault(port, seed, rng):
+    kind = rng.choice(FAULTS)
+    request = soak_request(seed, kind, rng.random() < 0.7)
+    message = outcome(*await exchanged(port, request))
+    empty = message and not "".join(block.get("text", "-")
+                                    for block in message["content"])
+    return differs(seed, message) if message and not empty else ""
+
+
+async def do_count(port, seed, rng):
+    request = soak_request(seed, path=b"/v1/messages/count_tokens")
+    _, body = await exchanged(port, request)
+    return "" if json.loads(body)["input_tokens"] > 0 else "no count"
+
+
+async def do_status(port, seed, rng):
+    request = GET.replace(b"/health", b"/status") + CLOSE + b"\r\n"
+    _, body = await exchanged(port, request)
+    status = json.loads(body)       # some have left, which is not known at once
+    return "" if status["running"] <= status["connections"] <= 2 * CROWD else body
+
+
+async def do_pipelined(port, seed, rng):
+    """Two answers on one connection, the first of them streamed, then a third."""
+    async with talking(port, soak_request(seed, fields=b""), GET + b"\r\n",
+                       soak_request(seed + 1)) as (reader, _):
+        raw = await reader.read()
+    first, second, third = re.split(rb"(?=HTTP/1\.1 \d{3} )", raw)[1:]
+    messages = [outcome(*parted(answer)) for answer in (first, third)]
+    assert json.loads(parted(second)[1])["status"] == "ok"
+    return differs(seed, messages[0]) or differs(seed + 1, messages[1])
+
+
+DOINGS = {"stream": do_stream, "not streamed": do_whole, "stall": do_stall,
+          "leave": do_leave, "half-close": do_half_close, "rubbish": do_rubbish,
+          "half a request": do_half_a_request, "fault": do_fault, "count": do_count,
+          "status": do_status, "pipelined": do_pipelined}
+
+
 # ---- Benchmark ---------------------------------------------------------------
 # `make bench`: the figures of the README.  Proxy, byte relay and fake upstream are
 # processes of their own on loopback (Linux: /proc tells what each has used).  What
@@ -8447,7 +8779,7 @@ async def answer_by_model(reader, writer, _):
         await WAYS[model](reader, writer)
 
 
-ROLES = {"upstream": answer_by_model, "relay": relay_bytes}
+ROLES = {"upstream": answer_by_model, "relay": relay_bytes, "soak": answer_soak}
 STREAM_HEAD = chunked()[:-len(np.LAST_CHUNK)]
 TOKEN = np.encode_chunk(        # as Dynamo writes it, with the nulls
     b'data: {"id":"chatcmpl-5b0c6b1e-97b4-4c3e-8f53-0a2f6f1f4b7d","choices":[{'
@@ -8628,5 +8960,5 @@ def silent_figures(upstream, proxy):
 
 
 if __name__ == "__main__":
-    assert sys.argv[1:2] == ["bench"], "python3 test_nimproxy.py bench; else pytest"
-    sys.exit(bench(*sys.argv[2:]))
+    assert sys.argv[1:2] in (["bench"], ["soak"]), "bench or soak; else pytest"
+    sys.exit({"bench": bench, "soak": soak}[sys.argv[1]](*sys.argv[2:]))
