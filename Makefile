@@ -7,6 +7,7 @@ VENV     = .venv/$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_i
 PYTEST   = $(VENV)/bin/python -X dev -W error -m pytest -q -p no:cacheprovider
 NODE     = .cache/e2e/node_modules
 SECONDS ?= 300
+CHROMIUM ?= $(shell command -v chromium || command -v google-chrome)
 ENGINE   = .cache/engine/build/bin/llama-server
 
 help:    ## show this list
@@ -30,6 +31,11 @@ e2e: $(VENV)/e2e $(NODE)    ## the real Claude Code and both Anthropic SDKs
 engine: $(VENV)/pytest $(NODE) $(ENGINE)    ## Claude Code on llama.cpp's server, built here
 	NIMPROXY_ENGINE=$(CURDIR)/$(ENGINE) NIMPROXY_ENGINE_MODEL=$(CURDIR)/.cache/engine/model.gguf \
 	  NIMPROXY_NODE_MODULES=$(CURDIR)/$(NODE) $(PYTEST) test_nimproxy.py -k engine
+
+browser: $(VENV)/pytest    ## a web page in Chromium that tries to get at the proxy
+	@test -x "$(CHROMIUM)" || { echo "make browser needs Chromium (apt-get install" \
+	  "chromium); one elsewhere: make browser CHROMIUM=path"; exit 1; }
+	NIMPROXY_CHROMIUM=$(CHROMIUM) $(PYTEST) test_nimproxy.py -k test_browser
 
 bench: $(VENV)/pytest    ## the figures of the README, measured on this machine
 	$(VENV)/bin/python test_nimproxy.py bench
@@ -75,4 +81,4 @@ $(ENGINE):
 	  -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
 	cmake --build .cache/engine/build --target llama-server -j
 
-.PHONY: help test properties check e2e engine bench soak tokens cover map install
+.PHONY: help test properties check e2e engine browser silence bench soak tokens cover map install

