@@ -37,6 +37,10 @@ browser: $(VENV)/pytest    ## a web page in Chromium that tries to get at the pr
 	  "chromium); one elsewhere: make browser CHROMIUM=path"; exit 1; }
 	NIMPROXY_CHROMIUM=$(CHROMIUM) $(PYTEST) test_nimproxy.py -k test_browser
 
+silence: $(VENV)/pytest $(NODE)    ## Claude Code and silences of over five minutes
+	NIMPROXY_SILENCE=1 NIMPROXY_CLAUDE=$(CURDIR)/$(NODE)/.bin/claude \
+	  $(PYTEST) test_nimproxy.py -k long_silence
+
 bench: $(VENV)/pytest    ## the figures of the README, measured on this machine
 	$(VENV)/bin/python test_nimproxy.py bench
 

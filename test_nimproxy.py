@@ -8443,6 +8443,62 @@ def test_browser_the_page_gets_at_a_proxy_without_guard(tmp_path, place, monkeyp
         assert own >= rebound if "{port}" in place else not own
 
 
+# ---- long silence
+# Minutes, so `make silence` runs it.  The timeouts are the client's own, not those
+# that `nimproxy code` gives it: what keeps it waiting is what the proxy sends.
+
+LONG_SILENCE_SECONDS = 330      # Claude Code gives up after 300 without an event
+SILENCE_ONLY = pytest.mark.skipif(not os.environ.get("NIMPROXY_SILENCE"),
+                                  reason="make silence runs it")
+PATIENT = ("It took ", "its time.")
+QUIET = [   # (what upstream says, and after the silence)
+    (b"", EVENT_STREAM + sse(*text(*PATIENT), used())),
+    (EVENT_STREAM + sse(says(content=PATIENT[0]), done=False),
+     sse(*text(PATIENT[1]), used())),
+]
+
+
+def falls_silent(before, after, over):
+    def tell(chat):
+        yield before
+        over.wait(LONG_SILENCE_SECONDS)
+        yield after
+        yield FakeNim.CLOSE
+    return tell
+
+
+def started(it):
+    """Claude Code told where to ask, whom and as whom, and nothing more."""
+    told = it.environ(ANTHROPIC_BASE_URL=it.url, ANTHROPIC_AUTH_TOKEN="unused",
+                      ANTHROPIC_MODEL=E2E_MODEL,
+                      CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1")
+    command = [CLAUDE, "-p", "Take your time.", "--output-format", "json"]
+    return subprocess.Popen(command, env=told, cwd=it.project, start_new_session=True,
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+
+
+@SILENCE_ONLY
+def test_long_silence_is_outlived(tmp_path):
+    runs = []
+    with contextlib.ExitStack() as stack:
+        over = threading.Event()
+        for number, (before, after) in enumerate(QUIET):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            it = stack.enter_context(desk(folder, falls_silent(before, after, over),
+                                          first_byte_timeout=600.0, idle_timeout=600.0))
+            child = stack.enter_context(started(it))
+            stack.callback(child.kill)
+            runs.append((it, child))
+        stack.callback(over.set)
+        for it, child in runs:
+            out, _ = child.communicate(timeout=LONG_SILENCE_SECONDS + RUN_SECONDS)
+            result = json.loads(out)
+            assert (child.returncode, result["result"]) == (0, "".join(PATIENT)), result
+            assert result["duration_ms"] >= LONG_SILENCE_SECONDS * 1000
+            assert len(it.nim.requests) == 1
+
+
 # ---- End to end: a real engine -----------------------------------------------
 # llama.cpp's server with a model of 135 million parameters, both from PyPI, built
 # by `make engine`.  So small a model calls a tool only after a few examples, which
