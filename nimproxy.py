@@ -61,6 +61,7 @@ import logging
 import math
 import os
 import re
+import select
 import shlex
 import signal
 import socket
@@ -113,7 +114,9 @@ MAX_BLANK_CHARS = 4096          # leading whitespace that waits for text to lead
 MAX_MODEL_CHARS = 256           # of a model's id; the longest in the catalog has 46
 MAX_REASON_CHARS = 2000         # of an upstream's error text, as quoted
 MAX_DIGITS = 4300               # of an integer in JSON; Python's own limit, since 3.11
+MAX_BODIES_BYTES = 256 << 20    # request bodies of all clients: four of the largest
 MAX_CONNECTIONS = 256           # clients at once; well under any descriptor limit
+MAX_DESCRIPTORS = 8192          # asked of the system: each answer takes two, or more
 READ_BYTES = 64 * 1024          # one read; asyncio's own default buffer
 
 HEAD_SECONDS = 15.0             # for a whole head, from its first byte; either side
@@ -137,6 +140,10 @@ RESET_SECONDS = 60.0            # of silence; then an event that resets the clie
                                 # watchdog (300 s), which pings do not
 LINGER_SECONDS = 1.0            # read and drop, so that a refusal can be read
 WAKE_SECONDS = 0.5              # until a signal is seen that does not wake the loop
+LEAVING_SECONDS = 1.0           # between looks after a client that is not read from
+OVERLOAD_SECONDS = 1.0          # until a refused client may ask again; as asyncio's own
+                                # pause after an accept that failed
+TROUBLE_SECONDS = 60.0          # between two log lines about connections not taken
 TRIM_SECONDS = 2.0              # between giving freed memory back; it takes about 1 ms
 
 KEPT_FAILURES = 64              # failures remembered at once
@@ -5144,8 +5151,14 @@ class Request(NamedTuple):
     version: int = 1        # the minor one: HTTP/1.0 or 1.1
 
     def path(self) -> str:
-        target = re.sub(r"^https?://[^/?#]*", "", self.target)
+        absolute = ABSOLUTE.match(self.target)
+        target = self.target[absolute.end():] if absolute else self.target
         return re.split(r"[?#]", target)[0] or "/"
+
+    def host(self) -> str:
+        """Host and port as asked for, in lower case; an absolute target's win."""
+        absolute = ABSOLUTE.match(self.target)
+        return (absolute[1] if absolute else header(self.headers, "host")).lower()
 
     def keeps_alive(self) -> bool:
         wanted = connection_options(self.headers)
@@ -5171,6 +5184,7 @@ REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
 FIELD = re.compile(rb"(" + TOKEN + rb"):([\t -~\x80-\xff]*)")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
+ABSOLUTE = re.compile(r"https?://([^/?#]*)")
 
 
 def parse_request(head: bytes) -> Request:
@@ -5189,12 +5203,21 @@ def parse_request(head: bytes) -> Request:
     method, target = match[1].decode(), match[2].decode()
     headers = parse_fields(fields)
     version = min(int(match[4]), 1)
-    hosts = [value for name, value in headers if name == "host"]
-    if len(hosts) > 1 or not all(map(HOST.fullmatch, hosts)) or version and not hosts:
+    hosts, absolute = field_values(headers, "host"), ABSOLUTE.match(target)
+    places = [*hosts, *(absolute.groups() if absolute else ())]
+    if len(hosts) > 1 or version and not hosts or not all(map(sound_host, places)):
         raise ProxyError(400, "expected one Host header with a host and a port")
-    if not re.match(r"/|https?://", target) and (method, target) != ("OPTIONS", "*"):
+    if not absolute and target[0] != "/" and (method, target) != ("OPTIONS", "*"):
         raise ProxyError(400, "expected a request target that begins with /")
+    if len(field_values(headers, "content-type")) > 1:
+        raise ProxyError(400, "more than one Content-Type")
     return Request(method, target, headers, b"", version)
+
+
+def sound_host(text: str) -> bool:
+    """Whether a text is a host, and a port that there can be or none."""
+    match = HOST.fullmatch(text)
+    return bool(match) and int(match[2] or 0) < 65536
 
 
 def parse_status(head: bytes) -> Tuple[int, Headers, int]:
@@ -5225,8 +5248,13 @@ def header(headers: Headers, name: str, default: str = "") -> str:
     return next((value for key, value in headers if key == name), default)
 
 
+def field_values(headers: Headers, name: str) -> List[str]:
+    """The values of all headers of a name; names are lower case."""
+    return [value for key, value in headers if key == name]
+
+
 def connection_options(headers: Headers) -> List[str]:
-    values = ",".join(value for name, value in headers if name == "connection")
+    values = ",".join(field_values(headers, "connection"))
     return [option.strip(" \t").lower() for option in values.split(",")]
 
 
@@ -5236,8 +5264,8 @@ def framing(headers: Headers, otherwise: Union[int, str]) -> Union[int, str]:
     `otherwise` is for no header: 0 for a request, "close" for a response (RFC 9112,
     section 6.3).  Raises ProxyError(400) whenever there could be two readings.
     """
-    codings = [value for name, value in headers if name == "transfer-encoding"]
-    lengths = [value for name, value in headers if name == "content-length"]
+    codings = field_values(headers, "transfer-encoding")
+    lengths = field_values(headers, "content-length")
     if len(codings) + len(lengths) > 1:
         raise ProxyError(400, "more than one Content-Length or Transfer-Encoding")
     if codings:
@@ -5279,7 +5307,7 @@ def counted_body(left: int) -> Decoder:
     yield data[:left], data[left:]
 
 
-CHUNK_LINE = re.compile(rb"0*([0-9A-Fa-f]{1,8})([ \t]*;[\t -~\x80-\xff]*)?")
+CHUNK_LINE = re.compile(rb"0{0,12}([0-9A-Fa-f]{1,8})(;[\t -~\x80-\xff]*)?")
 
 
 def chunked_body() -> Decoder:
@@ -5733,7 +5761,19 @@ class Wire:
             if not data:
                 return
             self.held += data
-        await asyncio.get_running_loop().create_future()    # full: leave it at that
+        while not self.hung_up():           # enough: from now on without reading
+            await asyncio.sleep(LEAVING_SECONDS)
+
+    def hung_up(self) -> bool:
+        """Whether the peer has closed, as far as that shows behind unread bytes."""
+        if self.writer.transport.is_closing():      # a write of ours has failed
+            return True
+        if not hasattr(select, "poll"):             # Windows
+            return False
+        ends = select.poll()                        # looks for errors in any case
+        ends.register(self.writer.get_extra_info("socket").fileno(),
+                      getattr(select, "POLLRDHUP", 0))
+        return bool(ends.poll(0))
 
     def allow(self, seconds: float, total: bool = False) -> None:
         """Abort the connection after so many seconds of silence, or, if `total`, after
@@ -5800,6 +5840,11 @@ def check_partial_head(held: bytes, checked: int) -> None:
         raise ProxyError(414, f"start line over {MAX_REQUEST_LINE_BYTES} bytes")
     if len(held) > MAX_HEAD_BYTES:
         raise ProxyError(431, f"head over {MAX_HEAD_BYTES} bytes")
+    if held[:2] == b"\x16\x03":
+        raise ProxyError(400, "this is TLS, and plain HTTP is spoken here: "
+                              "use a URL with http:// instead of https://")
+    if b"\r\n" in held and b"HTTP/" not in start:
+        raise ProxyError(400, "malformed head: expected HTTP/1.1 in its first line")
     if BAD_HEAD.search(held, checked):
         raise ProxyError(400, "malformed head: expected lines that end in CRLF")
 
@@ -6786,21 +6831,23 @@ class Proxy:
             raise ProxyError(405, f"this path takes {allow}", "", (("Allow", allow),))
         return getattr(self, found[method])
 
-    def admit(self, request: Request) -> None:
+    def admit(self, request: Request, port: int) -> None:
         """Refuse what a web page or a stranger sends; before the body is read.
 
         A page in the user's browser can reach localhost, under a name of its own
         (DNS rebinding) or as a cross-site request: neither gets to spend the key.
+        `port` is where the request came in.
         """
         config, headers = self.config, request.headers
-        authority = re.match(r"https?://([^/?#]*)", request.target)
-        host = (authority[1] if authority else header(headers, "host")).lower()
-        name = re.sub(r":[0-9]*$", "", host)
-        if on_loopback(config.host) and host and name not in (*LOOPBACK, config.host):
+        names = (*LOOPBACK, config.host)
+        host = re.sub(r":[0-9]+$", "", request.host())
+        if on_loopback(config.host) and host and host not in names:
             raise ProxyError(403, "expected a Host header of this machine's loopback")
-        origin = header(headers, "origin")
-        site = header(headers, "sec-fetch-site", "none")
-        if origin and origin != "http://" + host or site not in ("none", "same-origin"):
+        origins = set(field_values(headers, "origin"))
+        sites = set(field_values(headers, "sec-fetch-site"))
+        if (origins - {f"http://{name}:{port}" for name in names}
+                or sites - {"none", "same-origin"}
+                or origins and FORM.match(header(headers, "content-type"))):
             raise ProxyError(403, "requests from web pages are refused")
         if config.proxy_key and request.path() not in OPEN_PATHS:
             import hmac
@@ -7506,12 +7553,13 @@ ROUTES = [
     ("POST", r".*/v1/messages/count_tokens/?", "count_tokens"),
     ("GET", r".*/v1/models/?", "models"),
     ("GET", r".*/v1/models/.+", "model"),
-    ("GET", r"/|/healthz?", "health"),
+    ("GET", r"/|/healthz?|\*", "health"),
     ("GET", r"/status", "status"),
     ("GET", r"/metrics", "metrics"),
 ]
 OPEN_PATHS = ("/", "/health", "/healthz")       # nothing in them is worth a key
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+FORM = re.compile(r"(?i)text/plain|application/x-www-form|multipart/")  # a page's own
 
 
 def on_loopback(host: str) -> bool:
@@ -7768,10 +7816,13 @@ class Server:
         self.proxy = proxy
         self.listeners: List[asyncio.AbstractServer] = []   # for each address
         self.tasks: Dict[asyncio.Future, Wire] = {}
-        self.idle: Set[Wire] = set()        # those between two requests
+        self.idle: Dict[Wire, None] = {}    # those between two requests, oldest first
         self.running: Dict[Wire, asyncio.Future] = {}   # the answers under way
+        self.bodies: Dict[Wire, int] = {}   # bytes of request bodies that are held
         self.draining = False               # no new request is taken
         self.cutting = False                # an answer that is cancelled says so
+        self.troubled = 0.0                 # when trouble was last logged
+        self.other: Any = None              # the loop's exception handler before ours
         proxy.traffic = self.traffic
 
     @property
@@ -7786,7 +7837,10 @@ class Server:
 
     def connected(self, reader: asyncio.StreamReader,
                   writer: asyncio.StreamWriter) -> None:
-        if self.draining or len(self.tasks) >= MAX_CONNECTIONS:
+        full = len(self.tasks) >= MAX_CONNECTIONS and not self.make_room()
+        if full:
+            self.trouble(f"closed a new connection: {MAX_CONNECTIONS} are busy")
+        if full or self.draining:
             writer.transport.abort()
             return
         wire = Wire(reader, writer)
@@ -7794,15 +7848,42 @@ class Server:
         self.tasks[task] = wire             # or it could be collected while it waits
         task.add_done_callback(self.tasks.pop)
 
+    def make_room(self) -> bool:
+        """Close what has been idle for longest, since its client can come anew, and a
+        refused one cannot; whether there was one."""
+        wire = next(iter(self.idle), None)
+        if wire:
+            del self.idle[wire]
+            wire.abort()
+        return bool(wire)
+
+    def trouble(self, words: str) -> None:
+        """Log that connections are not taken, once in a while: they come in floods."""
+        now = time.monotonic()
+        if not self.troubled or now - self.troubled > TROUBLE_SECONDS:
+            self.troubled = now
+            self.proxy.note("server", ProxyError(503, words))
+
+    def hear(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
+        """The loop's exception handler.  Without descriptors asyncio's accept fails
+        once for each place in the backlog, and is tried again a second later."""
+        if not re.search("accept|_start_serving", context.get("message", "")):
+            (self.other or type(loop).default_exception_handler)(loop, context)
+        elif not self.draining:
+            self.trouble(f"cannot take connections: {context.get('exception')}")
+            while self.make_room():
+                pass
+
     async def converse(self, wire: Wire) -> None:
         """One request after the other, in order, while the connection lasts."""
         try:
             while await self.exchange(wire):
-                pass
+                self.bodies.pop(wire, None)
             await self.part(wire)
         except OSError:
             pass                            # the client left; there is no one to tell
         finally:
+            self.bodies.pop(wire, None)
             wire.abort()                    # of no effect on one that is closed
             with contextlib.suppress(OSError):
                 await wire.writer.wait_closed()
@@ -7819,14 +7900,17 @@ class Server:
 
     async def exchange(self, wire: Wire) -> bool:
         """One request and its response; whether the connection can carry another."""
+        rebuff = None
         try:
             request = await self.receive(wire)
         except ProxyError as error:
+            rebuff = self.proxy.refuse("request", error)
+        if rebuff:                         # out here, where no error holds the body
+            self.bodies.pop(wire, None)
             wire.allow(LINGER_SECONDS)
-            await self.write_whole(wire, self.proxy.refuse("request", error), None)
+            await self.write_whole(wire, rebuff, None)
             await self.linger(wire)
-            return False
-        if request is None:
+        if rebuff or not request:
             return False
         answering = asyncio.ensure_future(self.answer(wire, request))
         leaving = asyncio.ensure_future(wire.departure())
@@ -7847,11 +7931,11 @@ class Server:
         if self.draining and not wire.held:
             return None
         wire.allow(IDLE_SECONDS)
-        self.idle.add(wire)
+        self.idle[wire] = None
         try:
             wire.held = await wire.read()
         finally:
-            self.idle.discard(wire)
+            self.idle.pop(wire, None)
         loop = asyncio.get_running_loop()
         deadline = loop.call_later(HEAD_SECONDS, wire.writer.transport.abort)
         try:
@@ -7861,7 +7945,7 @@ class Server:
         if not head:
             return None
         request = parse_request(head)
-        self.proxy.admit(request)
+        self.proxy.admit(request, wire.writer.get_extra_info("sockname")[1])
         if self.draining:
             raise stopped()
         wire.allow(BODY_SECONDS)
@@ -7881,6 +7965,7 @@ class Server:
             raise ProxyError(417, "expected no Expect but 100-continue")
         if expected and request.version and how and not wire.held:
             wire.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.reserve(wire, 0 if how == "chunked" else int(how))
         decoder, pieces, size = body_decoder(how), [], 0
         piece, rest = decoder.send(wire.held)
         while rest is None:
@@ -7888,6 +7973,7 @@ class Server:
             size += len(piece)
             if size > MAX_BODY_BYTES:
                 raise ProxyError(413, f"body over {MAX_BODY_BYTES} bytes")
+            self.reserve(wire, size)
             wire.held = b""
             data = await wire.read()
             if not data:
@@ -7895,6 +7981,20 @@ class Server:
             piece, rest = decoder.send(data)
         wire.held = rest
         return b"".join(pieces) + piece
+
+    def reserve(self, wire: Wire, size: int) -> None:
+        """Count a body against what all may hold together; ProxyError(503) beyond it.
+
+        It counts until its answer has ended: what was parsed of it lives about as
+        long, and only bodies full of images come near the limit.
+        """
+        held = self.bodies.get(wire, 0)
+        if size > held:
+            if sum(self.bodies.values()) - held + size > MAX_BODIES_BYTES:
+                raise ProxyError(503, "the request bodies under way are too much to "
+                                      "hold together: try again in a moment", "",
+                                 (("retry-after", f"{OVERLOAD_SECONDS:.0f}"),))
+            self.bodies[wire] = size
 
     async def answer(self, wire: Wire, request: Request) -> bool:
         try:
@@ -8002,6 +8102,7 @@ class Server:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
         await self.proxy.close()
+        asyncio.get_running_loop().set_exception_handler(self.other)
 
 
 def stopped() -> ProxyError:
@@ -8020,10 +8121,12 @@ def response_head(response: Response, framed: Headers, keep: bool) -> bytes:
 
 async def serve(config: Config) -> Server:
     """Listen as the config says.  Raises OSError if the address is taken."""
-    server = Server(Proxy(config))
+    server, loop = Server(Proxy(config)), asyncio.get_running_loop()
     for sock in listening_sockets(config.host, config.port):
         server.listeners.append(await asyncio.start_server(
             server.connected, sock=sock, limit=READ_BYTES))
+    server.other = loop.get_exception_handler()
+    loop.set_exception_handler(server.hear)
     return server
 
 
@@ -8488,7 +8591,19 @@ def run_serve(context: Context) -> int:
         value = getattr(context.options, name[2:].replace("-", "_"))
         if value:
             given += f" {name}" + ("" if value is True else f" {shlex.quote(value)}")
+    raise_descriptor_limit()
     return asyncio.run(serve_forever(config, given))
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process have as many sockets as it may; macOS begins at 256."""
+    with contextlib.suppress(ImportError, OSError, ValueError):     # Windows
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        boundless = resource.RLIM_INFINITY
+        wanted = MAX_DESCRIPTORS if hard == boundless else min(hard, MAX_DESCRIPTORS)
+        if soft != boundless and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def check_config(config: Config) -> None:

@@ -5654,7 +5654,7 @@ LOCAL = [   # (headers, status)
     ({"Host": "localhost.evil.example"}, 403),
     ({"Host": "127.0.0.1.evil.example"}, 403),
     ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403),
-    ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 200),
+    ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 403),
     ({"Origin": "http://localhost:9"}, 403), ({"Sec-Fetch-Site": "cross-site"}, 403),
     ({"Sec-Fetch-Site": "same-site"}, 403), ({"Sec-Fetch-Site": "none"}, 200),
 ]
@@ -6671,14 +6671,6 @@ def receiving(server):
             if wire.timer and wire not in server.idle]
 
 
-def until(happened):
-    """Wait for what no event tells."""
-    deadline = time.monotonic() + 10
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def test_a_drain_closes_the_listener_at_once():
     with FakeNim([FakeNim.LEFT]) as nim, server_for(nim) as (client, server, on_loop):
         with socket.create_connection(client.address, 10) as sock:
@@ -6840,6 +6832,364 @@ def test_a_name_is_listened_at_with_all_its_addresses(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: rows[1:2])
     with pytest.raises(OSError):
         np.listening_sockets("some.name", 0)
+
+
+# ---- 22. Client programs -----------------------------------------------------
+
+
+# ---- the inputs of a hostile client
+# One row per input and variant: what must come back, and what then becomes of the
+# connection.  KEEPS: the next request is answered; SHUT: no more is, and it is closed;
+# CUT: the client closes its side behind the bytes.
+
+KEEPS, SHUT, CUT = "kept", "closed", "cut"
+NEXT = GET + CLOSE + b"\r\n"
+HIDDEN = GET + b"\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+SIZE = b"%x" % len(BODY)
+COUNT = b"%d" % len(BODY)
+BLOB = b"a" * 300000
+
+
+def got(*fields, start=b"GET /health HTTP/1.1", host=b"Host: localhost"):
+    """A GET with more header lines; a None is left out."""
+    return b"\r\n".join([*filter(None, [start, host, *fields]), b"", b""])
+
+
+def put(*fields, body=BODY, start=b"POST /v1/messages HTTP/1.1"):
+    return got(*fields, start=start) + body
+
+
+def in_chunks(size=SIZE, data=BODY, end=b"\r\n", rest=b"0\r\n\r\n", eol=b"\r\n"):
+    return put(CHUNKED[:-2], body=size + eol + data + end + rest)
+
+
+def variants(key, phrase, values, made, statuses, then=SHUT):
+    """One row for each value, with letters behind the key."""
+    return [(key + chr(97 + index), phrase, made(value), statuses, then)
+            for index, value in enumerate(values)]
+
+
+REQUEST_LINES = [
+    ("rl01", "plain GET", got(), [200], KEEPS),
+    ("rl02", "plain POST", POST + LENGTH, [200], KEEPS),
+    ("rl03", "bare LF ends the request line", got().replace(b"\r\n", b"\n", 1), [400],
+     SHUT),
+    ("rl04", "bare LF everywhere", got().replace(b"\r\n", b"\n"), [400], SHUT),
+    ("rl05", "bare CR as line ending", got().replace(b"\r\n", b"\r"), [400], SHUT),
+    ("rl06", "an empty line first", b"\r\n" + got(), [200], KEEPS),
+    ("rl07", "100 kB of empty lines first", b"\r\n" * 50000 + got(), [400], SHUT),
+    ("rl08", "leading space", b" " + got(), [400], SHUT),
+    ("rl09", "two spaces", got(start=b"GET  /health HTTP/1.1"), [400], SHUT),
+    ("rl10", "tab", got(start=b"GET\t/health\tHTTP/1.1"), [400], SHUT),
+    ("rl11", "space after the version", got(start=b"GET /health HTTP/1.1 "), [400],
+     SHUT),
+    ("rl12", "space in the target", got(start=b"GET /hea lth HTTP/1.1"), [400], SHUT),
+    ("rl13", "no target", got(start=b"GET HTTP/1.1"), [400], SHUT),
+    ("rl14", "method only", got(start=b"GET"), [400], SHUT),
+    ("rl15", "lower-case method", got(start=b"get /health HTTP/1.1"), [405], KEEPS),
+    ("rl16", "unknown method", got(start=b"BREW /health HTTP/1.1"), [405], KEEPS),
+    *variants("rl17", "byte in the method", [b"(", b"\0", b"\xe9", b"\x7f", b'"', b":"],
+              lambda byte: got(start=b"GE" + byte + b"T /health HTTP/1.1"), [400]),
+    ("rl18", "long method", got(start=BLOB + b" /health HTTP/1.1"), [414], SHUT),
+    ("rl19", "HTTP/0.9", b"GET /health\r\n", [400], SHUT),
+    ("rl20", "HTTP/1.0 without Host", got(start=b"GET /health HTTP/1.0", host=None),
+     [200], SHUT),
+    ("rl21", "HTTP/1.0 closes", got(start=b"GET /health HTTP/1.0"), [200], SHUT),
+    ("rl22", "HTTP/1.0 with keep-alive",
+     got(b"Connection: keep-alive", start=b"GET /health HTTP/1.0"), [200], KEEPS),
+    ("rl23", "HTTP/1.2", got(start=b"GET /health HTTP/1.2"), [200], KEEPS),
+    ("rl24", "HTTP/2.0", got(start=b"GET /health HTTP/2.0"), [505], SHUT),
+    ("rl25", "HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [505], SHUT),
+    *variants("rl26", "version", [
+        b"HTTP/1", b"HTTP/01.1", b"http/1.1", b"HTTP/ 1.1", b"HTTP/1.10", b"HTTP/11.1",
+        b"FTP/1.1", b"HTTP/1.1x", b"HTTP/1,1", b"HTTP/-1.1"],
+        lambda version: got(start=b"GET /health " + version), [400]),
+    *variants("rl26k", "version", [b"HTTP/9.9", b"HTTP/0.9"],
+              lambda version: got(start=b"GET /health " + version), [505]),
+    ("rl27", "fragment", got(start=b"GET /health#zebra HTTP/1.1"), [200], KEEPS),
+    ("rl28", "raw UTF-8", got(start=b"GET /h\xc3\xa9 HTTP/1.1"), [400], SHUT),
+    *variants("rl29", "byte in the target", [b"\0", b"\1", b"\x7f", b"\x0b", b"\r"],
+              lambda byte: got(start=b"GET /zebra" + byte + b"b HTTP/1.1"), [400]),
+    ("rl30", "encoded NUL and CRLF", got(start=b"GET /%00%0d%0aEvil:%201 HTTP/1.1"),
+     [404], KEEPS),
+    ("rl31", "GET *", got(start=b"GET * HTTP/1.1"), [400], SHUT),
+    ("rl32", "OPTIONS *", got(start=b"OPTIONS * HTTP/1.1"), [405], KEEPS),
+    ("rl33", "absolute target", got(start=b"GET http://localhost/health HTTP/1.1",
+                                    host=b"Host: zebra.example"), [200], KEEPS),
+    ("rl33b", "absolute target of another",
+     got(start=b"GET http://zebra.example/health HTTP/1.1"), [403], SHUT),
+    *variants("rl33c", "absolute target without a sound host",
+              [b"", b"u@localhost", b"localhost:99999", b"localhost:", b":80"],
+              lambda host: got(start=b"GET http://" + host + b"/health HTTP/1.1",
+                               host=b"Host: zebra.example"), [400]),
+    ("rl34", "authority with GET", got(start=b"GET localhost:80 HTTP/1.1"), [400],
+     SHUT),
+    ("rl35", "CONNECT", got(start=b"CONNECT localhost:22 HTTP/1.1"), [400], SHUT),
+    ("rl36", "no leading slash", got(start=b"GET health HTTP/1.1"), [400], SHUT),
+    ("rl37", "8 kB of target", got(start=b"GET /health?" + b"a" * 8000 + b" HTTP/1.1"),
+     [200], KEEPS),
+    ("rl38", "300 kB of target", got(start=b"GET /" + BLOB + b" HTTP/1.1"), [414],
+     SHUT),
+    ("rl39", "no line end", BLOB * 14, [414], SHUT),
+    ("rl40", "TRACE", got(b"x-api-key: zebra", start=b"TRACE /health HTTP/1.1"), [405],
+     KEEPS),
+]
+HEADERS = [
+    ("hd01", "folded line", got(b"A: b", b" zebra"), [400], SHUT),
+    ("hd02", "blank before the first", got(host=b" Host: localhost"), [400], SHUT),
+    ("hd03", "space before the colon", got(b"Zebra : b"), [400], SHUT),
+    ("hd04", "tab before the colon", got(b"Zebra\t: b"), [400], SHUT),
+    ("hd05", "space before the colon of a length", put(b"Content-Length : " + COUNT),
+     [400], SHUT),
+    ("hd06", "no name", got(b": zebra"), [400], SHUT),
+    ("hd07", "no colon", got(b"zebra"), [400], SHUT),
+    *variants("hd08", "byte in a name", [b" ", b"\0", b"\xe9", b"\x7f", b"(", b"[",
+                                         b"@", b'"', b"/", b"\x0b"],
+              lambda byte: got(b"Zeb" + byte + b"ra: b"), [400]),
+    ("hd09", "NUL in a value", got(b"A: zebra\0"), [400], SHUT),
+    ("hd10", "CR in a value", got(b"A: zebra\rb"), [400], SHUT),
+    ("hd11", "bare LF between headers", got(b"A: b\nB: zebra"), [400], SHUT),
+    *variants("hd12", "control byte in a value", [b"\1", b"\x08", b"\x0b", b"\x1f",
+                                                  b"\x7f"],
+              lambda byte: got(b"A: zeb" + byte + b"ra"), [400]),
+    ("hd13", "bytes above ASCII in a value", got(b"A: \x80\xff"), [200], KEEPS),
+    ("hd14", "no Host", got(host=None), [400], SHUT),
+    ("hd15", "two equal Hosts", got(b"Host: localhost"), [400], SHUT),
+    ("hd16", "two Hosts", got(b"Host: zebra"), [400], SHUT),
+    ("hd17", "empty Host", got(host=b"Host:"), [400], SHUT),
+    *variants("hd18", "Host", [
+        b"u@localhost", b"localhost/zebra", b"localhost, zebra", b"local zebra",
+        b"localhost:99999", b"localhost:abc", b"[::1", b"local\1host"],
+        lambda host: got(host=b"Host: " + host), [400]),
+    ("hd19", "66666 headers", got(*[b"A: b"] * 66666), [431], SHUT),
+    ("hd19b", "200 headers", got(*[b"A: b"] * 200), [431], SHUT),
+    ("hd20", "60 headers", got(*[b"A: b"] * 60), [200], KEEPS),
+    ("hd21", "value of 4 kB", got(b"A: " + b"b" * 4096), [200], KEEPS),
+    ("hd22", "long value", got(b"A: " + BLOB), [431], SHUT),
+    ("hd23", "long name", got(BLOB + b": b"), [431], SHUT),
+    ("hd24", "headers without end", GET + b"A: zebra\r\n" * 200000, [431], SHUT),
+    ("hd25", "two Content-Types", put(b"Content-Type: application/json",
+                                      b"Content-Type: text/zebra",
+                                      b"Content-Length: " + COUNT), [400], SHUT),
+    ("hd26", "close", got(b"Connection: close"), [200], SHUT),
+    ("hd27", "close in a list", got(b"Connection: keep-alive, CLOSE"), [200], SHUT),
+    ("hd28", "Connection names the length",
+     put(b"Connection: content-length", b"Content-Length: " + COUNT), [200], KEEPS),
+    ("hd29", "websocket", got(b"Connection: Upgrade", b"Upgrade: websocket"), [200],
+     KEEPS),
+    ("hd30", "h2c", got(b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c",
+                        b"HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA"), [200], KEEPS),
+    ("hd31", "unknown upgrade of a POST",
+     put(b"Connection: Upgrade", b"Upgrade: zebra", b"Content-Length: " + COUNT), [200],
+     KEEPS),
+    ("hd32", "unknown expectation", put(b"Expect: zebra", b"Content-Length: " + COUNT),
+     [417], SHUT),
+    ("hd34", "Expect in HTTP/1.0",
+     put(b"Expect: 100-continue", b"Content-Length: " + COUNT, body=b"",
+         start=b"POST /v1/messages HTTP/1.0"), [], CUT),
+    ("hd35", "Expect with 10 TB",
+     put(b"Expect: 100-continue", b"Content-Length: 10000000000000", body=b""), [413],
+     SHUT),
+    ("hd36", "another header with an underscore",
+     put(b"Content_Length: 1", b"Content-Length: " + COUNT), [200], KEEPS),
+]
+LENGTHS = [
+    *variants("cl01", "length", [
+        b"+" + COUNT, b"-" + COUNT, b"-0", COUNT + b".0", b"0x" + SIZE, b"0o5", b"1_0",
+        COUNT + b" " + COUNT, b"", COUNT + b";", COUNT + b"e0",
+        "\u0667".encode(), b"\xb2", COUNT + b"\x0b", COUNT + b"\xa0", b"zebra",
+        b'"' + COUNT + b'"', COUNT + b"\0"],
+        lambda value: put(b"Content-Length: " + value), [400]),
+    ("cl02", "two lengths", put(b"Content-Length: 5", b"Content-Length: " + COUNT),
+     [400], SHUT),
+    ("cl03", "two equal lengths",
+     put(b"Content-Length: " + COUNT, b"Content-Length: " + COUNT), [400], SHUT),
+    ("cl04", "list of equal lengths",
+     put(b"Content-Length: " + COUNT + b", " + COUNT), [400], SHUT),
+    ("cl05", "list of lengths", put(b"Content-Length: " + COUNT + b", 5"), [400],
+     SHUT),
+    ("cl06", "leading zeros", put(b"Content-Length: 000" + COUNT), [200], KEEPS),
+    ("cl07a", "spaces around", put(b"Content-Length:   " + COUNT + b"  "), [200],
+     KEEPS),
+    ("cl07b", "tabs around", put(b"Content-Length:\t" + COUNT + b"\t"), [200], KEEPS),
+    *variants("cl08", "huge length", [b"%d" % n for n in (1 << 63, 1 << 64, 10 ** 30)],
+              lambda value: put(b"Content-Length: " + value), [413]),
+    ("cl09", "length of 5000 digits", put(b"Content-Length: " + b"9" * 5000), [413],
+     SHUT),
+    ("cl10", "length that wraps", put(b"Content-Length: %d" % (len(BODY) + (1 << 64))),
+     [413], SHUT),
+    ("cl11", "body cut", put(b"Content-Length: 500"), [], CUT),
+    ("cl12", "no length", put(body=b""), [400], KEEPS),
+    ("cl13", "length 0", put(b"Content-Length: 0", body=b""), [400], KEEPS),
+    ("cl14", "2 GB declared", put(b"Content-Length: 2000000000", body=b""), [413],
+     SHUT),
+    ("cl15", "body of a GET", got(b"Content-Length: 5") + b"zebra", [200], KEEPS),
+]
+CODINGS = [
+    ("te01", "one chunk", in_chunks(), [200], KEEPS),
+    ("te02", "two chunks", in_chunks(b"5", BODY[:5], b"\r\n%x\r\n" % (len(BODY) - 5)
+                                     + BODY[5:] + b"\r\n"), [200], KEEPS),
+    ("te03", "leading zeros", in_chunks(b"000" + SIZE), [200], KEEPS),
+    ("te04", "extension", in_chunks(SIZE + b";a=b"), [200], KEEPS),
+    ("te05", "quoted extension", in_chunks(SIZE + b';a="b;c"'), [200], KEEPS),
+    ("te06", "trailer", in_chunks(rest=b"0\r\nA: b\r\n\r\n"), [200], KEEPS),
+    ("te07", "mixed case", in_chunks().replace(b"chunked", b"cHuNkEd"), [200], KEEPS),
+    ("te08", "last chunk 000", in_chunks(rest=b"000\r\n\r\n"), [200], KEEPS),
+    *variants("te09", "chunk size", [
+        b"0x" + SIZE, b"+" + SIZE, b"-" + SIZE, b" " + SIZE, SIZE[:1] + b"_" + SIZE[1:],
+        b"", b";a=b", SIZE + b"g", b"xyz", SIZE + b"\x0b", SIZE + b"\0", b"\xb2",
+        SIZE + b"," + SIZE, SIZE + b" 5"], in_chunks, [400]),
+    ("te10", "blank after the size", in_chunks(SIZE + b" "), [400], SHUT),
+    *variants("te11", "overflow", [b"F" * 16 + SIZE, b"1" + b"0" * 15 + SIZE,
+                                   b"7FFFFFFFFFFFFFFF"], in_chunks, [400]),
+    ("te12", "100 kB of zeros", in_chunks(b"0" * 100000 + SIZE), [400], SHUT),
+    ("te13", "data longer than its size", in_chunks(b"5"), [400], SHUT),
+    ("te14", "no CRLF after the data", in_chunks(end=b""), [400], SHUT),
+    ("te14b", "other bytes for that CRLF", in_chunks(end=b"XY"), [400], SHUT),
+    ("te15", "bare LF after the data", in_chunks(end=b"\n"), [400], SHUT),
+    ("te16", "bare LF after the size", in_chunks(eol=b"\n"), [400], SHUT),
+    ("te17", "bare CR after the size", in_chunks(eol=b"\r"), [400], SHUT),
+    ("te18", "LF in an extension", in_chunks(SIZE + b";zebra\nb"), [400], SHUT),
+    ("te19", "CR in an extension", in_chunks(SIZE + b";zebra\rb"), [400], SHUT),
+    ("te20", "NUL in an extension", in_chunks(SIZE + b";zebra\0b"), [400], SHUT),
+    ("te21", "64 kB of extension", in_chunks(SIZE + b";" + BLOB[:65536]), [400], SHUT),
+    ("te22", "4 MB of extension", in_chunks(SIZE + b";" + BLOB * 14), [400], SHUT),
+    ("te23", "8 MB of extensions",
+     put(CHUNKED[:-2], body=(b"1;" + BLOB[:4000] + b"\r\n{\r\n") * 2000), [400], SHUT),
+    ("te24", "final CRLF missing", in_chunks(rest=b"0\r\n"), [], CUT),
+    ("te25", "no last chunk", in_chunks(rest=b""), [], CUT),
+    ("te26", "cut in a chunk", in_chunks(data=BODY[:5], end=b"", rest=b""), [], CUT),
+    ("te27", "framing in the trailer", in_chunks(
+        rest=b"0\r\nContent-Length: 5\r\nTransfer-Encoding: gzip\r\n\r\n"), [200],
+     KEEPS),
+    ("te28", "trailer without colon", in_chunks(rest=b"0\r\nzebra\r\n\r\n"), [400],
+     SHUT),
+    ("te29", "4 MB of trailers", in_chunks(rest=b"0\r\n" + b"A: zebra\r\n" * 400000),
+     [431], SHUT),
+    *variants("te30", "coding", [
+        b"xchunked", b"identity", b"gzip", b"chunked, gzip", b"gzip, chunked",
+        b"chunked, chunked", b"chunked;q=1", b"", b"\x0bchunked", b"chunked\0",
+        "chun\u212aed".encode(), b'"chunked"', b"chunkedchunked"],
+        lambda value: in_chunks().replace(b": chunked", b": " + value), [400]),
+    *variants("te31", "coding with a comma", [b", chunked", b"chunked,"],
+              lambda value: in_chunks().replace(b": chunked", b": " + value), [400]),
+    ("te31c", "space behind", in_chunks().replace(b"chunked", b"chunked "), [200],
+     KEEPS),
+    ("te31d", "tab before", in_chunks().replace(b" chunked", b"\tchunked"), [200],
+     KEEPS),
+    ("te32", "two codings", in_chunks().replace(CHUNKED, CHUNKED * 2), [400], SHUT),
+    ("te33", "chunked in HTTP/1.0", in_chunks().replace(b"/1.1", b"/1.0"), [400], SHUT),
+    ("te34", "space before the colon", in_chunks().replace(b"g:", b"g :"), [400], SHUT),
+    ("te35", "20000 chunks", put(CHUNKED[:-2], body=b"1\r\n \r\n" * 20000 + SIZE
+                                 + b"\r\n" + BODY + b"\r\n0\r\n\r\n"), [200], KEEPS),
+]
+END_CHUNK = b"0\r\n\r\n" + HIDDEN
+SMUGGLED = [
+    ("sm01", "length and coding", put(b"Content-Length: 60", CHUNKED[:-2],
+                                      body=END_CHUNK), [400], SHUT),
+    ("sm02", "coding and length", put(CHUNKED[:-2], b"Content-Length: 60",
+                                      body=END_CHUNK), [400], SHUT),
+    ("sm03", "coding and a bad length", put(CHUNKED[:-2], b"Content-Length: +4",
+                                            body=END_CHUNK), [400], SHUT),
+    ("sm04", "two lengths", put(b"Content-Length: 0", b"Content-Length: 45",
+                                body=HIDDEN), [400], SHUT),
+    ("sm05", "chunked and identity", put(CHUNKED + b"Transfer-Encoding: identity",
+                                         body=END_CHUNK), [400], SHUT),
+    ("sm06", "folded coding", put(b"Transfer-Encoding:", b" chunked",
+                                  b"Content-Length: 60", body=END_CHUNK), [400], SHUT),
+    ("sm07", "a bad request first", b"zebra\r\n\r\n" + HIDDEN, [400], SHUT),
+    ("sm08", "a bad chunk size first", in_chunks(b"zebra") + HIDDEN, [400], SHUT),
+    ("sm09", "HTTP/1.0 and chunked", put(CHUNKED[:-2], body=END_CHUNK,
+                                         start=b"POST /v1/messages HTTP/1.0"), [400],
+     SHUT),
+    ("sm10", "negative length", put(b"Content-Length: -45", body=HIDDEN), [400], SHUT),
+    ("sm11", "empty coding", put(b"Transfer-Encoding:", b"Content-Length: 0",
+                                 body=HIDDEN), [400], SHUT),
+    ("sm12", "coding behind a CR", put(b"A: b\rTransfer-Encoding: chunked",
+                                       b"Content-Length: 0", body=HIDDEN), [400], SHUT),
+    ("sm13", "a request as body of a GET",
+     got(b"Content-Length: %d" % len(HIDDEN)) + HIDDEN, [200], KEEPS),
+    ("sm14", "a request as body of a refused POST",
+     put(b"Content-Length: %d" % len(HIDDEN), body=HIDDEN), [400], KEEPS),
+    ("sm14b", "the same, refused by its head",
+     put(b"Origin: http://zebra.example", b"Content-Length: %d" % len(HIDDEN),
+         body=HIDDEN), [403], SHUT),
+]
+CONVERSATIONS = [
+    ("cn01", "3 pipelined GETs", got() * 3, [200] * 3, KEEPS),
+    ("cn02", "100 pipelined GETs", got() * 100, [200] * 100, KEEPS),
+    ("cn03", "pipelined POST, GET, chunks", POST + LENGTH + got() + in_chunks(),
+     [200] * 3, KEEPS),
+    ("cn08", "half-closed behind a request", got(), [200], CUT),
+    *variants("cn10", "noise", [bytes(random.Random(seed).choices(range(256), k=400))
+                                for seed in range(5)], bytes, [400]),
+    ("cn11", "TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\xab" * 506,
+     [400], SHUT),
+]
+INPUTS = [*REQUEST_LINES, *HEADERS, *LENGTHS, *CODINGS, *SMUGGLED, *CONVERSATIONS]
+ORDINARY = set((GET + POST + CLOSE + CHUNKED + b"Content-Length: HTTP/ 1.1 HTTP/1 "
+                b"HTTP/1.0").split())
+
+
+@pytest.fixture(scope="module")
+def stage():
+    """(what it asks, a client) of a proxy that many tests share."""
+    with both(completes("ok")) as pair:
+        yield pair
+
+
+def until_closed(sock):
+    """All that comes until the peer closes; a peer that does not is an error."""
+    pieces = []
+    with contextlib.suppress(ConnectionError):
+        while not pieces or pieces[-1]:
+            pieces.append(sock.recv(65536))
+    return b"".join(pieces)
+
+
+def answers_in(raw):
+    """[(status, headers, body)] of well-formed answers that are all there is."""
+    found = []
+    while raw:
+        head, blank, raw = raw.partition(b"\r\n\r\n")
+        start, *lines = head.decode("ascii").split("\r\n")
+        status = int(re.fullmatch(r"HTTP/1\.1 (\d{3}) [A-Z][ -~]+", start)[1])
+        fields = dict(line.lower().split(": ", 1) for line in lines)
+        size = int(fields["content-length"])
+        assert blank and fields["date"].endswith("gmt") and len(fields) == len(lines)
+        assert fields["content-type"] == "application/json" and size <= len(raw)
+        assert ("allow" in fields) == (status == 405)
+        assert "server" not in fields and not re.search(r"access-control", str(fields))
+        found.append((status, fields, raw[:size]))
+        raw = raw[size:]
+    return found
+
+
+@pytest.mark.parametrize("data, statuses, then", [
+    pytest.param(*row[2:], id=" ".join(row[:2])) for row in INPUTS])
+def test_hostile_inputs(stage, data, statuses, then):
+    with socket.create_connection(stage[1].address, 5) as sock:
+        with contextlib.suppress(OSError):      # refused before all was sent
+            sock.sendall(data if then == CUT else data + NEXT)
+            if then == CUT:
+                sock.shutdown(socket.SHUT_WR)
+        answers = answers_in(until_closed(sock))
+    assert [answer[0] for answer in answers] == statuses + [200] * (then == KEEPS)
+    kept = [fields["connection"] == "keep-alive" for _, fields, _ in answers]
+    assert kept == [True] * (len(kept) - 1) + [then == CUT] or not kept
+    words = {word for word in data.split() if len(word) > 2 and not word.isdigit()}
+    for status, _, body in answers:
+        assert status == 200 or json.loads(body)["type"] == "error"
+        assert status == 200 or not [word for word in words - ORDINARY if word in body]
+
+
+def test_every_input_of_the_list_has_a_row():
+    keys = {row[0][:4] for row in INPUTS}
+    want = [("rl", 40), ("hd", 36), ("cl", 15), ("te", 35), ("sm", 14)]
+    elsewhere = {"hd33"}        # below, with time between head and body
+    assert elsewhere | keys >= {"%s%02d" % (group, number) for group, last in want
+                                for number in range(1, last + 1)}
 
 
 # ---- 22. Client programs -----------------------------------------------------
