@@ -7967,20 +7967,21 @@ class Server:
             wire.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.reserve(wire, 0 if how == "chunked" else int(how))
         decoder, pieces, size = body_decoder(how), [], 0
-        piece, rest = decoder.send(wire.held)
+        data, rest = wire.held, None
         while rest is None:
+            wire.held = b""
+            piece, rest = decoder.send(data)
             pieces.append(piece)
             size += len(piece)
             if size > MAX_BODY_BYTES:
                 raise ProxyError(413, f"body over {MAX_BODY_BYTES} bytes")
             self.reserve(wire, size)
-            wire.held = b""
-            data = await wire.read()
-            if not data:
-                raise ConnectionAbortedError("closed inside a request body")
-            piece, rest = decoder.send(data)
+            if rest is None:
+                data = await wire.read()
+                if not data:
+                    raise ConnectionAbortedError("closed inside a request body")
         wire.held = rest
-        return b"".join(pieces) + piece
+        return b"".join(pieces)
 
     def reserve(self, wire: Wire, size: int) -> None:
         """Count a body against what all may hold together; ProxyError(503) beyond it.

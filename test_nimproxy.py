@@ -7192,6 +7192,289 @@ def test_every_input_of_the_list_has_a_row():
                                 for number in range(1, last + 1)}
 
 
+@pytest.mark.parametrize("data, words", [
+    (b"GET /health\r\n", "HTTP/1.1 in its first line"),
+    (b"\x16\x03\x01\x02\x00\x01", "http:// instead of https://")])
+def test_what_is_no_head_is_refused_before_its_end(stage, data, words):
+    with socket.create_connection(stage[1].address, 5) as sock:
+        sock.sendall(data)
+        [(status, _, body)] = answers_in(until_closed(sock))
+    assert status == 400 and words in json.loads(body)["error"]["message"]
+
+
+SLOW = [    # a phrase, what comes at once, what comes then, bit by bit
+    ("nothing", b"", b""), ("half a request line", b"GET /hea", b""),
+    ("half a head", GET, b""), ("one byte at a time", b"GET /", b"a" * 300),
+    ("one line at a time", GET, [b"A: b\r\n"] * 140),
+    ("a body that stops", POST + b"Content-Length: 50\r\n\r\n{", b""),
+    ("a chunk size that stops", POST + CHUNKED + b"\r\n5", b""),
+    ("silence after 100 Continue", POST + b"Expect: 100-continue\r\n"
+     b"Content-Length: 50\r\n\r\n", b""),
+]
+
+
+@pytest.mark.parametrize("first, bits", named(SLOW))
+def test_slow_clients_are_left(stage, monkeypatch, first, bits):
+    for name in ("HEAD_SECONDS", "BODY_SECONDS", "IDLE_SECONDS"):
+        monkeypatch.setattr(np, name, 0.2)
+    with socket.create_connection(stage[1].address, 5) as sock:
+        sock.sendall(first)
+        with contextlib.suppress(OSError):
+            for bit in bits:
+                sock.sendall(bit if isinstance(bit, bytes) else bytes([bit]))
+                time.sleep(0.02)
+        assert b"200 OK" not in until_closed(sock)
+
+
+def test_300_requests_on_one_connection(stage):
+    connection = http.client.HTTPConnection(*stage[1].address, timeout=20)
+    with contextlib.closing(connection):
+        for number in range(300):
+            connection.request(("GET", "HEAD")[number % 2], "/health")
+            answer = connection.getresponse()
+            assert answer.status == 200 and bool(answer.read()) == (number % 2 == 0)
+
+
+def test_a_chunked_request_cut_anywhere(stage):
+    data = in_chunks(SIZE + b";a=b", rest=b"0\r\nA: b\r\n\r\n")
+    source = random.Random(1)
+    for _ in range(20):
+        cuts = sorted(source.choices(range(len(data)), k=8))
+        ends = zip([0, *cuts], [*cuts, len(data)])
+        raw = stage[1].raw(*[data[begin:end] for begin, end in ends], NEXT)
+        assert [answer[0] for answer in answers_in(raw)] == [200, 200]
+
+
+def reset(sock):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def test_it_stands_after_resets(stage, caplog):
+    for data in [b"", b"GET /he", POST + LENGTH[:-5], POST + LENGTH, b"\0zebra"] * 6:
+        sock = socket.create_connection(stage[1].address, 5)
+        sock.sendall(data)
+        reset(sock)
+    assert stage[1].ask()[0] == 200
+    gc.collect()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_it_serves_beside_200_that_do_not_ask(stage):
+    with contextlib.ExitStack() as opened:
+        for number in range(200):
+            sock = socket.create_connection(stage[1].address, 5)
+            opened.enter_context(sock).sendall(GET if number % 4 == 0 else b"")
+        began = time.monotonic()
+        assert stage[1].ask()[0] == 200
+        assert time.monotonic() - began < 2
+
+
+@contextlib.contextmanager
+def asking(client, count=1):
+    """Sockets on which streams are under way."""
+    with contextlib.ExitStack() as opened:
+        socks = [opened.enter_context(socket.create_connection(client.address, 5))
+                 for _ in range(count)]
+        for sock in socks:
+            sock.sendall(posted(stream=True))
+            assert sock.recv(100)
+        yield socks
+
+
+BEGUN = [EVENT_STREAM + sse(says(content="x"), done=False), FakeNim.LEFT]
+
+
+def test_idle_connections_make_room_and_busy_ones_do_not(monkeypatch, caplog):
+    monkeypatch.setattr(np, "MAX_CONNECTIONS", 3)
+    with both(BEGUN) as (nim, client), asking(client) as busy:
+        idle = []
+        for _ in range(2):
+            idle.append(socket.create_connection(client.address, 5))
+            idle[-1].sendall(got())
+            assert idle[-1].recv(1000)
+        assert client.raw(NEXT).count(b"200 OK") == 1
+        assert until_closed(idle[0]) == b""             # the oldest
+        idle[1].sendall(NEXT)
+        assert b"200 OK" in until_closed(idle[1])
+        for sock in idle:
+            sock.close()
+        with asking(client, 2):
+            assert client.raw(NEXT) == client.raw(NEXT) == b""
+        busy[0].close()
+    assert caplog.text.count("3 are busy") == 1
+
+
+@pytest.mark.parametrize("leave", [socket.socket.close, reset])
+def test_a_client_that_sent_far_ahead_is_seen_to_leave(monkeypatch, leave):
+    monkeypatch.setattr(np, "MAX_PIPELINED_BYTES", 1000)
+    monkeypatch.setattr(np, "LEAVING_SECONDS", 0.05)
+    with both(BEGUN) as (nim, client), asking(client) as [sock]:
+        sock.sendall(got() * 10000)
+        assert not nim.left.wait(0.2)
+        leave(sock)
+        assert nim.left.wait(5)
+
+
+def test_a_client_that_closes_its_side_while_upstream_is_asked_has_left():
+    with both(BEGUN) as (nim, client), asking(client) as [sock]:
+        sock.shutdown(socket.SHUT_WR)
+        assert nim.left.wait(5)
+        until_closed(sock)
+
+
+@pytest.mark.parametrize("framed", [LENGTH, CHUNKS], ids=["length", "chunks"])
+def test_request_bodies_have_a_budget_together(monkeypatch, framed):
+    arrived, go = threading.Event(), threading.Event()
+
+    def held(chat):
+        arrived.set()
+        go.wait(10)
+        return completes("ok")
+
+    monkeypatch.setattr(np, "MAX_BODIES_BYTES", len(BODY) * 3 // 2)
+    with both(held) as (nim, client), contextlib.ExitStack() as opened:
+        first = opened.enter_context(socket.create_connection(client.address, 5))
+        first.sendall(POST + CLOSE + framed)
+        assert arrived.wait(5)
+        [(status, fields, body)] = answers_in(client.raw(POST + framed))
+        assert status == 503 and fields["connection"] == "close"
+        assert fields["retry-after"] == "1"
+        assert json.loads(body)["error"]["type"] == "overloaded_error"
+        unsent = client.raw(POST + b"Content-Length: %d\r\n\r\n" % len(BODY))
+        assert [answer[0] for answer in answers_in(unsent)] == [503]
+        assert client.request("GET", "/health")[0] == 200
+        go.set()
+        assert [answer[0] for answer in answers_in(until_closed(first))] == [200]
+        with socket.create_connection(client.address, 5) as sock:
+            sock.sendall(POST + LENGTH[:-5])            # cut: no longer counted
+            sock.shutdown(socket.SHUT_WR)
+            assert until_closed(sock) == b""
+        raw = client.raw(POST + framed + POST + CLOSE + framed)
+        assert [answer[0] for answer in answers_in(raw)] == [200, 200]
+
+
+def test_without_descriptors_it_waits_and_comes_back(shell):
+    resource = pytest.importorskip("resource")
+    with serving("--demo") as (child, url), contextlib.ExitStack() as opened:
+        client, used_up = Client(url), len(os.listdir("/proc/%d/fd" % child.pid))
+        limits = (used_up + 8, used_up + 8)
+        resource.prlimit(child.pid, resource.RLIMIT_NOFILE, limits)
+        for _ in range(12):
+            sock = socket.create_connection(client.address, 5)
+            opened.enter_context(sock)
+        assert client.request("GET", "/health")[0] == 200       # idle ones made room
+        for _ in range(12):
+            sock = socket.create_connection(client.address, 5)
+            opened.enter_context(sock).sendall(b"GET /half")
+        time.sleep(1.2)                     # accept is tried again meanwhile
+        opened.close()
+        assert client.request("GET", "/health")[0] == 200
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(5) == 0
+        errors = child.stderr.read().decode()
+    assert errors.count("cannot take connections") == 1 and "Traceback" not in errors
+
+
+def test_the_descriptor_limit_is_raised():
+    resource = pytest.importorskip("resource")
+    script = ("import resource as r, nimproxy as np\n"
+              "r.setrlimit(r.RLIMIT_NOFILE, (64, r.getrlimit(r.RLIMIT_NOFILE)[1]))\n"
+              "np.raise_descriptor_limit()\n"
+              "print(r.getrlimit(r.RLIMIT_NOFILE)[0])")
+    done = subprocess.check_output([sys.executable, "-c", script], cwd=HERE)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert int(done) == (8192 if hard < 0 else min(hard, 8192))
+
+
+FROM_PAGES = [   # id, headers, status; PORT is the proxy's own
+    *[("lo01", ["Host: " + host], 200) for host in (
+        "localhost", "LocalHost:1", "127.0.0.1:PORT", "[::1]", "[::1]:PORT")],
+    *[("lo02", ["Host: " + host], 403) for host in (
+        "zebra.example", "localhost.zebra.example", "zebra-localhost", "xlocalhost",
+        "127.0.0.1.zebra.example", "localhost.", "zebra.local", "zebra.internal",
+        "0.0.0.0", "10.0.0.1", "127.1", "2130706433", "[::]", "[::ffff:127.0.0.1]")],
+    *[("lo05", ["Host: localhost", "Origin: " + origin], 403) for origin in (
+        "http://zebra.example", "null", "", "file://", "chrome-extension://zebra",
+        "http://localhost", "http://localhost:1", "https://localhost:PORT",
+        "http://localhost:PORT/", "http://localhost:PORT.zebra.example",
+        "http://zebra.localhost:PORT", "http://localhost:PORT http://zebra.example")],
+    *[("lo05", ["Host: localhost", "Origin: http://%s:PORT" % host], 200)
+      for host in ("localhost", "127.0.0.1", "[::1]")],
+    ("lo05", ["Host: localhost", "Origin: http://localhost:PORT",
+              "Origin: http://zebra.example"], 403),
+    *[("lo06", ["Host: localhost", "Sec-Fetch-Site: " + site], 403)
+      for site in ("cross-site", "same-site", "", "NONE", "zebra")],
+    ("lo06", ["Host: localhost", "Sec-Fetch-Site: none", "Sec-Fetch-Site: cross-site"],
+     403),
+    *[("lo08", ["Host: localhost", "Origin: http://localhost:PORT",
+                "Content-Type: " + kind], 403)
+      for kind in ("text/plain", "Text/Plain; charset=utf-8", "multipart/form-data",
+                   "application/x-www-form-urlencoded")],
+    ("lo08", ["Host: localhost", "Content-Type: text/plain"], 200),
+]
+
+
+@pytest.mark.parametrize("headers, status", named(FROM_PAGES))
+def test_pages_and_strange_names_are_refused(stage, headers, status):
+    nim, client = stage
+    lines = "\r\n".join(headers).replace("PORT", str(client.address[1])).encode()
+    before = len(nim.asked)
+    for body in (b"", BODY)[status == 200:]:    # a refusal does not wait for the body
+        raw = client.raw(b"POST /v1/messages HTTP/1.1\r\n" + lines + b"\r\n" + CLOSE
+                         + COUNT.join([b"Content-Length: ", b"\r\n\r\n"]) + body)
+        [(got_status, _, answer)] = answers_in(raw)
+        assert got_status == status and b"zebra" not in answer
+    assert len(nim.asked) == before + (status == 200)
+
+
+PATHS_OF_STRANGERS = [  # id, request line, extra header, status
+    ("lo12", b"OPTIONS /v1/messages", b"A: b", 405),
+    ("lo12", b"OPTIONS /status", b"Access-Control-Request-Method: POST", 405),
+    ("lo13", b"OPTIONS /v1/messages", b"Origin: http://zebra.example", 403),
+    ("lo15", b"GET /../../etc/passwd", b"A: b", 404),
+    ("lo15", b"GET /..%2f..%2fetc/passwd", b"A: b", 404),
+    ("lo15", b"GET //etc/passwd", b"A: b", 404),
+    ("lo15", b"GET /%68ealth", b"A: b", 404),
+    ("lo15", b"POST /v1%2fmessages", b"A: b", 404),
+    ("lo15", b"GET /health/", b"A: b", 404),
+    ("lo15", b"GET /health%00", b"A: b", 404),
+]
+
+
+@pytest.mark.parametrize("start, extra, status", named(PATHS_OF_STRANGERS))
+def test_paths_are_compared_as_they_came(stage, start, extra, status):
+    raw = stage[1].raw(got(extra, CLOSE[:-2], start=start + b" HTTP/1.1"))
+    assert [answer[0] for answer in answers_in(raw)] == [status]
+
+
+def test_the_key_is_looked_at_before_the_body():
+    with both(completes("ok"), proxy_key="k" * 16) as (nim, client):
+        for key in (b"x-api-key: zebra", b"Authorization: Bearer zebra", b"A: b"):
+            raw = client.raw(put(key, b"Expect: 100-continue", b"Content-Length: 50",
+                                 body=b""))
+            [(status, _, answer)] = answers_in(raw)
+            assert status == 401 and b"zebra" not in answer
+
+
+FORGERIES = [   # id, bytes
+    ("se01", got(start=b"GET /%0a12:00:00%20INFO%20forged HTTP/1.1")),
+    ("se01", got(start=b"GET /v1/models/a%0d%0aforged%e2%80%a8%c2%85%1b[2J HTTP/1.1")),
+    ("se01", got(b"Origin: \xe2\x80\xa8forged\x85")),
+    ("se01", got(b"A: b\rforged")), ("se01", got(start=b"GET /\x1b[2J HTTP/1.1")),
+    ("se01", put(b"Content-Length: 24", body=b'{"model": "a\\u2028\\nb\x1b"}')),
+]
+
+
+@pytest.mark.parametrize("data", named(FORGERIES))
+def test_requests_cannot_forge_lines_of_the_log(stage, caplog, data):
+    caplog.set_level("INFO", "nimproxy")
+    raw = stage[1].raw(data, NEXT)
+    assert answers_in(raw)[0][0] in (400, 403, 404)
+    [record] = caplog.records
+    assert re.fullmatch(r"[ -~]{1,1000}", record.getMessage())
+
+
 # ---- 22. Client programs -----------------------------------------------------
 
 CONFIG = np.Config(default_model="z-ai/glm-5.3", opus="o/o", sonnet="s/s", haiku="h/h",
