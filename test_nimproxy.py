@@ -7218,7 +7218,7 @@ def test_request_bodies_have_a_budget_together(monkeypatch, framed):
     monkeypatch.setattr(np, "MAX_BODIES_BYTES", len(BODY) * 3 // 2)
     with both(held) as (nim, client), contextlib.ExitStack() as opened:
         first = opened.enter_context(socket.create_connection(client.address, 5))
-        first.sendall(POST + CLOSE + framed)
+        first.sendall(POST + framed)
         assert arrived.wait(5)
         [(status, fields, body)] = answers_in(client.raw(POST + framed))
         assert status == 503 and fields["connection"] == "close"
@@ -7228,7 +7228,7 @@ def test_request_bodies_have_a_budget_together(monkeypatch, framed):
         assert [answer[0] for answer in answers_in(unsent)] == [503]
         assert client.request("GET", "/health")[0] == 200
         go.set()
-        assert [answer[0] for answer in answers_in(until_closed(first))] == [200]
+        assert first.recv(4096).startswith(b"HTTP/1.1 200 OK")  # open, but idle now
         with socket.create_connection(client.address, 5) as sock:
             sock.sendall(POST + LENGTH[:-5])            # cut: no longer counted
             sock.shutdown(socket.SHUT_WR)
