@@ -7862,7 +7862,7 @@ class Server:
         now = time.monotonic()
         if not self.troubled or now - self.troubled > TROUBLE_SECONDS:
             self.troubled = now
-            self.proxy.note("server", ProxyError(503, words))
+            self.proxy.note(Course("server"), ProxyError(503, words))
 
     def hear(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
         """The loop's exception handler.  Without descriptors asyncio's accept fails
@@ -8040,7 +8040,7 @@ class Server:
         except asyncio.CancelledError:
             if not self.cutting or not response.last:
                 raise
-            self.proxy.note(request.path(), stopped())
+            self.proxy.note(Course(request.path()), stopped())
             wire.writer.write(lead + frame(response.last(stopped())))
         finally:
             beating.cancel()                # nothing may follow the last chunk

@@ -346,7 +346,7 @@ USES = {            # part: the other parts it may use
     "Memory": "Numbers Errors",
     "Journal": "Errors Configuration Pacing Memory",
     "Proxy": " ".join(PARTS[:PARTS.index("Proxy")]),
-    "Server": "Numbers Errors Configuration HTTP/1.1 Upstream Proxy",
+    "Server": "Numbers Errors Configuration HTTP/1.1 Upstream Journal Proxy",
     "Client": "Models Configuration",
     "Command": " ".join(PARTS[:-1]),
 }
@@ -5003,10 +5003,11 @@ LONG_PIECE = "x" * 8000
 LEAKED_CALL = ('<tool_call>{"name": "Read", "arguments": {"file_path": "/%s"}}'
                "</tool_call>")
 GZIP_SSE = [EVENT_STREAM[:-2] + b"Content-Encoding: gzip\r\n\r\n"]
+SPOKEN = SSE_HEAD + [sse(says(content="x "), done=False)]   # else it is dropped
 ENDLESS = [     # (case, before it, what comes for ever, how often, words, at most MB)
     ("text", SSE_HEAD, sse(says(content=LONG_PIECE), done=False) * 8, 1600,
      "broke off", 15),
-    ("thinking", SSE_HEAD, sse(says(reasoning_content=LONG_PIECE), done=False) * 8,
+    ("thinking", SPOKEN, sse(says(reasoning_content=LONG_PIECE), done=False) * 8,
      400, "broke off", 15),
     ("arguments", SSE_HEAD, sse(piece(0, "c", "Read", LONG_PIECE), done=False) * 8,
      400, "for them", 60),
@@ -5023,7 +5024,7 @@ ENDLESS = [     # (case, before it, what comes for ever, how often, words, at mo
     ("comments in one event", SSE_HEAD, b": xyz\n" * 9000, 400, "event of over", 15),
     ("calls in the text", SSE_HEAD,
      sse(says(content=LEAKED_CALL % LONG_PIECE), done=False) * 4, 400, "for them", 15),
-    ("calls in the thinking", SSE_HEAD,
+    ("calls in the thinking", SPOKEN,
      sse(says(reasoning_content=LEAKED_CALL % LONG_PIECE), done=False) * 4, 400,
      "for them", 15),
     ("a gzip bomb", GZIP_SSE, BOMB, 1, "line over", 60),
@@ -5857,7 +5858,7 @@ def test_stop_sequences_beyond_the_fourth_are_enforced():
 
 # ---- asking again
 
-FULL = refuses(503, {"error": {"message": "ResourceExhausted: Worker local total "
+LOADED = refuses(503, {"error": {"message": "ResourceExhausted: Worker local total "
                                "request limit reached (163/32)", "code": 503}})
 EMPTY = chunked(sse(done=True))
 FAILURES = [    # what upstream does first, how often in vain it is asked by default
@@ -5866,7 +5867,7 @@ FAILURES = [    # what upstream does first, how often in vain it is asked by def
                                "Retry-After: Thu, 01 Jan 1970 00:00:00 GMT"), 3),
     ("500", refuses(500, {"message": "EngineCore encountered an issue"}), 3),
     ("502", refuses(502, b"<html>bad gateway</html>"), 3),
-    ("503", FULL, 3),
+    ("503", LOADED, 3),
     ("504, empty", refuses(504, b""), 3),
     ("529", refuses(529, {"message": "Service temporarily overloaded"}), 3),
     ("degraded", refuses(400, {"detail": "Function id 'x': DEGRADED function cannot be "
@@ -5923,7 +5924,7 @@ def test_what_does_not_pass_is_asked_once(failure):
 
 
 def test_retries_can_be_set():
-    with both(*[FULL] * 5, EMPTY, EMPTY, streams(*HELLO), retries=5,
+    with both(*[LOADED] * 5, EMPTY, EMPTY, streams(*HELLO), retries=5,
               start_retries=2) as (nim, client):
         assert client.message(stream=True)["content"][0]["text"] == "Hello"
         assert len(nim.asked) == 8
@@ -5931,7 +5932,7 @@ def test_retries_can_be_set():
 
 def test_repetitions_end_in_time(monkeypatch):
     monkeypatch.setattr(np, "RETRY_SECONDS", 0.0)
-    with both(FULL, retries=9, eager_after=5) as (nim, client):
+    with both(LOADED, retries=9, eager_after=5) as (nim, client):
         assert client.ask(stream=True)[0] == 529
         assert len(nim.asked) == 1
 
@@ -6109,7 +6110,7 @@ REASONS = [
     ("gated", refuses(404, {"detail": "Function 'x': Not found for account 'y'"})),
     ("gated", refuses(403, {"detail": "Authorization failed"})),
     ("degraded", refuses(400, {"detail": "DEGRADED function cannot be invoked"})),
-    ("busy", FULL), ("busy", refuses(429, {"title": "x"})), ("busy", EMPTY),
+    ("busy", LOADED), ("busy", refuses(429, {"title": "x"})), ("busy", EMPTY),
     ("busy", refuses(500, {"message": "EngineCore encountered an issue"})),
     ("busy", [FakeNim.RESET]),
 ]
@@ -6138,7 +6139,7 @@ def test_a_fallback_steps_in_and_stays(reason, refused, stream):
 
 def test_each_session_has_its_own_fallback_for_a_while(monkeypatch):
     sessions = [{"x-claude-code-session-id": name} for name in "12"]
-    answers = [FULL, completes("b"), completes("a"), completes("b"), completes("a")]
+    answers = [LOADED, completes("b"), completes("a"), completes("b"), completes("a")]
     with both(*answers, fallbacks={"a": ("b",)}) as (nim, client):
         for which in (0, 1, 0):
             client.ask(headers=sessions[which], model="a")
@@ -6148,7 +6149,7 @@ def test_each_session_has_its_own_fallback_for_a_while(monkeypatch):
 
 
 def test_all_in_vain_is_the_first_error():
-    with both(by_model(a=GONE, b=FULL), fallbacks={"a": ("b",)}) as (nim, client):
+    with both(by_model(a=GONE, b=LOADED), fallbacks={"a": ("b",)}) as (nim, client):
         status, error = client.ask(model="a")
         assert status == 404
         assert "its fallbacks failed as well: b" in error["error"]["message"]
@@ -6243,7 +6244,7 @@ def test_a_busy_key_spills_over_to_the_fallback():
 
 def test_one_line_for_each_request(caplog):
     caplog.set_level("INFO", "nimproxy")
-    with both(FULL, streams(*HELLO), retries=1) as (nim, client):
+    with both(LOADED, streams(*HELLO), retries=1) as (nim, client):
         status, headers, _ = client.request("POST", "/v1/messages",
                                             dict(ASK, model="x", stream=True))
     line, = [each for each in caplog.records if getattr(each, "facts", None)]
@@ -6484,7 +6485,7 @@ async def drained(server):
     return server.drain()
 
 
-def answers_in(raw):
+def endings_in(raw):
     """(status, Connection) of the answers in what a socket received."""
     return [(int(status), option.decode()) for status, option in re.findall(
         rb"HTTP/1\.1 (\d+) (?:.*\r\n)*?Connection: ([\w-]+)\r\n", raw)]
@@ -6533,7 +6534,7 @@ def test_a_drain_finishes_what_runs_and_takes_nothing_new(before, after, answers
             go.set()
             raw += received(sock)
             closing.result(5)
-    assert answers_in(raw) == answers
+    assert endings_in(raw) == answers
     assert raw.count(b"message_stop") == 2 * before.startswith(STREAM)
     assert raw.count(b"overloaded_error") == answers.count((503, "close"))
 
@@ -6584,7 +6585,7 @@ def test_what_still_runs_at_the_limit_is_cut_with_words(stream):
     if stream:
         assert raw.endswith(np.LAST_CHUNK) and b"event: error" in raw
     else:
-        assert answers_in(raw) == [(503, "close")]
+        assert endings_in(raw) == [(503, "close")]
 
 
 def test_a_client_that_takes_nothing_does_not_hold_the_end_up(monkeypatch):
@@ -9133,7 +9134,7 @@ LETTERS = ("abcdefgh ijklmnop qrstuvwxyz .,;:\u00e9\u00df\u0416\u6f22\u5b57"
 SIZES = [30] * 12 + [1000] * 6 + [8000] * 2 + [30000]     # letters: up to 100 kB
 RUBBISH = [b"\x16\x03\x01\x02\x00", b"\r\n" * 9, b"GET / HTTP/9.9\r\n\r\n",
            POST + b"Content-Length: 5\r\n" + CHUNKS, GET + b"\0: \r\n\r\n"]
-FAULTS = ["429", "500", "empty", "reset"]
+SPOILED = ["429", "500", "empty", "reset"]
 
 
 def soak(seconds="300"):
@@ -9405,7 +9406,7 @@ async def do_half_a_request(port, seed, rng):
 
 
 async def do_fault(port, seed, rng):
-    kind = rng.choice(FAULTS)
+    kind = rng.choice(SPOILED)
     request = soak_request(seed, kind, rng.random() < 0.7)
     message = outcome(*await exchanged(port, request))
     empty = message and not "".join(block.get("text", "-")
