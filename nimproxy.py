@@ -7597,8 +7597,6 @@ def guarded() -> Iterator[None]:
         raise ProxyError(500, f"internal error: {type(error).__name__}") from error
 
 
-
-
 class Telling:
     """An upstream's answer while it is being told."""
 
@@ -8170,8 +8168,6 @@ def bound_socket(family: int, address: Tuple[Any, ...]) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
 
 
 class Background:
