@@ -8484,7 +8484,7 @@ def test_e2e_a_late_refusal_is_replayed_with_its_status(tmp_path):
 
 @E2E
 def test_e2e_a_late_429_is_retried_by_the_client(tmp_path):
-    with desk(tmp_path, story(first(BUSY, WELL)), eager_after=0.0) as it:
+    with desk(tmp_path, story(first(BUSY, WELL)), eager_after=0.0, retries=0) as it:
         lines = it.succeeds("Do it.", "Well done.")
         waits = [line for line in lines if line.get("subtype") == "api_retry"]
         assert [line["error_status"] for line in waits] == [429]
