@@ -6576,6 +6576,7 @@ class Course:
         self.tries: Dict[str, int] = collections.Counter()  # repetitions, by kind
         self.failed = 0.0       # when it first did
         self.fallback = ""      # why another model answers
+        self.given_up: List[str] = []   # models that have failed
         self.ticket: Optional[Ticket] = None    # of the last attempt
         self.usage: Dict[str, int] = {}
 
@@ -7018,21 +7019,25 @@ class Proxy:
     def chosen(self, course: Course, raw: bytes, estimate: int) -> str:
         """The model to ask: the one that was asked for, the fallback that this session
         has come to use, or the first one that takes such a request at all."""
-        model = self.own_model(course)
-        models = [model, *fallbacks_of(self.config, course.asked, model)]
+        models, why = self.models_for(course), ""
+        model = models[0]
         if len(models) == 1:
             return model
-        name, why, since = self.sticky.get((course.session, model), (model, "", 0.0))
+        name, reason, since = self.sticky.get((course.session, model), (model, "", 0.0))
         if name in models and time.monotonic() - since < STICKY_SECONDS:
-            models = models[models.index(name):]
-            course.fallback = why
+            models, why = turned_to(name, models), reason
         for name in models:
             misfit = self.misfit(name, raw, estimate)
             if not misfit:
+                course.fallback = why if name != model else ""
                 return name
-            course.fallback = course.fallback or misfit
-        course.fallback = ""
+            why = why or misfit
         return model
+
+    def models_for(self, course: Course) -> List[str]:
+        """The model that was asked for, and its fallbacks in order."""
+        model = self.own_model(course)
+        return [model, *fallbacks_of(self.config, course.asked, model)]
 
     def misfit(self, model: str, raw: bytes, estimate: int) -> str:
         """Why a model cannot take a request, as far as is known; "" if it can."""
@@ -7046,7 +7051,7 @@ class Proxy:
 
     async def answered(self, question: Question, chat: Json, attempt: Attempt) -> Any:
         """What an attempt gives: of the model, or else of its fallbacks in turn."""
-        course, tried, first = question.course, [question.model], None
+        course, first = question.course, None
         while True:
             try:
                 with alarm(self.config.connect_warning, self.warn, course):
@@ -7055,23 +7060,25 @@ class Proxy:
                 first = first or error
                 model = self.next_model(question, error)
                 if not model:
-                    raise vain(first, tried[1:])
-                tried.append(model)
+                    raise vain(first, [*course.given_up, question.model][1:])
                 question, chat = self.turned(question, model, error)
             else:
                 self.stick(course, first)
                 return done
 
     def next_model(self, question: Question, error: ProxyError) -> str:
-        """The fallback to ask after an error; "" if none can help, or is left."""
+        """The model to ask after an error, each once; "" if none can help, or is left.
+
+        A fallback that a session has come to use may be followed by those before it.
+        """
         course = question.course
-        own = self.own_model(course)
-        models = [own, *fallbacks_of(self.config, course.asked, own)]
+        models = self.models_for(course)
         if error.again:
             error.fallback = error.fallback or "busy"
         if not error.fallback or question.model not in models:
             return ""
-        rest = models[models.index(question.model) + 1:]
+        tried = {*course.given_up, question.model}
+        rest = [name for name in turned_to(question.model, models) if name not in tried]
         return next((name for name in rest if not self.misfit(
             name, question.raw, question.estimate)), "")
 
@@ -7082,7 +7089,8 @@ class Proxy:
         log.warning("%s %s: %s; asking %s instead", course.id[-8:],
                     printable(question.model), printable(error.message),
                     printable(model))
-        course.fallback = error.fallback
+        course.given_up.append(question.model)
+        course.fallback = error.fallback if model != self.own_model(course) else ""
         course.tries.clear()
         course.failed = 0.0
         question = question._replace(model=model)
@@ -7094,10 +7102,12 @@ class Proxy:
         """Stay with a fallback for a while, so that its prompt cache is of use."""
         if not error or error.fallback not in STICKY:
             return
+        key = (course.session, self.own_model(course))
+        self.sticky.pop(key, None)
         while len(self.sticky) >= MAX_KNOWN:
             del self.sticky[next(iter(self.sticky))]
-        key = (course.session, self.own_model(course))
-        self.sticky[key] = (course.model, error.fallback, time.monotonic())
+        if course.fallback:
+            self.sticky[key] = (course.model, error.fallback, time.monotonic())
 
     def warn(self, course: Course) -> None:
         log.warning("%s %s: not a word for %g s; still waiting", course.id[-8:],
@@ -7697,6 +7707,12 @@ def rank_of(headers: Headers, body: Json) -> int:
         return SUBAGENT
     claude = header(headers, "x-claude-code-session-id")
     return SIDE if claude and body.get("stream") and not body.get("tools") else MAIN
+
+
+def turned_to(name: str, models: List[str]) -> List[str]:
+    """The models in their order, but from a certain one on, and then from the start."""
+    at = models.index(name)
+    return models[at:] + models[:at]
 
 
 def vain(error: ProxyError, tried: List[str]) -> ProxyError:

@@ -6240,6 +6240,39 @@ def test_a_busy_key_spills_over_to_the_fallback():
         assert client.ask(model="a", max_tokens=9)[0] == 429    # b has the same key
 
 
+def test_a_fallback_that_is_named_twice_is_asked_once():
+    with both(GONE, fallbacks={"a": ("b", "c", "b")}) as (nim, client):
+        assert client.ask(model="a")[0] == 404
+        assert [chat["model"] for chat in nim.asked] == ["a", "b", "c"]
+
+
+def test_when_a_sticky_fallback_fails_the_model_itself_is_asked_again():
+    """It was given up a while ago, and may be well again: nothing else is left."""
+    answers = [LOADED, completes("b"), LOADED, completes("a"), completes("a")]
+    with both(*answers, fallbacks={"a": ("b",)}) as (nim, client):
+        assert [client.ask(model="a", max_tokens=n)[0] for n in (1, 2, 3)] == [200] * 3
+        assert [chat["model"] for chat in nim.asked] == ["a", "b", "b", "a", "a"]
+        assert client.request("GET", "/status")[2]["fallbacks"] == []
+        counts = client.request("GET", "/status")[2]["counts"]
+        assert counts["fallback_busy"] == 1
+
+
+def test_a_sticky_fallback_that_is_blind_leaves_images_to_one_before_it():
+    seen = {BLIND_ONE: [LOADED], SEEING_ONE: [LOADED, completes("s")],
+            "openai/gpt-oss-120b": [completes("blind")]}
+
+    def answers(chat):
+        mine = seen[chat["model"]]
+        return mine.pop(0) if len(mine) > 1 else mine[0]
+    with both(answers, fallbacks={BLIND_ONE: (SEEING_ONE, "openai/gpt-oss-120b")},
+              ) as (nim, client):
+        client.ask(model=BLIND_ONE)
+        nim.asked.clear()
+        turns = [user(said("what is this?"), PICTURE)]
+        assert client.ask(model=BLIND_ONE, messages=turns)[0] == 200
+        assert [chat["model"] for chat in nim.asked] == [SEEING_ONE]
+
+
 # ---- the log of a request
 
 def test_one_line_for_each_request(caplog):
