@@ -6705,23 +6705,25 @@ class Gate:
         limits = (requests_a_minute(config), requests_at_once(config))
         limits = (0, 0) if config.default_model == DEMO_MODEL else limits
         self.pacer = Pacer(*limits, time.monotonic)
-        self.turns: Dict[Ticket, asyncio.Future] = {}
+        self.turns: Dict[Ticket, Tuple[asyncio.Future, float]] = {}  # and until when
         self.timer: Optional[asyncio.TimerHandle] = None
 
-    async def turn(self, ticket: Ticket) -> None:
-        """Wait until a ticket may go; ProxyError(429) if that takes too long."""
+    async def turn(self, ticket: Ticket, waited: float = 0.0) -> None:
+        """Wait until a ticket may go; ProxyError(429) if that takes too long, together
+        with the seconds that its request has `waited` for other turns."""
         pacer = self.pacer
-        left = ticket.arrived + self.config.max_wait - time.monotonic()
+        left = max(self.config.max_wait - waited, 0.0)
         if len(pacer.waiting) >= MAX_WAITING or pacer.delay(ticket.model) > left:
             raise self.busy(ticket)
         pacer.join(ticket)
         self.call()
         if ticket.sent >= 0:
             return
-        turn = self.turns[ticket] = asyncio.get_running_loop().create_future()
+        turn = asyncio.get_running_loop().create_future()
+        self.turns[ticket] = turn, time.monotonic() + left
         try:
-            await asyncio.wait({turn}, timeout=max(left, 0))
-            if not turn.done():
+            await asyncio.wait({turn}, timeout=left)
+            if ticket.sent < 0:
                 raise self.busy(ticket)
         except BaseException:
             pacer.leave(ticket)
@@ -6732,10 +6734,15 @@ class Gate:
             del self.turns[ticket]
 
     def call(self) -> None:
-        """Let go who may, and look again when time may have changed that."""
-        for ticket in iter(self.pacer.next, None):
-            if ticket in self.turns and not self.turns[ticket].done():
-                self.turns[ticket].set_result(None)
+        """Let go who may, and who would wait in vain; look again when time may have
+        changed that."""
+        pacer, now = self.pacer, time.monotonic()
+        while pacer.next():
+            pass
+        for ticket, (turn, until) in self.turns.items():
+            late = ticket.sent < 0 and now + pacer.delay(ticket.model) > until
+            if not turn.done() and (ticket.sent >= 0 or late):
+                turn.set_result(None)
         if self.timer:
             self.timer.cancel()
         rest, self.timer = self.pacer.rest(), None
@@ -6743,8 +6750,10 @@ class Gate:
             self.timer = asyncio.get_running_loop().call_later(rest, self.call)
 
     def leave(self, ticket: Ticket) -> None:
+        """Its place is free for the next one, once it is known why it was left: after
+        a 429 its model pauses."""
         self.pacer.leave(ticket)
-        self.call()
+        asyncio.get_running_loop().call_soon(self.call)
 
     def busy(self, ticket: Ticket) -> ProxyError:
         pacer, rest = self.pacer, self.pacer.delay(ticket.model)
@@ -7234,8 +7243,10 @@ class Proxy:
         payload, course = self.payload(chat), question.course
         ticket = Ticket(question.model, course.session, course.rank, course.began)
         course.ticket, waits = ticket, time.monotonic()
-        await self.gate.turn(ticket)
-        course.queued += time.monotonic() - waits
+        try:
+            await self.gate.turn(ticket, course.queued)
+        finally:
+            course.queued += time.monotonic() - waits
         try:
             answer = await self.accepted(question, chat, payload)
         except BaseException:

@@ -6080,6 +6080,45 @@ def test_a_broken_call_is_asked_for_again_when_one_goes_at_a_time():
         assert message["content"][0]["input"] == {"file_path": "/a"}
 
 
+def test_the_time_that_upstream_takes_is_no_wait_for_a_turn():
+    """Also after a long silence that broke off there is a second try."""
+    go = threading.Event()
+    with both([go, FakeNim.CLOSE], completes("ok"), max_wait=0.1, start_retries=1,
+              ) as (nim, client):
+        threading.Timer(0.3, go.set).start()
+        assert client.ask()[0] == 200
+        assert len(nim.asked) == 2
+
+
+def test_who_will_not_wait_may_go_at_once():
+    go = threading.Event()
+    slow = [go, completes("ok")]
+    with both(slow, completes("ok"), max_wait=0, concurrency=1) as (nim, client):
+        first = background(client.ask)
+        nim.heard(1)
+        assert client.ask()[0] == 429
+        go.set()
+        assert first()[0] == 200
+        assert client.ask()[0] == 200
+
+
+def test_who_would_wait_in_vain_for_a_model_is_told_so_at_once():
+    """A 429's pause is longer than the wait of those behind it, none of whom is sent
+    to get the same."""
+    go = threading.Event()
+    hot = [go, refuses(429, {"title": "x"}, "Retry-After: 99")]
+    with both(hot, completes("ok"), concurrency=1, max_wait=19) as (nim, client):
+        first = background(client.ask, model="hot")
+        nim.heard(1)
+        others = [background(client.ask, model="hot") for _ in range(3)]
+        until(lambda: waiting(client) == 3)
+        go.set()
+        began = time.monotonic()
+        assert [result()[0] for result in [first, *others]] == [429] * 4
+        assert time.monotonic() - began < 5 and len(nim.asked) == 1
+        assert client.ask(model="cool")[0] == 200
+
+
 RANKS = [
     ({}, {}, np.MAIN), ({}, {"stream": True}, np.MAIN),
     ({"session": "s"}, {"stream": True, "tools": [{}]}, np.MAIN),
