@@ -5638,8 +5638,10 @@ class Pacer:
             self.uncount(ticket)
 
     def answered(self, ticket: Ticket) -> None:
-        """Upstream took it."""
-        self.strikes.pop(ticket.model, None)
+        """Upstream took it: 429s are in a row no more, if it was sent after them."""
+        when = self.strikes.get(ticket.model, (0, math.inf))[1]
+        if ticket.sent > when:
+            self.strikes[ticket.model] = 0, when
 
     def refused(self, ticket: Ticket, stated: float, chance: float) -> None:
         """Upstream answered 429: the model pauses, `stated` seconds or as it backs

@@ -4323,6 +4323,28 @@ def test_what_a_429_taught_is_forgotten_by_and_by():
     assert pacer.ceiling("m", now[0] + np.CEILING_SECONDS * 9) == 40
 
 
+def test_of_a_burst_only_the_first_429_counts_whatever_the_others_get():
+    now = [1000.0]
+    pacer = np.Pacer(40, 0, lambda: now[0])
+    tickets = [np.Ticket("m") for _ in range(16)]
+    for ticket in tickets:
+        pacer.join(ticket)
+        assert pacer.next() is ticket
+    for refused, taken in zip(tickets[::2], tickets[1::2]):
+        now[0] += 0.1
+        pacer.refused(refused, 0.0, 0.5)
+        pacer.answered(taken)
+    assert pacer.ceiling("m", now[0]) == 15
+    assert pacer.strikes["m"][0] == 1
+    now[0] += np.PAUSE_SECONDS
+    pacer.join(np.Ticket("m"))
+    pacer.answered(pacer.next())                # the row has ended
+    pacer.join(np.Ticket("m"))
+    now[0] += 1
+    pacer.refused(pacer.next(), 0.0, 0.5)
+    assert pacer.strikes["m"][0] == 1
+
+
 @pytest.mark.parametrize("stated, strikes, pause", [
     (0, 1, 2), (0, 2, 4), (0, 3, 8), (0, 9, 30), (7, 1, 7), (1e9, 1, 300)])
 def test_a_model_that_said_429_pauses(stated, strikes, pause, monkeypatch):
