@@ -7136,10 +7136,11 @@ class Proxy:
                 done = await attempt(question, chat)
             except ProxyError as error:
                 if last.mend and signless(error.words) == signless(last.words):
-                    chat = last.chat            # it did not help: without it, then
-                elif error.words:
-                    self.learn(question.model, [last.mend])
+                    chat, last = last.chat, Trial()     # in vain: without it, then
                 mend = self.mend(question, chat, error, tried)
+                if error.words and (mend or not error.again):   # else nothing is known
+                    self.learn(question.model, [last.mend])
+                    last = Trial()
                 if not mend and not await self.patient(question, error):
                     error.message += self.image_hint(chat, error)
                     raise
@@ -7164,10 +7165,11 @@ class Proxy:
         found = overflow_figures(error.words)
         if found is None:
             mend = mend_for(error.words, chat, tried)
-            if mend == "blind" and fallbacks_of(self.config, question.course.asked,
-                                                question.model):
-                self.learn(question.model, [mend])
-                error.fallback, mend = "images", ""     # better seen by another model
+            if mend == "blind":
+                error.fallback = "images"
+                if self.next_model(question, error):    # better seen by another model
+                    self.learn(question.model, [mend])
+                    mend = ""
             return mend
         if "n" in found:
             self.learn(question.model, [f"window:{found['n']}"])

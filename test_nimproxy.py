@@ -5938,6 +5938,28 @@ def test_what_passes_is_asked_again(failure, tries, stream):
         assert len(nim.asked) == tries + 1
 
 
+NO_TOP_K = refuses(400, {"error": {"message": "Unsupported parameter(s): `top_k`"}})
+NO_TEMPLATE = refuses(500, {"error": {"message": "Unsupported parameter(s): `top_k`"}})
+OUT_OF_ORDER = refuses(500, {"message": "EngineCore encountered an issue"})
+TRIALS = [      # answers, how often the mend was counted as of use
+    ("it helped", [NO_TOP_K, completes("ok")], 1),
+    ("it helped after a pause", [NO_TOP_K, OUT_OF_ORDER, LOADED, completes("ok")], 1),
+    ("it did not help", [NO_TEMPLATE, NO_TEMPLATE, completes("ok")], 0),
+    ("nothing helped", [NO_TOP_K, *[OUT_OF_ORDER] * 4], 0),
+    ("another refusal", [NO_TOP_K, refuses(400, {"message": "no such thing"})], 1),
+]
+
+
+@pytest.mark.parametrize("answers, learned", named(TRIALS))
+def test_only_a_mend_that_helped_is_learned_and_once(answers, learned, tmp_path):
+    with both(*answers, retries=3, home=str(tmp_path)) as (nim, client):
+        client.ask(top_k=4)
+        counts = client.request("GET", "/status")[2]["counts"]
+        assert counts.get("mended_drop", 0) == learned
+        assert len(nim.asked) == len(answers)
+        assert (tmp_path / "learned.json").exists() == bool(learned)
+
+
 @pytest.mark.parametrize("failure", named(ONCE))
 def test_what_does_not_pass_is_asked_once(failure):
     with both(failure, retries=3, start_retries=1, eager_after=5) as (nim, client):
@@ -6267,6 +6289,16 @@ def test_a_model_that_turns_out_to_be_blind_is_replaced_for_images():
         for _ in range(2):
             assert client.ask(model="x", messages=turns)[0] == 200
         assert [chat["model"] for chat in nim.asked] == ["x", "y", "y"]
+
+
+def test_where_all_are_blind_images_are_left_out():
+    blind = refuses(400, {"error": {"message": "image input is not supported"}})
+    with both(lambda chat: blind if "image_url" in json.dumps(chat) else
+              completes("ok"), fallbacks={"x": ("y", "z")}) as (nim, client):
+        turns = [user(said("what is this?"), PICTURE)]
+        for _ in range(2):
+            assert client.ask(model="x", messages=turns)[0] == 200
+        assert [chat["model"] for chat in nim.asked] == ["x", "y", "z", "z", "x"]
 
 
 def test_what_does_not_fit_goes_to_a_larger_window():
