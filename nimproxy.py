@@ -5512,7 +5512,8 @@ RETRIES = {                 # ProxyError.again: how a failure is repeated
     "busy": Retry(1.0, 30.0),       # 5xx, DEGRADED: gone in seconds, if at all
     "broken": Retry(0.5, 5.0),      # no answer, or one without a first word
 }
-RETRY_SECONDS = 90.0        # from the first failure of a request to its last repetition
+RETRY_SECONDS = 90.0        # from a request's first failure to its last repetition;
+                            # fallbacks are asked once after that, too
 
 
 def back_off(retry: Retry, tries: int, chance: float) -> float:
@@ -6575,7 +6576,8 @@ class Course:
         self.began = time.monotonic()
         self.first = 0.0        # seconds to the first word
         self.queued = 0.0       # seconds without a turn
-        self.tries: Dict[str, int] = collections.Counter()  # repetitions, by kind
+        self.tries: Dict[str, int] = collections.Counter()  # of this model, by kind
+        self.retries = 0        # repetitions in all
         self.failed = 0.0       # when it first did
         self.fallback = ""      # why another model answers
         self.given_up: List[str] = []   # models that have failed
@@ -6592,7 +6594,7 @@ class Course:
             + usage.get("cache_read_input_tokens", 0),
             "output_tokens": usage.get("output_tokens", 0),
             "seconds": round(time.monotonic() - self.began, 3),
-            "queued": round(self.queued, 3), "retries": sum(self.tries.values()),
+            "queued": round(self.queued, 3), "retries": self.retries,
             "fallback": self.fallback, "session": self.session[:8],
         }
         return {name: value for name, value in facts.items() if value}
@@ -7068,7 +7070,7 @@ class Proxy:
                 with alarm(self.config.connect_warning, self.warn, course):
                     done = await self.taken(question, chat, attempt)
             except ProxyError as error:
-                first = first or error
+                first = first or error.with_traceback(None)     # which holds `first`
                 model = self.next_model(question, error)
                 if not model:
                     raise vain(first, [*course.given_up, question.model][1:])
@@ -7103,7 +7105,6 @@ class Proxy:
         course.given_up.append(question.model)
         course.fallback = error.fallback if model != self.own_model(course) else ""
         course.tries.clear()
-        course.failed = 0.0
         question = question._replace(model=model)
         body = parse_body(question.raw)
         self.read_documents(body)
@@ -7195,6 +7196,7 @@ class Proxy:
         if now + pause > course.failed + RETRY_SECONDS:
             return False
         course.tries[kind] += 1
+        course.retries += 1
         self.counts["retried_" + kind] += 1
         log.info("%s %s: %s; again in %.1f s", course.id[-8:], printable(course.model),
                  printable(error.message), pause)
@@ -7377,7 +7379,11 @@ class Proxy:
 
     def remember(self, question: Question, error: ProxyError) -> None:
         """Keep a failure that came after the eager start: the client's replay without
-        streaming then gets the true status, and upstream is not asked again."""
+        streaming then gets the true status, and upstream is not asked again.
+
+        Not its traceback, whose frames hold the chat and all that was parsed for it.
+        """
+        error.__traceback__ = error.__context__ = error.__cause__ = None
         if len(self.failures) >= KEPT_FAILURES:
             del self.failures[next(iter(self.failures))]
         self.failures[failure_key(question)] = (time.monotonic(), error)

@@ -5981,6 +5981,36 @@ def test_repetitions_end_in_time(monkeypatch):
         assert len(nim.asked) == 1
 
 
+def test_one_budget_for_the_repetitions_of_all_models(monkeypatch, caplog):
+    monkeypatch.setattr(np, "RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(np, "RETRIES", {"busy": np.Retry(0.13, 9.0)})
+    caplog.set_level("INFO", "nimproxy")
+    with both(LOADED, retries=9, fallbacks={"a": ("b", "c")}) as (nim, client):
+        assert client.ask(model="a")[0] == 529
+        assert [chat["model"] for chat in nim.asked] == ["a", "a", "b", "c"]
+    line, = [each for each in caplog.records if getattr(each, "facts", None)]
+    assert line.facts["retries"] == 1       # of the first model, but of the request
+
+
+def test_a_remembered_failure_does_not_hold_the_chat():
+    """Sixty of them would hold hundreds of megabytes."""
+    with both(GONE, eager_after=0.0) as (nim, client):
+        for number in range(8):
+            turns = [user(said("%d" % number + "long " * 200000))]
+            client.stream(messages=turns)
+            nim.asked.clear()
+            if number == 1:
+                gc.collect()
+                tracemalloc.start()
+        try:
+            gc.collect()
+            held = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        assert held < 2 << 20
+        assert client.ask(messages=turns)[0] == 404 and not nim.asked
+
+
 @pytest.mark.parametrize("told", [
     sse(says(content="Hel"), done=False), sse(says(reasoning="Hm"), done=False),
     sse(says(content='<tool_call>{"name":"Read","arguments":{"file_path":"/a"}}'
