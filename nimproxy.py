@@ -6670,6 +6670,7 @@ EVENT_STREAM: Headers = [
 ]
 MODELS_SECONDS = 2.0        # Claude Code's own discovery waits 3
 MODELS_FRESH_SECONDS = 3600.0
+CLIENT_LEFT = 499           # a status for the log alone; nginx's, too
 STICKY_SECONDS = 900.0      # with a fallback; then the model is tried anew
 STICKY = ("gone", "gated", "degraded", "busy")      # the others are seen beforehand
 IMAGE = re.compile(rb'"type"\s*:\s*"image"')      # not within a string: no backslash
@@ -6801,6 +6802,7 @@ class Proxy:
         self.tool_texts: Any = collections.deque(maxlen=KEPT_TOOLBOXES)
         self.traffic: Callable[[], Json] = dict     # what a server adds to the status
         self.began = time.time()
+        self.stopping = False               # the server cuts answers off, and says so
 
     # every path
 
@@ -6885,6 +6887,15 @@ class Proxy:
         if course.model:
             self.error_log.add(course, error, self.config)
 
+    def left(self, course: Course) -> None:
+        """Count a client that did not wait for its answer's end, and log one line."""
+        if self.stopping:
+            return
+        self.counts["clients_left"] += 1
+        facts = {**course.facts(CLIENT_LEFT), "error": "client_left"}
+        log.info("%s: the client left", printable(facts_line(facts)),
+                 extra={"facts": facts})
+
     # the story
 
     async def messages(self, request: Request) -> Response:
@@ -6908,6 +6919,9 @@ class Proxy:
                 start.result()              # an error so early is a real status
         except ProxyError as error:
             return self.failed(course, error)
+        except asyncio.CancelledError:
+            self.left(course)
+            raise
         relay = self.relay(question, start)
         return Response(200, EVENT_STREAM + served(course), relay,
                         self.pulse(question.message),
@@ -7351,6 +7365,12 @@ class Proxy:
             if question.raw and not message.calls.calls:    # else asking anew may help
                 self.remember(question, error)
             yield b"".join(encoded(message.broken_off(error.body(question.course.id))))
+        except (asyncio.CancelledError, GeneratorExit):
+            if message.over:            # it has all, and did not wait for our end
+                self.record(question)
+            else:
+                self.left(question.course)
+            raise
         finally:
             drop(start)
 
@@ -8128,7 +8148,7 @@ class Server:
             await asyncio.wait(list(self.tasks), timeout=limit)
         writing = [task for task, wire in self.tasks.items()
                    if wire in self.running or wire.writer.is_closing()]
-        self.cutting = True
+        self.cutting = self.proxy.stopping = True
         for answering in self.running.values():
             answering.cancel()
         if writing:

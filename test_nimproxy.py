@@ -6413,6 +6413,39 @@ def test_one_line_for_each_request(caplog):
                         r"\d+\.\d\d s, retries 1", line.getMessage())
 
 
+SLOW = [EVENT_STREAM, FakeNim.LEFT]
+LEAVERS = [     # what upstream says, what the client asks, settings
+    ("before the first word", SLOW, {"stream": True}, {}),
+    ("before the status", SLOW, {"stream": True}, {"eager_after": 9}),
+    ("in the answer", [EVENT_STREAM + sse(*text("Hel")[:1], done=False), FakeNim.LEFT],
+     {"stream": True}, {}),
+    ("without streaming", [b"HTTP/1.1 200 OK\r\n\r\n", FakeNim.LEFT], {}, {}),
+    ("while it backs off", refuses(503, b"", "Retry-After: 20"), {"stream": True},
+     {"retries": 1}),
+    ("while it backs off, without streaming", refuses(503, b"", "Retry-After: 20"), {},
+     {"retries": 1}),
+    ("in the pause of its model", refuses(429, b"", "Retry-After: 20"),
+     {"stream": True}, {"retries": 1}),
+]
+
+
+@pytest.mark.parametrize("answer, asks, settings", named(LEAVERS))
+def test_a_client_that_leaves_has_a_line_too(answer, asks, settings, caplog):
+    caplog.set_level("INFO", "nimproxy")
+    with both(answer, **settings) as (nim, client):
+        body = json.dumps(dict(ASK, **asks)).encode()
+        with socket.create_connection(client.address, 10) as sock:
+            sock.sendall(b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n"
+                         b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+            nim.heard(1)
+            time.sleep(0.1)
+        until(lambda: client.request("GET", "/status")[2]["counts"].get("clients_left"))
+        limits = client.request("GET", "/status")[2]["limits"]
+        assert (limits["running"], limits["waiting"]) == (0, 0)
+    line, = [each for each in caplog.records if getattr(each, "facts", None)]
+    assert line.facts["status"] == np.CLIENT_LEFT and line.facts["asked"] == "m"
+
+
 def test_failures_are_kept_for_a_day(tmp_path):
     with both(refuses(404, {"message": "no nvapi-test"}), home=str(tmp_path),
               ) as (nim, client):
