@@ -1142,11 +1142,14 @@ def requests_at_once(config: Config) -> int:
 
 def fallbacks_of(config: Config, asked: str, model: str) -> Tuple[str, ...]:
     """What to ask in turn when upstream's `model`, which the client called `asked`,
-    cannot answer: its own row, or that of the tier that it is."""
+    cannot answer: its own row, or that of the tier that it is.  A row may name tiers
+    and aliases."""
     tier = next((tier for tier in TIERS if getattr(config, tier) == model), "")
-    named = next((tier for tier in TIERS if tier in asked), tier)
-    rows = (config.fallbacks.get(name, ()) for name in (model, asked, named))
-    return tuple(name for name in next(filter(None, rows), ()) if name != model)
+    claude = re.match(rf"(anthropic/)?(claude.*)?({'|'.join(TIERS)})", asked)
+    rows = (config.fallbacks.get(name, ())
+            for name in (model, asked, claude[3] if claude else tier))
+    names = [upstream_model(config, name) for name in next(filter(None, rows), ())]
+    return tuple(name for name in dict.fromkeys(names) if name != model)
 
 
 def upstream_label(config: Config) -> str:
@@ -2587,7 +2590,7 @@ def retry_after(pause: float) -> str:
 def retry_seconds(stated: str, now: float) -> float:
     """The seconds that a Retry-After asks for, in either form; 0.0 if it is absent,
     past or senseless.  `now` is seconds since the epoch; RFC 9110, section 10.2.3."""
-    if re.fullmatch("[0-9]{1,9}", stated):
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?", stated):     # some say fractions
         return float(stated)
     if not re.fullmatch("[A-Za-z]{3,9}, [0-9A-Za-z :-]{9,30}", stated):
         return 0.0
@@ -6644,8 +6647,11 @@ class ErrorLog:
             os.makedirs(self.folder, 0o700, exist_ok=True)
             self.thin_out()
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+        flags |= getattr(os, "O_NONBLOCK", 0)   # a pipe that nobody reads is an error
         file = os.open(path, flags, 0o600)
         try:
+            if not os.path.isfile(path):
+                raise OSError(errno.EINVAL, "expected a plain file there")
             if os.fstat(file).st_size + len(line) <= ERROR_LOG_BYTES:
                 os.write(file, line)
         finally:

@@ -1859,7 +1859,8 @@ def test_a_secret_is_taken_out_before_the_text_is_cut():
 
 RETRY_AFTER = [     # as stated, seconds, as sent: whole, and never over 60
     ("", 0, "2"), ("7", 7, "7"), ("0", 0, "2"), ("3600", 3600, "60"), ("-5", 0, "2"),
-    ("nan", 0, "2"), ("1.5", 0, "2"), ("9" * 40, 0, "2"), ("Wed, 21 Oct 2026", 0, "2"),
+    ("nan", 0, "2"), ("1.5", 1.5, "2"), ("9" * 40, 0, "2"),
+    ("20.", 20, "20"), ("1.2.3", 0, "2"), ("Wed, 21 Oct 2026", 0, "2"),
     ("Sat, 21 Nov 2026 12:00:09 GMT", 9, "9"),
     ("Sat, 21 Nov 2026 11:59:59 GMT", 0, "2"),
     ("Saturday, 21-Nov-26 12:00:30 GMT", 30, "30"),
@@ -6282,13 +6283,16 @@ TIER_ROWS = [   # fallbacks, what is asked for, who steps in
     ({"opus": ("b",)}, "big", "b"),         # it is that tier's model
     ({"x/y": ("b",)}, "x/y", "b"), ({"alias": ("b",)}, "alias", "b"),
     ({"haiku": ("b",)}, "claude-opus-4-8", ""), ({"big": ("big",)}, "big", ""),
+    ({"opus": ("sonnet", "haiku")}, "claude-opus-4-8", "b"),    # tiers, by their names
+    ({"opus": ("alias", "nvidia/x/y", "b")}, "opus", "b"),
+    ({"opus": ("b",)}, "octopus-7b", ""), ({"opus": ("b",)}, "x/opus", ""),
 ]
 
 
 @pytest.mark.parametrize("fallbacks, asked, steps_in", TIER_ROWS)
 def test_fallbacks_by_model_and_tier(fallbacks, asked, steps_in):
     with both(lambda chat: completes("ok") if chat["model"] == "b" else GONE,
-              fallbacks=fallbacks, opus="big", model_aliases={"alias": "z"},
+              fallbacks=fallbacks, opus="big", haiku="b", model_aliases={"alias": "z"},
               ) as (nim, client):
         status, _ = client.ask(model=asked)
         assert status == (200 if steps_in else 404)
@@ -6493,6 +6497,23 @@ def test_the_error_log_follows_no_link(tmp_path):
     (folder / time.strftime("%Y-%m-%d.jsonl")).symlink_to(tmp_path / "other")
     np.ErrorLog(str(tmp_path)).add(np.Course(), np.ProxyError(500, "x"), np.Config())
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_the_error_log_waits_for_nobody_at_a_pipe(tmp_path, caplog):
+    folder = tmp_path / "error_logs"
+    folder.mkdir()
+    pipe = folder / time.strftime("%Y-%m-%d.jsonl")
+    os.mkfifo(str(pipe))
+    for reader in (False, True):
+        error_log = np.ErrorLog(str(tmp_path))
+        if reader:
+            reader = os.open(str(pipe), os.O_RDONLY | os.O_NONBLOCK)
+        done = background(error_log.add, np.Course(), np.ProxyError(500, "x"),
+                          np.Config())
+        assert done() is None and not error_log.folder
+    assert os.read(reader, 99) == b""
+    os.close(reader)
 
 
 def test_a_long_silence_is_said(caplog):
