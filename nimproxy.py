@@ -5651,18 +5651,21 @@ class Pacer:
         """Upstream answered 429: the model pauses, `stated` seconds or as it backs
         off, and takes no more for a while than it has taken in this window.
 
-        Of several that were on their way together only the first one counts.
+        Of several that were on their way together only the first one counts, but the
+        longest pause that they state.
         """
         now, model = self.clock(), ticket.model
         count, when = self.strikes.get(model, (0, -1.0))
         if ticket.taken and ticket in self.sent:
             less(self.by_model, model)
         ticket.taken = False
-        if ticket.sent <= when:
+        first = ticket.sent > when
+        pause = back_off(RETRIES["rate"], count, chance) if first else 0.0
+        until = now + min(max(stated, pause), PAUSE_SECONDS)
+        self.pauses[model] = max(until, self.pauses.get(model, 0.0))
+        if not first:
             return
         self.strikes[model] = count + 1, now
-        pause = max(stated, back_off(RETRIES["rate"], count, chance))
-        self.pauses[model] = now + min(pause, PAUSE_SECONDS)
         if self.per_minute:
             low = min(self.by_model[model], self.ceiling(model, now) * 3 // 4)
             least = min(LEAST_CEILING, self.per_minute)

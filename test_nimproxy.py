@@ -4369,6 +4369,19 @@ def test_a_model_that_said_429_pauses(stated, strikes, pause, monkeypatch):
     assert pacer.next() is waiting
 
 
+def test_of_a_burst_the_longest_pause_that_is_stated_counts():
+    now = [1000.0]
+    pacer = np.Pacer(40, 0, lambda: now[0])
+    tickets = [np.Ticket("m") for _ in range(3)]
+    for ticket in tickets:
+        pacer.join(ticket)
+        assert pacer.next() is ticket
+    now[0] += 1
+    for ticket, stated in zip(tickets, (0.0, 25.0, 5.0)):
+        pacer.refused(ticket, stated, 0.5)
+    assert pacer.delay("m") == 25
+
+
 def test_who_leaves_the_queue_costs_no_turn():
     pacer = np.Pacer(1, 0, lambda: 0.0)
     first, second, third = np.Ticket("m"), np.Ticket("m"), np.Ticket("m")
