@@ -7208,8 +7208,7 @@ class Proxy:
         """
         config, course, kind = self.config, question.course, error.again
         chance = os.urandom(1)[0] / 255
-        if kind == "rate":
-            self.gate.pacer.refused(course.ticket, error.pause, chance)
+        self.strike(course, error)
         most = config.start_retries if kind == "broken" else config.retries
         tries, now = course.tries[kind], time.monotonic()
         if not kind or tries >= most or error.pause > RETRIES[kind].most:
@@ -7226,6 +7225,12 @@ class Proxy:
         if kind != "rate":              # then the whole model waits, at the gate
             await asyncio.sleep(pause)
         return True
+
+    def strike(self, course: Course, error: ProxyError) -> None:
+        """Let a model pause whose answer was a 429."""
+        if error.again == "rate":
+            chance = os.urandom(1)[0] / 255
+            self.gate.pacer.refused(course.ticket, error.pause, chance)
 
     def image_hint(self, chat: Json, error: ProxyError) -> str:
         """A word on images that may be the reason of a refusal."""
@@ -7323,12 +7328,15 @@ class Proxy:
             try:
                 return await self.once_more(question, chat)
             except ProxyError as error:
+                self.strike(question.course, error)
                 log.warning("asked again in vain: %s", printable(error.message))
                 return {}
         return ask
 
     async def once_more(self, question: Question, chat: Json) -> Json:
-        ticket = Ticket(question.model, question.course.session, MAIN, time.monotonic())
+        course = question.course
+        ticket = Ticket(question.model, course.session, MAIN, time.monotonic())
+        course.ticket = ticket
         await self.gate.turn(ticket)
         try:
             answer = await self.accepted(question, chat, self.payload(chat))

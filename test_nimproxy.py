@@ -6207,6 +6207,14 @@ def test_who_would_wait_in_vain_for_a_model_is_told_so_at_once():
         assert client.ask(model="cool")[0] == 200
 
 
+def test_a_429_to_the_second_asking_for_a_call_makes_the_model_pause():
+    broken = streams(piece(0, "c", "Read", '{"file_path": "/'), says("tool_calls"))
+    with both(broken, refuses(429, b"", "Retry-After: 20")) as (nim, client):
+        client.message(stream=True, tools=list(READ.values()))
+        pauses = client.request("GET", "/status")[2]["limits"]["pauses"]
+        assert 15 < pauses["m"] <= 20
+
+
 RANKS = [
     ({}, {}, np.MAIN), ({}, {"stream": True}, np.MAIN),
     ({"session": "s"}, {"stream": True, "tools": [{}]}, np.MAIN),
