@@ -8851,6 +8851,295 @@ def test_e2e_the_models_are_discovered_and_can_be_chosen(tmp_path):
         assert {chat["model"] for chat in it.nim.asked} == {"acme/two"}
 
 
+# ---- busy servers, dead models
+# What NVIDIA's free tier does all day.  Nothing of it is to be seen by the user, and
+# no tool may run twice: COMMAND writes one line whenever it runs.
+
+HOT = refuses(429, {"status": 429, "title": "Too Many Requests"})
+DYNAMO = chunked(b"event: error\n: ResourceExhausted: Worker local total request limit "
+                 b"reached (163/32)\n\n", b"data: [DONE]\n\n")
+IT_RUNS = calls(("Bash", {"command": COMMAND}))
+PASSING = [     # case, what upstream does before it answers
+    ("429 twice", [HOT, HOT]),
+    ("503", [LOADED]),
+    ("an error event with a comment", [DYNAMO]),
+    ("an empty 200", [EMPTY]),
+    ("the end before the first word", [[EVENT_STREAM, FakeNim.CLOSE]]),
+    ("503, an error event, 429 and nothing", [LOADED, DYNAMO, HOT, EMPTY]),
+]
+
+
+def at_last(then, *troubles):
+    """A step that goes wrong in each of these ways before it does not."""
+    left = list(troubles)
+    return lambda chat: left.pop(0) if left else then
+
+
+def retries_shown(lines):
+    return [line for line in lines if line.get("subtype") == "api_retry"]
+
+
+def errors_shown(lines):
+    """The errors of the API that stand in the conversation."""
+    texts = [block.get("text", "") for line in lines if line["type"] == "assistant"
+             for block in line["message"]["content"]]
+    return [words for words in texts if "API Error" in words]
+
+
+def texts_shown(lines):
+    return [block["text"] for line in lines if line["type"] == "assistant"
+            for block in line["message"]["content"] if block["type"] == "text"]
+
+
+@E2E
+@pytest.mark.parametrize("eager_after", [10.0, 0.0], ids=["before", "behind a start"])
+@pytest.mark.parametrize("troubles", named(PASSING))
+def test_e2e_what_passes_is_not_seen(tmp_path, troubles, eager_after):
+    script = story(at_last(IT_RUNS, *troubles), at_last(WELL, *troubles))
+    with desk(tmp_path, script, eager_after=eager_after) as it:
+        lines = it.succeeds("Do it.", "Well done.")
+        assert not retries_shown(lines) and not errors_shown(lines)
+        assert (it.project / "made").read_text() == "42\n"
+        assert len(it.nim.asked) == 2 * (len(troubles) + 1)
+        counts = it.counts()
+        assert (counts["requests"], counts["answers"]) == (2, 2)
+
+
+@E2E
+def test_e2e_a_busy_server_is_left_alone_for_a_second(tmp_path, monkeypatch):
+    monkeypatch.undo()                              # no haste
+    asked = []
+
+    def tell(chat):
+        asked.append(time.monotonic())
+        return spoken(chat, WELL) if len(asked) > 1 else LOADED
+
+    with desk(tmp_path, tell) as it:
+        lines = it.succeeds("Do it.", "Well done.")
+        assert not retries_shown(lines)
+        least, most = [np.back_off(np.RETRIES["busy"], 0, chance) for chance in (0, 1)]
+        assert least <= asked[1] - asked[0] <= most + 0.5
+
+
+@contextlib.contextmanager
+def apart(folder, script, model, settings=""):
+    """A desk whose proxy is a process of its own, with settings from a file."""
+    (folder / "config.yaml").write_text("max_context_window: 131072\n" + settings)
+    told = np.Config(default_model=model, opus=model, sonnet=model, haiku=model,
+                     context_window=131072)
+    with FakeNim(script) as nim, serving("--base-url", nim.url, "--model", model,
+                                         ) as (child, url):
+        yield child, Desk(folder, nim, told, url)
+
+
+@E2E
+def test_e2e_a_fallback_answers_for_a_model_that_is_gone(shell):
+    def tell(chat):
+        return GONE if chat["model"] == "acme/gone" else script(chat)
+
+    script = story(IT_RUNS, WELL)
+    with apart(shell, tell, "acme/gone",
+               "fallbacks:\n  acme/gone: [acme/heir]\n") as (child, it):
+        lines = it.succeeds("Do it.", "Well done.")
+        assert (it.project / "made").read_text() == "42\n"
+        known = {"x-claude-code-session-id": lines[0]["session_id"]}
+        for headers in (known, {}):     # one more turn, and one of another session
+            _, fields, _ = Client(it.url).request("POST", "/v1/messages", dict(
+                ASK, model="acme/gone"), headers)
+            assert fields["x-nimproxy-model"] == "acme/heir"
+            assert fields["x-nimproxy-fallback"] == "gone"
+        gone, heir = "acme/gone", "acme/heir"
+        assert [chat["model"] for chat in it.nim.asked] == [
+            gone, heir, heir, heir, gone, heir]
+        child.send_signal(signal.SIGTERM)
+        said = child.stderr.read().decode()
+    assert said.count("asking acme/heir instead") == 2
+    assert len(re.findall("acme/gone -> acme/heir 200 .*fallback: gone", said)) == 4
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """An event: the first words of an answer have come to the proxy."""
+    event, begin = threading.Event(), np.Telling.begin
+
+    async def begun(telling):
+        await begin(telling)
+        event.set()
+
+    monkeypatch.setattr(np.Telling, "begin", begun)
+    return event
+
+
+THINKS = says(reasoning_content="First I must see.")
+HALF_A_CALL = [says(tool_calls=[{"index": 0, "id": "c", "function": {
+    "name": "Bash", "arguments": '{"command": "exit'}}])]
+RESETS = [      # what was told before the reset
+    ("in thinking", [THINKS]),
+    ("in text", [says(content="Well d")]),
+    ("in a call behind thinking", [THINKS, *HALF_A_CALL]),
+    ("in a written call behind thinking", [THINKS, says(content="<tool_call>{\"na")]),
+]
+
+
+@E2E
+@pytest.mark.parametrize("told", named(RESETS))
+def test_e2e_a_turn_outlives_a_reset(tmp_path, heard, told):
+    model = "qwen/qwen3-235b-a22b"
+    broken = [EVENT_STREAM + sse(*told, done=False), heard, FakeNim.RESET]
+    with desk(tmp_path, story(at_last(IT_RUNS, broken), WELL), model,
+              context_window=131072) as it:
+        lines = it.succeeds("Do it.", "Well done.")
+        assert (it.project / "made").read_text() == "42\n"
+        assert not retries_shown(lines) and texts_shown(lines) == ["Well done."]
+        assert len(it.nim.asked) == 3
+
+
+@E2E
+def test_e2e_text_behind_thinking_is_kept_when_it_breaks(tmp_path, heard):
+    broken = [EVENT_STREAM + sse(THINKS, says(content="So far, so good"), done=False),
+              heard, FakeNim.RESET]
+    with desk(tmp_path, story(broken, WELL)) as it:
+        code, lines = it.claude("Do it.")
+        result = lines[-1]
+        assert (code, result["is_error"]) == (1, True)
+        assert result["result"].startswith("API Error: upstream broke off in ")
+        assert texts_shown(lines) == ["So far, so good", result["result"]]
+        assert len(it.nim.asked) == 1
+        it.succeeds("Go on.", "Well done.", "--continue")
+        assert [message["content"] for message in it.nim.asked[1]["messages"]
+                if message["role"] == "assistant"] == ["So far, so good"]
+
+
+@E2E
+def test_e2e_a_call_that_was_told_runs_once(tmp_path, heard):
+    model = "qwen/qwen3-235b-a22b"
+    leaked = [says(content=piece) for piece in bash_call("Hermes")]
+    broken = [EVENT_STREAM + sse(*leaked, done=False), heard, FakeNim.RESET]
+    with desk(tmp_path, story(broken, WELL), model, context_window=131072) as it:
+        it.succeeds("Do it.", "Well done.")
+        assert (it.project / "made").read_text() == "42\n"
+        assert last_call(it.nim.asked[-1]) == ("Bash", {"command": COMMAND}, "42")
+        assert len(it.nim.asked) == 2
+        assert "API Error" not in json.dumps(it.nim.asked[-1]["messages"])
+
+
+BEANS = "Count the beans"
+
+
+def counts_beans(hold, **how):
+    """(a script with three subagents, who asked when, the most that asked at once)
+
+    `hold`: called before each answer with who is asking.
+    """
+    def tell(chat):
+        names = [call["function"]["name"] for message in chat["messages"]
+                 for call in message.get("tool_calls", [])]
+        own = BEANS in json.dumps(chat["messages"]) and not names
+        who.append("subagent" if own else "main")
+        asking.append(1)
+        most.append(len(asking))
+        hold(who)
+        asking.pop()
+        return spoken(chat, text("Seven beans.")) if own else main(chat)
+
+    who, asking, most = [], [], []
+    tasks = [("Agent", {"description": "Count", "subagent_type": "general-purpose",
+                        "prompt": BEANS, **how}) for _ in range(3)]
+    main = story(calls(*tasks), text("There are seven."))
+    return tell, who, most
+
+
+SUBAGENTS = [   # how they are called, who waits behind the first of them, who asks
+    ("that are waited for", {}, 2, ["main", *["subagent"] * 3, "main"]),
+    ("in the background", {"run_in_background": True}, 3,
+     ["main", "subagent", "main"]),
+]
+
+
+@E2E
+@pytest.mark.parametrize("how, behind, order", named(SUBAGENTS))
+def test_e2e_subagents_go_one_at_a_time(tmp_path, how, behind, order):
+    def hold(who):
+        if who == ["main", "subagent"]:
+            until(lambda: waiting(Client(it.url)) == behind)
+
+    tell, who, most = counts_beans(hold, **how)
+    with desk(tmp_path, tell, concurrency=1) as it:
+        lines = it.succeeds("How many?", "There are seven.")
+        assert who[:len(order)] == order and who.count("subagent") == 3
+        assert set(most) == {1} and not retries_shown(lines)
+        said = json.dumps(it.nim.asked[-1]["messages"])
+        assert said.count("Seven beans.") == 3
+
+
+@E2E
+def test_e2e_a_request_that_waits_for_its_turn_is_answered(tmp_path):
+    over = threading.Event()
+
+    def tell(chat):
+        if not chat.get("tools"):
+            over.wait(RUN_SECONDS)
+        return spoken(chat, WELL)
+
+    with desk(tmp_path, tell, concurrency=1, ping_interval=0.2) as it:
+        other = background(Client(it.url).ask)
+        it.nim.heard(1)
+        waits = background(it.succeeds, "Do it.", "Well done.")
+        until(lambda: waiting(Client(it.url)) == 1)
+        over.wait(3)
+        assert len(it.nim.asked) == 1
+        over.set()
+        assert not retries_shown(waits()) and other()[0] == 200
+        assert len(it.nim.asked) == 2
+
+
+NO_ROOM = "answered 503: ResourceExhausted: Worker local total request limit reached"
+# Behind a start the client streams twice more at once, then asks for the whole, which
+# is refused from memory; a 429 there it does not stream again.
+IN_VAIN = [     # what upstream always says, eager_after, the status and words that are
+                # shown; the client's requests, and those that reach upstream
+    ("503", LOADED, 10.0, 529, NO_ROOM, 2, 4),
+    ("503, behind a start", LOADED, 0.0, 529, NO_ROOM, 5, 8),
+    ("429, behind a start", HOT, 0.0, 429, "answered 429: Too Many Requests.", 3, 4),
+]
+
+
+@E2E
+@pytest.mark.parametrize("row", named([(row[0], row[1:]) for row in IN_VAIN]))
+def test_e2e_all_in_vain_is_said_in_the_words_of_the_provider(tmp_path, row):
+    trouble, eager_after, status, words, requests, asked = row
+    with desk(tmp_path, story(trouble), retries=1, eager_after=eager_after) as it:
+        code, lines = it.claude("Do it.", CLAUDE_CODE_MAX_RETRIES="1")
+        result = lines[-1]
+        assert (code, result["is_error"], result["api_error_status"]) == (
+            1, True, status)
+        assert result["result"].startswith("API Error: ") and words in result["result"]
+        assert [line["error_status"] for line in retries_shown(lines)] == [status]
+        assert (it.counts()["requests"], len(it.nim.asked)) == (requests, asked)
+
+
+@E2E
+def test_e2e_an_answer_is_finished_after_a_signal(shell):
+    def tell(chat):
+        yield begins("Well ")
+        child.send_signal(signal.SIGTERM)
+        until(lambda: not listens(Client(it.url).address))
+        yield sse(*text("done."), used())
+        yield FakeNim.CLOSE
+
+    with apart(shell, tell, E2E_MODEL) as (child, it):
+        it.succeeds("Do it.", "Well done.")
+        assert child.wait(5) == 0
+        assert len(it.nim.asked) == 1
+
+
+def listens(address):
+    with contextlib.suppress(OSError):
+        socket.create_connection(address, 5).close()
+        return True
+    return False
+
+
 # ---- the SDKs
 
 FULL_ANSWER = [says(reasoning_content="Hm, "), says(reasoning_content="so."),
@@ -8941,6 +9230,75 @@ def test_e2e_typescript_sdk(tmp_path):
         assert summary(found["message"]) == SUMMARY
         assert "".join(found["texts"]) == "I will look." and found["input_tokens"] > 3
         assert "acme/one" in found["models"] and found["error"] == "RateLimitError"
+
+
+@E2E
+def test_e2e_python_sdk_streams_from_a_busy_server():
+    with both(LOADED, streams(*FULL_ANSWER), retries=1) as (nim, client), \
+            python_sdk(client) as sdk:
+        raw = sdk.messages.with_raw_response.create(**SDK_ASK, stream=True)
+        assert raw.headers["x-nimproxy-model"] == "m"
+        assert raw.request_id == raw.headers["request-id"]
+        assert summary(folded(raw.parse())) == SUMMARY
+        assert len(nim.asked) == 2
+        with sdk.messages.stream(**SDK_ASK) as stream:
+            assert stream.request_id == stream.response.headers["request-id"]
+            assert summary(stream.get_final_message().model_dump()) == SUMMARY
+
+
+def folded(events):
+    return np.fold([(event.type, event.model_dump()) for event in events])
+
+
+CUT_OFF = "upstream broke off in the middle of its answer"
+BREAKS_OFF = [      # what was told; what the Python SDK raises, and the TypeScript one
+    ("thinking", [THINKS], ("RemoteProtocolError", "peer closed connection"),
+     ("AnthropicError", "terminated")),
+    ("text", [says(content="So far")], ("APIStatusError", CUT_OFF),
+     ("APIError", CUT_OFF)),
+    ("text behind thinking", [THINKS, says(content="So far")],
+     ("APIStatusError", CUT_OFF), ("APIError", CUT_OFF)),
+]
+
+
+@E2E
+@pytest.mark.parametrize("told, raises, _", named(BREAKS_OFF))
+def test_e2e_python_sdk_raises_when_it_breaks_off(told, raises, _):
+    broken = [EVENT_STREAM + sse(*told, done=False), FakeNim.CLOSE]
+    with both(broken) as (nim, client), python_sdk(client) as sdk:
+        with pytest.raises(Exception) as raised:
+            folded(sdk.messages.create(**SDK_ASK, stream=True))
+        name, words = raises
+        assert type(raised.value).__name__ == name and words in str(raised.value)
+        assert len(nim.asked) == 1
+
+
+TYPESCRIPT_BREAKS = """
+const Anthropic = require("@anthropic-ai/sdk").default;
+const {url, ask} = JSON.parse(process.argv[2]);
+const sdk = new Anthropic({baseURL: url, apiKey: "unused", maxRetries: 0});
+(async () => {
+  const stream = sdk.messages.stream(ask);
+  const error = await stream.finalMessage().catch(error => error);
+  console.log(JSON.stringify([error.constructor.name, error.message]));
+})();
+"""
+
+
+@E2E
+@pytest.mark.parametrize("told, _, raises", named(BREAKS_OFF))
+def test_e2e_typescript_sdk_raises_when_it_breaks_off(tmp_path, told, _, raises):
+    broken = [EVENT_STREAM + sse(*told, done=False), FakeNim.CLOSE]
+    with both(broken) as (nim, client):
+        given = json.dumps({"url": client.url, "ask": SDK_ASK})
+        done = subprocess.run(
+            ["node", "-", given], input=TYPESCRIPT_BREAKS.encode(), capture_output=True,
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path),
+                 "NODE_PATH": NODE_MODULES}, timeout=RUN_SECONDS)
+        assert not done.stderr, done.stderr
+        name, message = json.loads(done.stdout)
+        assert name == raises[0] and raises[1] in message
+        assert len(nim.asked) == 1
 
 
 # ---- a web page
