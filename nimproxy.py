@@ -2571,6 +2571,14 @@ def small_window(asked: Asked) -> ProxyError:
                            f"too small for them; {window_hint(asked.config)}")
 
 
+def empty_answer(asked: Asked) -> ProxyError:
+    """The error for a 200 in which nothing was said."""
+    error = ProxyError(529, f"{upstream_label(asked.config)} gave an empty answer; try "
+                            "again", "", (("retry-after", retry_after(0.0)),), "broken")
+    error.fallback = "busy"
+    return error
+
+
 def instead(model: str) -> str:
     """`; use X instead` for a retired id, or the nearest ones of the catalog."""
     if model in SUCCESSORS:
@@ -2592,11 +2600,13 @@ def retry_seconds(stated: str, now: float) -> float:
     past or senseless.  `now` is seconds since the epoch; RFC 9110, section 10.2.3."""
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?", stated):     # some say fractions
         return float(stated)
-    if not re.fullmatch("[A-Za-z]{3,9}, [0-9A-Za-z :-]{9,30}", stated):
+    if not re.fullmatch("[A-Za-z]{3,9},? [0-9A-Za-z :-]{9,30}", stated):
         return 0.0
+    from datetime import timezone
     from email.utils import parsedate_to_datetime
     try:
-        when = parsedate_to_datetime(stated).timestamp()
+        date = parsedate_to_datetime(stated)
+        when = (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
     except (TypeError, ValueError, OverflowError):
         return 0.0
     return max(when - now, 0.0)
@@ -4423,14 +4433,14 @@ class Message:
         delta = {"stop_reason": None, "stop_sequence": None}
         return "message_delta", {"delta": delta, "usage": {"output_tokens": 0}}
 
-    def broken_off(self, error: Json) -> List[Event]:
-        """The last events when the answer cannot go on; none if the connection is
-        better dropped.
+    def broken_off(self, error: Json, drops: bool) -> List[Event]:
+        """The last events when the answer cannot go on; none where it is better to drop
+        the connection, if that is of use to the client.
 
         As Claude Code takes it: while no block is closed it asks anew by itself.  After
         that an error ends its turn, and keeps the text only if its block is closed.
         """
-        if self.open == "thinking" and not self.index:
+        if drops and self.open == "thinking" and not self.index:
             return []
         if self.open and self.index:
             self.close()
@@ -4497,10 +4507,7 @@ class Message:
         if empty and window_hint(self.reading.asked.config):
             raise small_window(self.reading.asked)
         if not self.chunks or not self.finish and not told:
-            words = "an answer without any content"
-            error = refusal(self.reading.asked, 503, words)
-            error.again = "broken"
-            raise error
+            raise empty_answer(self.reading.asked)
 
     def release(self) -> None:
         """What was held in case more came is text or thinking after all."""
@@ -5909,7 +5916,8 @@ class Answer:
             silence = f"upstream was silent for {self.wire.patience:g} s"
             return ProxyError(504, silence, again="broken")
         return ProxyError(502, f"upstream broke off in the middle of its answer"
-                               f"{f' ({error})' if error else ''}", again="broken")
+                               f"{f' ({failure_words(error)})' if error else ''}",
+                          again="broken")
 
     def inflated(self, piece: bytes) -> bytes:
         """What is in a piece, and in what waits: so much at most, the rest waits."""
@@ -6049,7 +6057,7 @@ class Upstream:
             if isinstance(error, ProxyError):
                 fault = head_fault(wire, error)
                 fault.again = "broken"
-                raise fault from error
+                raise fault from None
             raise
 
     async def exchange(self, wire: Wire, request: bytes) -> Answer:
@@ -6579,6 +6587,7 @@ class Course:
         self.session = ""       # the client's own id of the conversation
         self.rank = MAIN
         self.streams = False
+        self.raises = False     # the client is an SDK, which raises what we say
         self.began = time.monotonic()
         self.first = 0.0        # seconds to the first word
         self.queued = 0.0       # seconds without a turn
@@ -6727,7 +6736,9 @@ class Gate:
         with the seconds that its request has `waited` for other turns."""
         pacer = self.pacer
         left = max(self.config.max_wait - waited, 0.0)
-        if len(pacer.waiting) >= MAX_WAITING or pacer.delay(ticket.model) > left:
+        delay = pacer.delay(ticket.model)
+        if (len(pacer.waiting) >= MAX_WAITING or delay > left
+                or delay and self.given_up(ticket.model)):
             raise self.busy(ticket)
         pacer.join(ticket)
         self.call()
@@ -6769,15 +6780,22 @@ class Gate:
         self.pacer.leave(ticket)
         asyncio.get_running_loop().call_soon(self.call)
 
+    def given_up(self, model: str) -> bool:
+        """Whether a model has answered 429 for as long as one request is patient: then
+        the client does the waiting, and its user sees that."""
+        strikes = self.pacer.strikes.get(model, (0, 0.0))[0]
+        return strikes > max(self.config.retries, 1)
+
     def busy(self, ticket: Ticket) -> ProxyError:
         pacer, rest = self.pacer, self.pacer.delay(ticket.model)
-        why = f"{len(pacer.waiting)} requests wait"
-        if pacer.pauses.get(ticket.model, 0.0) > pacer.clock():
-            why = f"upstream wants {ticket.model} left alone for {rest:.0f} s"
         rates = [f"{pacer.per_minute} a minute"] if pacer.per_minute else []
         rates += [f"{pacer.at_once} at once"] if pacer.at_once else []
-        why += f" (limits: {', '.join(rates)})" if rates else ""
-        words = f"no turn within {self.config.max_wait:g} s: {why}"
+        most = f" (limits: {', '.join(rates)})" if rates else ""
+        words = (f"no turn within {self.config.max_wait:g} s: {len(pacer.waiting)} "
+                 f"requests wait{most}")
+        if pacer.pauses.get(ticket.model, 0.0) > pacer.clock():
+            words = (f"upstream answered 429 before: {ticket.model} is left alone for "
+                     f"{rest:.0f} s")
         error = ProxyError(429, words, headers=(("retry-after", retry_after(rest)),))
         error.fallback = "busy"
         return error
@@ -6945,6 +6963,7 @@ class Proxy:
             raise ProxyError(400, f"model: longer than {MAX_MODEL_CHARS} characters")
         course.asked, course.streams = asked, body.get("stream") is True
         course.session = header(request.headers, "x-claude-code-session-id")
+        course.raises = header(request.headers, "user-agent").startswith("Anthropic/")
         course.rank = rank_of(request.headers, body)
         estimate = count_tokens(body)
         model = self.chosen(course, request.body, estimate)
@@ -7073,7 +7092,8 @@ class Proxy:
     def models_for(self, course: Course) -> List[str]:
         """The model that was asked for, and its fallbacks in order."""
         model = self.own_model(course)
-        return [model, *fallbacks_of(self.config, course.asked, model)]
+        others = map(self.known_as, fallbacks_of(self.config, course.asked, model))
+        return list(dict.fromkeys([model, *others]))
 
     def misfit(self, model: str, raw: bytes, estimate: int) -> str:
         """Why a model cannot take a request, as far as is known; "" if it can."""
@@ -7213,6 +7233,10 @@ class Proxy:
         tries, now = course.tries[kind], time.monotonic()
         if not kind or tries >= most or error.pause > RETRIES[kind].most:
             return False
+        if kind == "rate" and tries == 0 and self.gate.given_up(question.model):
+            return False                # others have been as patient
+        if error.fallback == "degraded" and self.next_model(question, error):
+            return False                # it takes hours rather than seconds
         pause = max(error.pause, back_off(RETRIES[kind], tries, chance))
         course.failed = course.failed or now
         if now + pause > course.failed + RETRY_SECONDS:
@@ -7381,7 +7405,9 @@ class Proxy:
             self.note(question.course, error)
             if question.raw and not message.calls.calls:    # else asking anew may help
                 self.remember(question, error)
-            yield b"".join(encoded(message.broken_off(error.body(question.course.id))))
+            last = message.broken_off(error.body(question.course.id),
+                                      not question.course.raises)
+            yield b"".join(encoded(last))
         except (asyncio.CancelledError, GeneratorExit):
             if message.over:            # it has all, and did not wait for our end
                 self.record(question)

@@ -1864,7 +1864,7 @@ RETRY_AFTER = [     # as stated, seconds, as sent: whole, and never over 60
     ("Sat, 21 Nov 2026 12:00:09 GMT", 9, "9"),
     ("Sat, 21 Nov 2026 11:59:59 GMT", 0, "2"),
     ("Saturday, 21-Nov-26 12:00:30 GMT", 30, "30"),
-    ("Sat Nov 21 12:00:09 2026", 0, "2"),
+    ("Sat Nov 21 12:00:09 2026", 9, "9"),
     ("Sat, 99 Nov 2026 12:00:09 GMT", 0, "2"),
     ("Sat, 21 Nov 9999 12:00:09 GMT", None, "60"),
 ]
@@ -6049,6 +6049,29 @@ def test_a_break_after_thinking_drops_the_connection():
         assert client.request("GET", "/status")[2]["last_errors"][0]["status"] == 502
 
 
+def test_an_sdk_is_told_what_broke_after_thinking():
+    broken = [EVENT_STREAM + sse(says(reasoning="Hm"), done=False), FakeNim.RESET]
+    with both(broken) as (nim, client):
+        events = client.stream(headers={"User-Agent": "Anthropic/Python 2.11.0"})
+        assert names_of(events)[-1] == "error"
+
+
+def test_a_model_that_only_says_429_is_not_waited_for_again():
+    """Else each of Claude Code's own retries would be as patient as the first."""
+    hot = refuses(429, {"title": "x"}, "Retry-After: 1")
+    with both(hot, retries=2, eager_after=9) as (nim, client):
+        assert client.ask()[0] == 429 and len(nim.asked) == 3
+        began = time.monotonic()
+        status, headers, _ = client.request("POST", "/v1/messages", ASK)
+        assert (status, len(nim.asked)) == (429, 3)
+        assert headers["retry-after"] == "1" and time.monotonic() - began < 0.5
+        time.sleep(1)
+        assert client.ask()[0] == 429 and len(nim.asked) == 4
+        nim.script = [completes("ok")]
+        time.sleep(1)
+        assert client.ask()[0] == 200
+
+
 def test_a_break_in_text_behind_thinking_keeps_the_text():
     """Claude Code shows text only of closed blocks; asking anew it will not then."""
     broken = [EVENT_STREAM + sse(says(reasoning="Hm"), says(content="Hel"), done=False),
@@ -6154,7 +6177,7 @@ def test_a_model_that_is_left_alone_does_not_hold_up_another():
     with both(hot, completes("ok"), max_wait=3) as (nim, client):
         assert client.ask(model="hot")[0] == 429
         status, error = client.ask(model="hot")
-        assert status == 429 and "wants hot left alone" in error["error"]["message"]
+        assert status == 429 and "hot is left alone for" in error["error"]["message"]
         assert client.ask(model="cool")[0] == 200
         assert [chat["model"] for chat in nim.asked] == ["hot", "cool"]
 
