@@ -5897,7 +5897,8 @@ class Answer:
             try:
                 piece, self.rest = self.decoder.send(data)
             except ProxyError as error:
-                raise ProxyError(502, f"upstream's answer: {error.message}") from None
+                words = f"upstream's answer: {error.message}"
+                raise ProxyError(502, words, again="broken") from None
             piece = self.inflated(piece) if self.inflate else piece
             if piece:
                 self.wire.paused = True
