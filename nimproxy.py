@@ -6273,7 +6273,8 @@ def unreachable(target: Target, proxy: str, error: BaseException) -> ProxyError:
         why = f"nothing listens there; is the {whose} running?"
     else:
         why = failure_words(error)
-    return ProxyError(502, f"cannot reach {where}: {why}")
+    again = "broken" if isinstance(error, ConnectionResetError) else ""
+    return ProxyError(502, f"cannot reach {where}: {why}", again=again)
 
 
 CERTIFICATE_FAULTS = {      # OpenSSL's codes, the most frequent ones
