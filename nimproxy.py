@@ -4269,6 +4269,11 @@ class Message:
             raise ProxyError(502, words, again="broken")
         return [] if self.over else self.end()
 
+    def complete(self) -> bool:
+        """Whether all is said, and only the end is missing: errors then are none."""
+        told = self.index >= 0 or self.calls.calls
+        return bool(self.finish and told and not self.over)
+
     def take(self, chunk: Json) -> None:
         self.chunks += 1
         usage = chunk.get("usage")
@@ -7721,6 +7726,17 @@ class Telling:
         except BrokenCall:
             return await self.amended()
 
+    async def translated(self, data: bytes) -> List[bytes]:
+        """What some bytes add for the client, or their end, b"", adds."""
+        try:
+            return self.stage.send(data or None)
+        except BrokenCall:
+            return encoded(await self.amended())
+        except ProxyError:
+            if not self.message.complete():
+                raise
+            return encoded(await self.last([DONE]))
+
     async def amended(self) -> List[Event]:
         self.leave()
         return self.message.amended(await self.again())
@@ -7739,10 +7755,7 @@ class Telling:
                 if not self.message.finish:     # all was said; the end is a formality
                     raise
                 data = b""
-            try:
-                out = self.stage.send(data or None)
-            except BrokenCall:
-                out = encoded(await self.amended())
+            out = await self.translated(data)
             if self.message.finish and not self.hurried:
                 self.hurried = True
                 self.answer.hurry()
