@@ -16,6 +16,7 @@ import asyncio
 import base64
 import bisect
 import collections
+import concurrent.futures
 import contextlib
 import gc
 import heapq
@@ -8234,6 +8235,468 @@ def test_a_name_that_is_being_resolved_does_not_hold_the_end_up(shell):
             serving_changed(nim, SLOW_NAMES) as (child, sock):
         child.send_signal(signal.SIGTERM)
         assert child.wait(5) == 0
+
+
+# ---- Faults: what upstream does, and when ------------------------------------
+# Every fault in every phase: nothing hangs, nothing is told twice, a call is told whole
+# or not at all, and the next request is answered.  What the client sees (early: no byte
+# is out; eager: message_start is; whole: it does not stream), and who is asked again:
+#
+#   phase                     early or whole    eager             again
+#   ------------------------  ----------------  ----------------  --------------------
+#   connecting, TLS           502               error             once after a reset
+#   before, in the head       the status        error             broken: once; busy or
+#                                                                 429: `retries` times
+#   before the first word     the status        error             the same
+#   in a call                 the status        error             the same
+#   in thinking               thinking, cut off without a last chunk        never
+#   in text                   text, error                                   never
+#   in text behind thinking   text, its block closed, error                 never
+#   in a call behind text     text, error                                   never
+#   behind a whole call       the call, error                               never
+#   behind finish_reason      the whole answer                              never
+#
+# A [DONE] before any finish_reason ends an answer that has words, as it is.
+
+Fault = collections.namedtuple("Fault", "steps failure again")
+Phase = collections.namedtuple("Phase", "sent rest told whole done")
+TIMES_ASKED = {"": 1, "broken": 2, "busy": 3, "rate": 3}      # with the patience below
+REPEATING = {"retries": 2, "start_retries": 1, "text_delta_chars": 0}
+MANNERS = {"early": {"eager_after": 9.0}, "eager": {"eager_after": 0.0}, "whole": {}}
+STREAMED = ["early", "eager"]
+FINE = "text:Good. end_turn"
+CHUNKED_HEAD = EVENT_STREAM[:-2] + b"Transfer-Encoding: chunked\r\n\r\n"
+WHOLE_HEAD = JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def frames(*chunks):
+    """Chunks of a completion as one chunk of HTTP."""
+    return np.encode_chunk(sse(*chunks, done=False))
+
+
+HALF_CALL = piece(0, "c", "Read", '{"file_path":"/')
+CALL_REST = [piece(0, arguments='a"}'), CALLED]
+TOLD_CALL = 'tool_use:{"file_path":"/a"}.'
+PHASES = {      # sent, the rest; seen at an error, of the whole, at an early [DONE]
+    "before the first word": Phase(
+        [says(role="assistant", content="")], text("Hello"), "",
+        "text:Hello. end_turn", ""),
+    "in thinking": Phase(
+        [says(reasoning="Hm")], text("Hello"), "thinking:Hm dropped",
+        "thinking:Hm. text:Hello. end_turn", "thinking:Hm. text:Hm. end_turn"),
+    "in text": Phase(
+        [says(content="Hel")], text("lo"), "text:Hel error %s",
+        "text:Hello. end_turn", "text:Hel. end_turn"),
+    "in text behind thinking": Phase(
+        [says(reasoning="Hm"), says(content="Hel")], text("lo"),
+        "thinking:Hm. text:Hel. error %s", "thinking:Hm. text:Hello. end_turn",
+        "thinking:Hm. text:Hel. end_turn"),
+    "in a call": Phase([HALF_CALL], CALL_REST, "", TOLD_CALL + " tool_use", None),
+    "in a call behind text": Phase(
+        [says(content="Hel"), HALF_CALL], CALL_REST, "text:Hel error %s",
+        "text:Hel. %s tool_use" % TOLD_CALL, None),
+    "behind a call": Phase(
+        [says(content=LEAKED_CALL % "a")], [END], TOLD_CALL + " error %s",
+        TOLD_CALL + " tool_use", TOLD_CALL + " tool_use"),
+    "behind the finish of text": Phase(
+        text("Hello"), [], "text:Hello. end_turn", "text:Hello. end_turn",
+        "text:Hello. end_turn"),
+    "behind the finish of a call": Phase(
+        [says(content="Hel"), HALF_CALL, *CALL_REST], [],
+        "text:Hel. %s tool_use" % TOLD_CALL, "text:Hel. %s tool_use" % TOLD_CALL,
+        "text:Hel. %s tool_use" % TOLD_CALL),
+}
+CUT_SHORT = {
+    "FIN": Fault([FakeNim.CLOSE], "502 api_error", "broken"),
+    "RST": Fault([FakeNim.RESET], "502 api_error", "broken"),
+    "garbage": Fault([b"\0\xff\x16 garbage\r\n\r\n"], "502 api_error", "broken"),
+}
+REFUSALS_BEFORE = {     # before the head
+    "1xx for ever": Fault([b"HTTP/1.1 103 Early\r\n\r\n" * 20], "502 api_error",
+                          "broken"),
+    "101": Fault([b"HTTP/1.1 101 Switching\r\n\r\n"], "502 api_error", "broken"),
+    "500": Fault([refuses(500, {"message": "x"})], "500 api_error", "busy"),
+    "503": Fault([refuses(503, {"message": "x"})], "529 overloaded_error", "busy"),
+    "429": Fault([refuses(429, {"title": "x"})], "429 rate_limit_error", "rate"),
+    "DEGRADED": Fault([refuses(400, {"detail": "DEGRADED function"})],
+                      "529 overloaded_error", "busy"),
+    "400": Fault([refuses(400, {"detail": "x"})], "400 invalid_request_error", ""),
+    "404": Fault([refuses(404, {"detail": "x"})], "404 not_found_error", ""),
+}
+LONG_HEAD = {"a head too long": Fault([b"A: b\r\n" * 20000], "502 api_error", "broken")}
+HEADS = {       # phase: what has come of the head, what comes then
+    "before the head": (b"", {**CUT_SHORT, **REFUSALS_BEFORE}),
+    "in the head": (b"HTTP/1.1 200 OK\r\nConte", {**CUT_SHORT, **LONG_HEAD}),
+}
+
+
+def error_frame(code):
+    return frames({"error": {"message": "no such luck", "code": code}})
+
+
+MISSAID = {       # in a stream
+    "no chunk size": Fault([b"0x5\r\nabcde\r\n"], "502 api_error", "broken"),
+    "no JSON": Fault([np.encode_chunk(b"data: {nonsense\n\n")], "502 api_error",
+                     "broken"),
+    "error 503": Fault([error_frame(503)], "529 overloaded_error", "busy"),
+    "error 429": Fault([error_frame(429)], "429 rate_limit_error", "rate"),
+    "error 400": Fault([error_frame(400)], "400 invalid_request_error", ""),
+    "Dynamo's error": Fault([np.encode_chunk(
+        b"event: error\n: ResourceExhausted: full\n\n")], "529 overloaded_error",
+        "busy"),
+    "a line too long": Fault([np.encode_chunk(b"data: " + b"x" * 60000)] + [
+        np.encode_chunk(b"x" * 60000)] * 2, "502 api_error", ""),
+    "no [DONE]": Fault([np.LAST_CHUNK], "502 api_error", "broken"),
+}
+FAILED_ENDS = {     # in place of another finish_reason
+    "finish " + reason: Fault([frames(says(reason)) + np.LAST_CHUNK], "500 api_error",
+                              "busy") for reason in ("error", "abort")}
+HARMLESS = {        # the rest of a good answer follows
+    "lines of garbage": Fault([np.encode_chunk(b"\0\xff {[\n[DONE]\nfoo: bar\n\n")],
+                              "", ""),
+    "another's event": Fault([np.encode_chunk(b"event: other\ndata: {}\n\n")], "", ""),
+    "comments": Fault([np.encode_chunk(b": alive\n\n") * 100], "", ""),
+}
+DONE_EARLY = {"[DONE] early": Fault([np.encode_chunk(b"data: [DONE]\n\n")
+                                     + np.LAST_CHUNK], "529 overloaded_error",
+                                    "broken")}
+IN_STREAMS = {**CUT_SHORT, **MISSAID, **FAILED_ENDS, **HARMLESS, **DONE_EARLY}
+HALF_CHUNK = np.encode_chunk(WHOLE[:20])
+IN_BODIES = {name: Fault([HALF_CHUNK, *fault.steps], *fault[1:])
+             for name, fault in [*CUT_SHORT.items(), *list(MISSAID.items())[:1]]}
+
+
+def body_of(value):
+    raw = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return [np.encode_chunk(raw) + np.LAST_CHUNK]
+
+
+IN_BODIES.update({
+    "nothing at all": Fault([np.LAST_CHUNK], "502 api_error", "broken"),
+    "no JSON": Fault(body_of(b"<html>"), "502 api_error", "broken"),
+    "half JSON": Fault(body_of(WHOLE[:20]), "502 api_error", "broken"),
+    "error 503": Fault(body_of({"error": {"message": "x", "code": 503}}),
+                       "529 overloaded_error", "busy"),
+    "error 429": Fault(body_of({"error": {"message": "x", "code": 429}}),
+                       "429 rate_limit_error", "rate"),
+    "error 400": Fault(body_of({"error": {"message": "x", "code": 400}}),
+                       "400 invalid_request_error", ""),
+    "finish error": Fault(body_of({"choices": [{"message": {"content": "x"},
+                                                "finish_reason": "error"}]}),
+                          "500 api_error", "busy"),
+})
+
+
+def endless(first):
+    """Steps that say the same for two seconds."""
+    def steps():
+        for _ in range(100):
+            time.sleep(0.02)
+            yield first
+    return steps
+
+
+SILENCE = {"silence": Fault([FakeNim.LEFT], "504 timeout_error", "broken")}
+SLOW_HEADS = {**SILENCE, "1xx for ever": Fault(endless(b"HTTP/1.1 102 P\r\n\r\n"),
+                                             "504 timeout_error", "broken")}
+SLOW_STREAMS = {**SILENCE, "comments for ever": Fault(
+    endless(np.encode_chunk(b": alive\n\n")), "504 timeout_error", "")}
+SLOW_BODIES = {**SILENCE, "blanks for ever": Fault(endless(np.encode_chunk(b" \n")),
+                                                 "504 timeout_error", "")}
+
+
+def good(manner):
+    if manner == "whole":
+        return [JSON_HEAD + b"\r\n" + completes("Good").partition(b"\r\n\r\n")[2],
+                FakeNim.CLOSE]
+    return [EVENT_STREAM + sse(*text("Good")), FakeNim.CLOSE]
+
+
+def told_first(phase):
+    """The event that a client has before a fault of a phase, as far as one goes out."""
+    told = phase.told if phase else ""
+    if told.startswith("tool_use"):
+        return b"input_json_delta"
+    words = re.findall(r"(?:text|thinking):(\w+)", told)
+    return b'"%s"' % words[-1].encode() if words else b""
+
+
+def answer_with(fault, before, rest, go):
+    """A script's answer: what comes before the fault, a client that has seen it, the
+    fault, and the rest of the answer if that comes at all."""
+    def answer(chat):
+        steps = fault.steps() if callable(fault.steps) else iter(fault.steps)
+        first = next(steps)
+        if go or not isinstance(first, bytes):
+            yield before
+            yield from [go] if go else []
+        else:
+            first = before + first      # two small writes would wait for each other
+        yield first + rest if rest else first
+        yield from steps
+    return answer
+
+
+def seen_by(client, manner, mark=b"", go=None, **changes):
+    """What a client sees, in words; sets `go` as soon as it has seen a mark."""
+    body = {**ASK, "stream": manner != "whole", "tools": list(READ.values()), **changes}
+    connection = http.client.HTTPConnection(*client.address, timeout=10)
+    raw, end = b"", []
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/messages", json.dumps(body))
+        answer = connection.getresponse()
+        try:
+            for data in iter(lambda: answer.read1(65536), b""):
+                raw += data
+                if go and mark in raw:
+                    go.set()
+        except http.client.IncompleteRead:
+            end = ["dropped"]
+    if answer.status != 200:
+        return "%d %s" % (answer.status, json.loads(raw)["error"]["type"])
+    return " ".join((spelled(parse_events(raw)) if body["stream"] else
+                     spelled_message(json.loads(raw))) + end)
+
+
+def spelled(events):
+    """A stream in words: each block with what is in it, "." once closed, the end."""
+    words = []
+    assert names_of(events)[0] == "message_start"
+    for name, data in events[1:]:
+        delta = data.get("delta", {})
+        if name == "content_block_start":
+            words.append(data["content_block"]["type"] + ":")
+        elif name == "content_block_delta":
+            words[-1] += delta.get("text") or delta.get("thinking") or delta.get(
+                "partial_json", "")
+        elif name == "content_block_stop":
+            words[-1] += "."
+        elif name == "error":
+            words.append("error " + data["error"]["type"])
+        elif name == "message_delta":
+            words.append(delta["stop_reason"])
+    ended = words[-1:] in (["end_turn"], ["tool_use"])
+    assert ended == (names_of(events)[-1] == "message_stop")
+    return words
+
+
+def spelled_message(message):
+    return ["text:%s." % block["text"] for block in message["content"]] + [
+        message["stop_reason"]]
+
+
+def fault_outcome(nim, client, manner, fault, before, phase=None):
+    """(what a client sees in vain, how often that asks, what it sees of a good answer
+    behind the fault), after which the next request must be answered."""
+    began, mark = time.monotonic(), told_first(phase)
+    rest = b"" if fault.failure else frames(*phase.rest, "[DONE]") + np.LAST_CHUNK
+    seen = []
+    for behind in ([], [good(manner)]):
+        go = threading.Event() if mark else None
+        asked = len(nim.asked)
+        nim.script = [answer_with(fault, before, rest, go), *behind]
+        seen.append(seen_by(client, manner, mark, go))
+        seen.append(len(nim.asked) - asked)
+    nim.script = [good(manner)]
+    assert seen_by(client, manner, max_tokens=9) == FINE, (manner, fault)
+    while client.request("GET", "/status")[2]["limits"]["running"]:
+        assert time.monotonic() - began < 5, (manner, fault)
+    assert time.monotonic() - began < 5, (manner, fault)
+    return seen[0], seen[1], seen[2]
+
+
+def wanted(manner, name, fault, phase=None):
+    """The same as the table above has it."""
+    status, _, kind = fault.failure.partition(" ")
+    if phase and name in HARMLESS:
+        return phase.whole, 1, phase.whole
+    if phase and name in DONE_EARLY and phase.done is None:
+        half = phase.told.replace(" error %s", ". ") + 'tool_use:{"file_path":"/.'
+        return half + " tool_use", 2, half + " tool_use"    # asked for a whole one
+    if phase and name in DONE_EARLY and phase.done:
+        return phase.done, 1, phase.done
+    if phase and phase.told:
+        told = phase.told % kind if "%s" in phase.told else phase.told
+        return told, 1, told
+    vain = "error " + kind if manner == "eager" else fault.failure
+    return vain, TIMES_ASKED[fault.again], FINE if fault.again else vain
+
+
+def test_faults_before_the_body():
+    for manner in MANNERS:
+        with both(b"", **REPEATING, **MANNERS[manner]) as (nim, client):
+            for place, (before, faults) in HEADS.items():
+                found = {name: fault_outcome(nim, client, manner, fault, before)
+                         for name, fault in faults.items()}
+                assert found == {name: wanted(manner, name, fault)
+                                 for name, fault in faults.items()}, (place, manner)
+
+
+@pytest.mark.parametrize("manner", STREAMED)
+@pytest.mark.parametrize("place", PHASES)
+def test_faults_in_a_stream(monkeypatch, place, manner):
+    monkeypatch.setattr(np, "MAX_LINE_BYTES", 4096)
+    phase = PHASES[place]
+    names = IN_STREAMS if phase.rest else [         # two finishes are none of its own
+        name for name in IN_STREAMS if name not in FAILED_ENDS]
+    before = CHUNKED_HEAD + frames(*phase.sent)
+    with both(b"", **REPEATING, **MANNERS[manner]) as (nim, client):
+        found = {name: fault_outcome(nim, client, manner, IN_STREAMS[name], before,
+                                     phase) for name in names}
+    assert found == {name: wanted(manner, name, IN_STREAMS[name], phase)
+                     for name in names}
+
+
+def test_faults_in_a_body():
+    with both(b"", **REPEATING) as (nim, client):
+        found = {name: fault_outcome(nim, client, "whole", fault, WHOLE_HEAD)
+                 for name, fault in IN_BODIES.items()}
+    assert found == {name: wanted("whole", name, fault)
+                     for name, fault in IN_BODIES.items()}
+
+
+class Door:
+    """A port that treats connections as told, one act after the other, and leads the
+    others to `port`.  An act is bytes to say, or a step of FakeNim."""
+
+    def __init__(self, port, *acts):
+        self.port, self.acts, self.opened = port, list(acts), 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = "https://127.0.0.1:%d/v1" % self.listener.getsockname()[1]
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near = self.listener.accept()[0]
+                self.opened += 1
+                act = self.acts.pop(0) if self.acts else None
+                threading.Thread(target=self.treat, args=(near, act),
+                                 daemon=True).start()
+
+    def treat(self, near, act):
+        with near, contextlib.suppress(OSError):
+            if act is None:
+                with socket.create_connection(("127.0.0.1", self.port)) as far:
+                    threading.Thread(target=pumped, args=(far, near),
+                                     daemon=True).start()
+                    return pumped(near, far)
+            near.recv(65536)                    # the client's hello
+            if act == FakeNim.RESET:
+                near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                struct.pack("ii", 1, 0))
+            if act == FakeNim.LEFT:
+                near.recv(65536)
+            if isinstance(act, bytes):
+                near.sendall(act)
+
+
+HANDSHAKES = [      # (case, what comes instead of TLS, connections in vain)
+    ("FIN", FakeNim.CLOSE, 2), ("RST", FakeNim.RESET, 2), ("silence", FakeNim.LEFT, 1),
+    ("garbage", b"\0\xff\x16 garbage\r\n\r\n", 1),
+    ("a plain answer", refuses(400, b"TLS?"), 1),
+    ("an alert", b"\x15\x03\x03\0\2\2\x28", 1),
+]
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+@pytest.mark.parametrize("act, times", named(HANDSHAKES))
+def test_faults_in_the_handshake(monkeypatch, certificates, act, times, manner):
+    monkeypatch.setattr(np, "CONNECT_SECONDS", 0.3)
+    trusted = (("SSL_CERT_FILE", str(certificates / "ca.pem")),)
+    vain = "error api_error" if manner == "eager" else "502 api_error"
+    began = time.monotonic()
+    nim = FakeNim(good(manner))
+    with secure(nim, certificates) as url:
+        door = Door(int(url.split(":")[-1].split("/")[0]), *[act] * times)
+        with door.listener, proxy_for(door.url, ca_files=trusted, **REPEATING,
+                                      **MANNERS[manner]) as client:
+            assert seen_by(client, manner) == vain
+            assert (door.opened, len(nim.asked)) == (times, 0)
+            door.acts = [act]
+            behind = FINE if times > 1 else vain
+            assert seen_by(client, manner, max_tokens=8) == behind
+            assert door.opened == 2 * times and len(nim.asked) == times - 1
+            assert seen_by(client, manner, max_tokens=9) == FINE
+            assert not client.request("GET", "/status")[2]["limits"]["running"]
+    assert time.monotonic() - began < 5
+
+
+def unreached(stack, case, certificates, place):
+    """A URL that leads to no upstream, and the settings that belong to it."""
+    settings = {"ca_files": (("SSL_CERT_FILE", str(certificates / "ca.pem")),)}
+    if case == "no such name":
+        return "http://no-such-host.invalid/v1", settings
+    if case in ("refused", "a black hole"):
+        sock = stack.enter_context(socket.socket())
+        sock.bind(("127.0.0.1", 0))
+        if case == "a black hole":
+            sock.listen(0)
+            for _ in range(3):              # nothing takes them: the next one waits
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex(sock.getsockname())
+        return "http://127.0.0.1:%d/v1" % sock.getsockname()[1], settings
+    if case == "an expired certificate":
+        certificates = expired(certificates, place)
+    url = stack.enter_context(secure(FakeNim(completes("stolen")), certificates))
+    if case == "another's certificate":
+        url = url.replace("127.0.0.1", "localhost")
+    return url, {} if case == "an unknown authority" else settings
+
+
+UNREACHED = ["refused", "no such name", "a black hole", "an unknown authority",
+             "an expired certificate", "another's certificate"]
+
+
+@pytest.mark.parametrize("case", UNREACHED)
+def test_faults_before_the_handshake(monkeypatch, certificates, tmp_path, case):
+    """Once each: what a person has to mend does not pass by itself."""
+    monkeypatch.setattr(np, "CONNECT_SECONDS", 0.1)
+    with contextlib.ExitStack() as stack:
+        url, settings = unreached(stack, case, certificates, tmp_path)
+        for manner, more in MANNERS.items():
+            began = time.monotonic()
+            with proxy_for(url, **settings, **REPEATING, **more) as client:
+                vain = "error api_error" if manner == "eager" else "502 api_error"
+                assert seen_by(client, manner) == vain
+                status = client.request("GET", "/status")[2]
+                assert not any(name.startswith("retried") for name in status["counts"])
+                assert not status["limits"]["running"]
+            assert time.monotonic() - began < 5
+
+
+def slow_rows():
+    """(place, manner, name, fault, bytes before it, phase or None)."""
+    for manner in MANNERS:
+        for place, (before, _) in HEADS.items():
+            faults = SLOW_HEADS if not before else SILENCE
+            yield from ((place, manner, *row, before, None) for row in faults.items())
+    for row in SLOW_BODIES.items():
+        yield ("in the body", "whole", *row, WHOLE_HEAD, None)
+    for place, phase in PHASES.items():
+        for manner in STREAMED:
+            before = CHUNKED_HEAD + frames(*phase.sent)
+            yield from ((place, manner, *row, before, phase)
+                        for row in SLOW_STREAMS.items())
+
+
+def test_silence_in_every_phase(monkeypatch):
+    for name in ("HEAD_SECONDS", "USEFUL_SECONDS"):
+        monkeypatch.setattr(np, name, 0.3)
+    monkeypatch.setattr(np, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(np, "MAX_INTERIM_ANSWERS", 1000)
+
+    def tried(row):
+        place, manner, name, fault, before, phase = row
+        with both(b"", first_byte_timeout=0.3, idle_timeout=0.3, **REPEATING,
+                  **MANNERS[manner]) as (nim, client):
+            return fault_outcome(nim, client, manner, fault, before, phase)
+
+    rows = list(slow_rows())
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        found = dict(zip([row[:3] for row in rows], pool.map(tried, rows)))
+    assert found == {row[:3]: wanted(*row[1:4], row[5]) for row in rows}
 
 
 # ---- Vendored ----------------------------------------------------------------
