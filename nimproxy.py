@@ -6003,30 +6003,34 @@ class Upstream:
         is none: it could not be reached, broke off, or was silent for too long.
         """
         url = self.config.base_url + path if path[0] == "/" else path
-        answer = await self.send(url, payload, stream)
-        polls = 0
+        left = limit = self.config.first_byte_timeout
+        until, pause = time.monotonic() + limit, 0.0
+        answer = await self.send(url, payload, stream, left)
         while answer.status == 202 and header(answer.headers, "nvcf-reqid"):
             await self.settle(answer)
-            await asyncio.sleep(POLL_SECONDS if polls else 0)
-            polls += 1
-            if polls * POLL_SECONDS > self.config.first_byte_timeout:
-                raise ProxyError(504, "upstream has queued the request for too long")
+            await asyncio.sleep(pause)
+            pause = POLL_SECONDS
+            left = limit and until - time.monotonic()
+            if left < 0:
+                raise ProxyError(504, "upstream has queued the request for over "
+                                      f"{limit:g} s")
             url = poll_url(self.config.base_url, header(answer.headers, "nvcf-reqid"))
-            answer = await self.send(url, b"", stream)
+            answer = await self.send(url, b"", stream, left)
         return answer
 
-    async def send(self, url: str, payload: bytes, stream: bool) -> Answer:
-        """One request; sent once more, on a fresh connection, if it went out on one of
-        the pool that died before any byte of an answer."""
+    async def send(self, url: str, payload: bytes, stream: bool, left: float) -> Answer:
+        """One request, with `left` seconds to its answer, 0: any number; sent once
+        more, on a fresh connection, if it went out on one of the pool that died before
+        any byte of an answer."""
         target = url_target(url)
         request = self.request(url, payload, stream)
         wire = self.waiting(target)
         if wire:
             with contextlib.suppress(OSError):
-                return await self.attempt(wire, request)
+                return await self.attempt(wire, request, left)
         wire = await self.connect(target)
         try:
-            return await self.attempt(wire, request)
+            return await self.attempt(wire, request, left)
         except OSError as error:
             why = f" ({failure_words(error)})" if error.args else ""
             words = f"{target.host} closed the connection without an answer{why}"
@@ -6053,11 +6057,11 @@ class Upstream:
         start = f"{'POST' if payload else 'GET'} {path} HTTP/1.1"
         return encode_head(start, headers) + payload
 
-    async def attempt(self, wire: Wire, request: bytes) -> Answer:
+    async def attempt(self, wire: Wire, request: bytes, left: float) -> Answer:
         """One request on one connection.  Raises OSError if that ends before the first
         byte of an answer, else ProxyError(502, 504)."""
         try:
-            return await self.exchange(wire, request)
+            return await self.exchange(wire, request, left)
         except BaseException as error:
             wire.abort()
             if isinstance(error, ProxyError):
@@ -6066,13 +6070,13 @@ class Upstream:
                 raise fault from None
             raise
 
-    async def exchange(self, wire: Wire, request: bytes) -> Answer:
+    async def exchange(self, wire: Wire, request: bytes, left: float) -> Answer:
         """The answer's head.  Interim answers do not make the wait for it longer."""
         wire.writer.write(request)      # no drain: an early answer may be there
         limit = self.config.first_byte_timeout
-        until = wire.time() + limit
+        until = wire.time() + left
         for interim in range(MAX_INTERIM_ANSWERS):
-            wire.allow(limit and max(until - wire.time(), 0.001), total=True)
+            wire.allow(left and max(until - wire.time(), 0.001), total=True)
             try:
                 wire.held = await wire.read()
                 wire.allow(HEAD_SECONDS, total=True)

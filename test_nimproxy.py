@@ -8699,6 +8699,31 @@ def test_silence_in_every_phase(monkeypatch):
     assert found == {row[:3]: wanted(*row[1:4], row[5]) for row in rows}
 
 
+QUEUED = refuses(202, b"{}", "NVCF-REQID: abc-1")
+QUEUES = [      # (case, script, first_byte_timeout, what the client sees)
+    ("polls for ever", [QUEUED], 0.3, "504 timeout_error"),
+    ("slow polls", [QUEUED, lambda chat: iter((time.sleep(0.2) or QUEUED,))], 0.5,
+     "504 timeout_error"),
+    ("a poll without an answer", [QUEUED, [FakeNim.LEFT]], 0.3, "504 timeout_error"),
+    ("a poll that breaks off", [QUEUED, QUEUED, [FakeNim.RESET]], 5.0, "502 api_error"),
+    ("an answer at last", [*[QUEUED] * 9, completes("Good")], 5.0, FINE),
+    ("no limit", [*[QUEUED] * 9, completes("Good")], 0.0, FINE),
+]
+
+
+@pytest.mark.parametrize("script, limit, seen", named(QUEUES))
+def test_a_queue_is_waited_in_by_the_clock(monkeypatch, script, limit, seen):
+    monkeypatch.setattr(np, "POLL_SECONDS", 0.02)
+    with both(*script, first_byte_timeout=limit) as (nim, client):
+        began = time.monotonic()
+        assert seen_by(client, "whole") == seen
+        spent = time.monotonic() - began
+        assert limit * 0.9 <= spent < limit + 1 or "504" not in seen
+        assert len(nim.requests) > 2 or script[-1] == [FakeNim.LEFT]
+        nim.script = [good("whole")]
+        assert seen_by(client, "whole", max_tokens=9) == FINE
+
+
 # ---- Vendored ----------------------------------------------------------------
 
 VENDORED = """
