@@ -113,6 +113,9 @@ MAX_FRAME_LINES = 4096          # of one event of an event stream; one is usual
 MAX_BLANK_CHARS = 4096          # leading whitespace that waits for text to lead
 MAX_MODEL_CHARS = 256           # of a model's id; the longest in the catalog has 46
 MAX_REASON_CHARS = 2000         # of an upstream's error text, as quoted
+MAX_ITEMS = 1 << 20             # commas and brackets of a JSON text: about a token
+                                # each, and no window has more; parsed, one may take 200
+                                # bytes, and a body of empty lists gigabytes
 MAX_DIGITS = 4300               # of an integer in JSON; Python's own limit, since 3.11
 MAX_BODIES_BYTES = 256 << 20    # request bodies of all clients: four of the largest
 MAX_CONNECTIONS = 256           # clients at once; well under any descriptor limit
@@ -256,11 +259,19 @@ DECODER = json.JSONDecoder(parse_float=finite, parse_int=integers(),
 
 def decode_json(text: str) -> Any:
     """The JSON value in a text; ValueError, RecursionError."""
+    check_items(text)
     if text[:1] == "{" and text[-1:] == "}":    # a token's: no blanks to look for
         value, end = DECODER.raw_decode(text)
         if end == len(text):
             return value
     return DECODER.decode(text)
+
+
+def check_items(text: str) -> None:
+    """Raise ValueError for a JSON text whose value could take gigabytes."""
+    if len(text) > MAX_ITEMS:                   # else it cannot hold so many
+        if sum(map(text.count, ",[{")) > MAX_ITEMS:
+            raise ValueError(f"it has more than {MAX_ITEMS} commas and brackets")
 
 
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -3592,6 +3603,7 @@ AROUND = r"\A\s*(functools|```(json)?)|(```|<\|eo[tm]_id\|>|;)\s*\Z"
 def several_values(body: str) -> Iterator[Any]:
     """JSON values, one behind the other, or behind `;`."""
     text = re.sub(AROUND, "", body)
+    check_items(text)
     blank = re.compile(r"[\s;]*")
     at = blank.match(text).end()
     while at < len(text):

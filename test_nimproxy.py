@@ -8724,6 +8724,53 @@ def test_a_queue_is_waited_in_by_the_clock(monkeypatch, script, limit, seen):
         assert seen_by(client, "whole", max_tokens=9) == FINE
 
 
+def empty_lists(megabytes):
+    """A JSON object that parses into a hundred times its size."""
+    return b'{"a":[' + b"[]," * (megabytes * 350000) + b"[]]}"
+
+
+LISTS = empty_lists(14).decode()
+HUGE_CALL = sse(piece(0, "c", "Read"), *[       # no chunk has too many by itself
+    piece(0, arguments=LISTS[at:at + (1 << 20)])
+    for at in range(0, len(LISTS), 1 << 20)], CALLED)
+HUGE = {        # whether an answer streams, the answer, what the client sees at its end
+    "an answer": (False, response(empty_lists(30)), "502 api_error"),
+    "a line": (True, EVENT_STREAM + b"data: " + empty_lists(15) + b"\n\n",
+               "error api_error"),
+    "a call": (True, EVENT_STREAM + HUGE_CALL, "tool_use"),     # as it came
+}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="asks /proc")
+@pytest.mark.parametrize("where", ["a body", *HUGE])
+def test_a_text_of_empty_lists_takes_no_gigabytes(tmp_path, where):
+    streams, answer, end = HUGE.get(where, (False, b"", "400 invalid_request_error"))
+    with FakeNim([answer, FakeNim.CLOSE]) as nim:
+        upstream = argparse.Namespace(port=int(nim.url.split(":")[-1].split("/")[0]))
+        proxy = Process(tmp_path, *proxy_command(tmp_path, upstream, 0))
+        try:
+            client = Client("http://127.0.0.1:%d" % proxy.port)
+            assert client.request("GET", "/health")[0] == 200
+            before = proxy.memory()
+            if where == "a body":
+                body = empty_lists(30)
+                status, _, error = client.request("POST", "/v1/messages", body)
+                assert "commas and brackets" in error["error"]["message"]
+                seen = "%d %s" % (status, error["error"]["type"])
+            else:
+                seen = seen_by(client, "early" if streams else "whole")
+            assert seen.endswith(end), seen[-99:]
+            assert proxy.peak() - before < 260
+        finally:
+            proxy.stop()
+
+
+def test_a_list_of_calls_in_the_text_has_a_bound_too():
+    with pytest.raises(ValueError):
+        next(np.several_values(LISTS))
+    assert np.decode_json("[%s1]" % ("1," * 1000000))[-1] == 1
+
+
 # ---- Vendored ----------------------------------------------------------------
 
 VENDORED = """
