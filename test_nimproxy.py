@@ -6462,10 +6462,10 @@ def test_one_line_for_each_request(caplog):
                         r"\d+\.\d\d s, retries 1", line.getMessage())
 
 
-SLOW = [EVENT_STREAM, FakeNim.LEFT]
+SILENT = [EVENT_STREAM, FakeNim.LEFT]
 LEAVERS = [     # what upstream says, what the client asks, settings
-    ("before the first word", SLOW, {"stream": True}, {}),
-    ("before the status", SLOW, {"stream": True}, {"eager_after": 9}),
+    ("before the first word", SILENT, {"stream": True}, {}),
+    ("before the status", SILENT, {"stream": True}, {"eager_after": 9}),
     ("in the answer", [EVENT_STREAM + sse(*text("Hel")[:1], done=False), FakeNim.LEFT],
      {"stream": True}, {}),
     ("without streaming", [b"HTTP/1.1 200 OK\r\n\r\n", FakeNim.LEFT], {}, {}),
@@ -8771,6 +8771,640 @@ def test_a_list_of_calls_in_the_text_has_a_bound_too():
     assert np.decode_json("[%s1]" % ("1," * 1000000))[-1] == 1
 
 
+# ---- Properties --------------------------------------------------------------
+# What holds for all inputs, tried on random ones: good requests, streams, bodies and
+# files, cut anywhere, and mutations of them.  A case is plain bytes, text or JSON, and
+# comes from its number alone; one that fails is cut small and told with its seed.
+
+CASES = int(os.environ.get("NIMPROXY_CASES", 16000))    # make properties: 100000
+MAX_CUTS = 3000             # tries to make a failing case smaller: some seconds
+
+
+def try_cases(holds_true, case_of, share):
+    """Try a property, a function that raises, on its share of all cases."""
+    for number in range(round(CASES * share)):
+        seed = "%s %d" % (holds_true.__name__, number)
+        case = case_of(random.Random(seed))
+        fault = fault_of(holds_true, case)
+        if fault:
+            small = cut_small(holds_true, case, fault[1])
+            raise AssertionError("seed %r: %s\ncut to %s" % (
+                seed, fault[0], shown(small)))
+
+
+def fault_of(holds_true, case):
+    """What is wrong with a case, and where it shows; None if nothing is."""
+    try:
+        holds_true(case)
+    except Exception as error:
+        trace = error.__traceback__
+        while trace.tb_next:
+            trace = trace.tb_next
+        place = trace.tb_frame.f_code.co_name, trace.tb_lineno
+        return "%s: %.300s, in %s:%d" % (type(error).__name__, error, *place), place
+    return None
+
+
+def cut_small(holds_true, case, place):
+    """The smallest case found that still fails at the same place."""
+    tries, found = iter(range(MAX_CUTS)), True
+    while found:
+        found = False
+        with contextlib.suppress(RecursionError):   # a case nested too deep to cut
+            for less, _ in zip(smaller(case), tries):
+                fault = fault_of(holds_true, less)
+                if fault and fault[1] == place:
+                    case, found = less, True
+                    break
+    return case
+
+
+def smaller(case):
+    """A case with less in it, the boldest cuts first."""
+    if isinstance(case, dict):
+        for name in case:
+            yield {key: inner for key, inner in case.items() if key != name}
+    elif isinstance(case, (bytes, str, list)):
+        step = (len(case) + 1) // 2
+        while step:
+            for at in range(0, len(case), step):
+                yield case[:at] + case[at + step:]
+            step //= 2
+    places = range(len(case)) if isinstance(case, list) else (
+        list(case) if isinstance(case, dict) else [])
+    for place in places:
+        for less in smaller(case[place]):
+            whole = case.copy()
+            whole[place] = less
+            yield whole
+
+
+def shown(case):
+    try:
+        text = repr(case)
+    except RecursionError:
+        return "(nested too deep to be shown: see the seed)"
+    return text if len(text) < 4000 else "%s ... (%d)" % (text[:4000], len(text))
+
+
+def mutated(dice, data, signs, other=None):
+    """Bytes or text with one to four faults: signs put in, runs lost or twice."""
+    other = data if other is None else other
+    for _ in range(dice.randrange(1, 5)):
+        at = dice.randrange(len(data) + 1)
+        end = min(at + dice.choice((1, 1, 2, 8, 40)), len(data))
+        start = dice.randrange(len(other) + 1)
+        middle = dice.choice((dice.choice(signs), data[at:at], data[at:end] * 2,
+                              other[start:start + dice.randrange(40)]))
+        end = dice.choice((at, end))
+        data = data[:at] + middle + data[end:]
+    return data
+
+
+def flipped(dice, data):
+    """Bytes with one bit turned over."""
+    at = dice.randrange(len(data))
+    return data[:at] + bytes([data[at] ^ 1 << dice.randrange(8)]) + data[at + 1:]
+
+
+def cut_up(dice, data):
+    """The same bytes in pieces: some, or each byte for itself."""
+    if dice.randrange(20) == 0:
+        return [data[at:at + 1] for at in range(len(data))]
+    places = sorted(dice.choices(range(len(data) + 1), k=dice.randrange(1, 6)))
+    return [data[a:b] for a, b in zip([0, *places], [*places, len(data)]) if a < b]
+
+
+DEEP = [60, 150, 300, 450, 600, 900, 1200]      # Python's recursion ends at 1000 frames
+
+
+WRAPS = [lambda inner: [inner], lambda inner: {"a": inner},
+         lambda inner: {"type": "new_block", "content": inner},
+         lambda inner: {**result("t1"), "content": [inner]},
+         lambda inner: {"type": "document", "source": {"type": "content",
+                                                       "content": [inner]}}]
+
+
+def odd_value(dice):
+    """A JSON value that nobody expects."""
+    if dice.randrange(12) == 0:
+        value, wraps = dice.choice((1, "x", {})), dice.choice((WRAPS[:2], WRAPS))
+        for _ in range(dice.choice(DEEP)):
+            value = dice.choice(wraps)(value)
+        return value
+    return dice.choice((
+        None, True, False, 0, -1, 1, 2.5, -0.0, 1e308, 10 ** 400, 1 << 53, "", "x", "0",
+        "\ud83d", "\0", "tool_use", "text", "\u0663", "x" * 70, [], {}, [[]], [None],
+        [{}], {"": None}, ["x", 1], {"text": 1}, {"type": "text", "text": "x"},
+        {"type": ["text"]}, {"type": "tool_use", "id": [], "name": {}}))
+
+
+def misshapen(dice, value):
+    """The same JSON with one thing in it replaced, dropped, twice or elsewhere."""
+    if not isinstance(value, (dict, list)) or not value or dice.randrange(12) == 0:
+        return odd_value(dice)
+    out = value.copy()
+    place = dice.choice(list(value)) if isinstance(value, dict) else (
+        dice.randrange(len(value)))
+    how = dice.randrange(20)
+    if how == 0:
+        del out[place]
+    elif how == 1 and isinstance(value, list):
+        out.insert(place, value[dice.randrange(len(value))])
+    elif how == 2 and isinstance(value, dict):
+        out[place] = value[dice.choice(list(value))]
+    elif how == 3 and isinstance(value, list):
+        dice.shuffle(out)
+    else:
+        out[place] = misshapen(dice, value[place])
+    return out
+
+
+def clean(error):
+    """A ProxyError that can go out: an error status, words, a body in JSON."""
+    assert 400 <= error.status <= 599 and error.message, error.status
+    assert json.loads(np.encode_json(error.body("req_1")))["error"]["message"]
+    return error.status, error.message
+
+
+# ---- requests
+
+GOOD_REQUESTS = [data for _, _, data, statuses, _ in INPUTS
+                 if set(statuses) == {200} and len(data) < 2000] + [
+    POST + b"Transfer-Encoding: chunked\r\nX: \xe9\r\n\r\n2;a=b\r\n{}\r\n00a ;c\r\n"
+    b"0123456789\r\n0;d\r\nTrailer: x\r\nMore: y\r\n\r\n" + GET + b"\r\n"]
+WIRE_SIGNS = [b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b" ", b"\t", b";", b":", b",",
+              b"0", b"1", b"9" * 20, b"f", b"F" * 9, b"-", b"+", b"x", b"\x0b", b"\x85",
+              b"\xff", b"1.0", b"chunked", b"close", b"Content-Length: 2\r\n",
+              b"Transfer-Encoding: chunked\r\n", b"A: b\r\n" * 160, b"?", b"[::1]"]
+
+
+def cut_request(dice):
+    data = dice.choice(GOOD_REQUESTS)
+    if dice.randrange(8):
+        data = mutated(dice, data, WIRE_SIGNS, dice.choice(GOOD_REQUESTS))
+    if data and dice.randrange(3) == 0:
+        data = flipped(dice, data)
+    return cut_up(dice, data)
+
+
+class Fed:
+    """A reader whose bytes are all there: nothing that reads from it ever waits."""
+
+    def __init__(self, pieces):
+        self.pieces = [piece for piece in pieces if piece]
+
+    async def read(self, _):
+        return self.pieces.pop(0) if self.pieces else b""
+
+    def write(self, data):
+        assert data == b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+def at_once(coroutine):
+    """What a coroutine that never waits returns."""
+    with pytest.raises(StopIteration) as caught:
+        coroutine.send(None)
+    return caught.value.value
+
+
+async def requests_in(pieces):
+    """The requests that a server reads from these bytes, and how they end."""
+    fed, found = Fed(pieces), []
+    wire, server = np.Wire(fed, fed), np.Server(np.Proxy(np.Config()))
+    try:
+        while True:
+            head = await wire.head()
+            if not head:
+                return found, "closed"
+            request = np.parse_request(head)
+            assert request.path() and request.keeps_alive() in (True, False)
+            found.append(request._replace(body=await server.body(wire, request)))
+    except np.ProxyError as error:
+        clean(error)
+        return found, "refused"     # which of two faults is told may depend on the cut
+    except ConnectionAbortedError:
+        return found, "broken off"
+
+
+def requests_are_read_alike(pieces):
+    """Any bytes are requests and an end, and the same however they are cut."""
+    whole = at_once(requests_in([b"".join(pieces)]))
+    assert at_once(requests_in(pieces)) == whole
+
+
+# ---- streams
+
+THOUGHTS = [*np.REASONING_NAMES, *np.TAGS]
+TEXTS = ["Hello", " world", "\n\n", "a < b", "<th", "Gr\u00fc\u00dfe \u4f60\u597d",
+         "{}", "\U0001f600", "```", "[", "five", "x" * 50, "</think>", "<tool_call",
+         "\u2028"]
+PHRASES = ["Look", " at this. ", "Gr\u00fc\u00dfe \u4f60\u597d", "it is 5 ", "\n\nSo "]
+FINISHES = ["stop", "length", "tool_calls", "content_filter", "function_call",
+            "eos_token", None]
+
+
+def cut_text(dice, words):
+    places = sorted(dice.choices(range(len(words) + 1), k=dice.randrange(4)))
+    return [words[a:b] for a, b in zip([0, *places], [*places, len(words)])]
+
+
+def thoughts(dice):
+    """Chunks of thinking, in a field of each name or between tags."""
+    how, words = dice.choice(THOUGHTS), " ".join(dice.choices(PHRASES, k=2))
+    if how in np.TAGS:
+        words = how + words + np.TAGS[how] + "\n"
+        return [says(content=piece) for piece in cut_text(dice, words)]
+    values = cut_text(dice, words)
+    if how == "reasoning_details":
+        values = [[{"type": "reasoning.text", "text": value}] for value in values]
+    return [says(**{how: value}) for value in values]
+
+
+def tool_chunks(dice):
+    """Chunks with one to three calls: in pieces, in turn or mixed, not all with ids."""
+    ids, indexes = dice.random() < 0.7, dice.random() < 0.8
+    runs = []
+    for index in range(dice.choice((1, 1, 2, 3))):
+        name, value = dice.choice(list(DECLARED)), some_object(dice)
+        parts = cut_text(dice, json.dumps(value or {"file_path": "/a"}))
+        start = (index if indexes else None, "call_%d" % index if ids else None)
+        runs.append([piece(*start, name, parts[0])]
+                    + [piece(start[0], None, None, part) for part in parts[1:]])
+    if indexes and dice.randrange(2):
+        order = [number for number, run in enumerate(runs) for _ in run]
+        dice.shuffle(order)
+        return [runs[number].pop(0) for number in order]
+    return [chunk for run in runs for chunk in run]
+
+
+def good_chunks(dice):
+    chunks = [says(role="assistant", content="")] * dice.randrange(2)
+    chunks += thoughts(dice) if dice.randrange(2) else []
+    for _ in range(dice.randrange(3)):
+        chunks += [says(content=words) for words in dice.choices(
+            dice.choice((PHRASES, TEXTS)), k=dice.randrange(1, 5))]
+    if dice.randrange(3) == 0:
+        words = dice.choice(WRITTEN)[1] + dice.choice(("", "\nDone."))
+        chunks += [says(content=words) for words in cut_text(dice, words)]
+    chunks += tool_chunks(dice) if dice.randrange(2) else []
+    chunks.append(says(dice.choice(FINISHES if len(chunks) > 1 else ["stop"])))
+    if dice.randrange(3) == 0:
+        chunks = [{**chunk, **used(completion=at, prompt_tokens_details={
+            "cached_tokens": 2})} if not chunk["choices"] else
+                  {**chunk, "usage": used(completion=at)["usage"]}
+                  for at, chunk in enumerate(chunks)]
+    return chunks + [used()] * dice.randrange(2)
+
+
+def good_frames(dice):
+    """A completion stream as a list of frames, each with its blank line."""
+    newline = dice.choice((b"\n", b"\n", b"\r\n", b"\r"))
+    start = dice.choice((b"data: ", b"data: ", b"data:", b": hm\nid: 7\ndata: ",
+                         b"event: message\ndata: "))
+    chunks = good_chunks(dice)
+    lines = [json.dumps(chunk, ensure_ascii=dice.random() < 0.5).encode()
+             for chunk in chunks]
+    finished = any(choice["finish_reason"] for chunk in chunks
+                   for choice in chunk["choices"])
+    lines += [b"[DONE]"] if dice.randrange(4) or not finished else []
+    if dice.randrange(4) == 0:      # data over two lines
+        lines = [line.replace(b": [{", b": [\ndata: {", 1) for line in lines]
+    frames = [start + line + b"\n\n" for line in lines]
+    if dice.randrange(4) == 0:
+        frames.insert(dice.randrange(len(frames)), b": keep-alive\n\n")
+    frames[0] = dice.choice((b"", b"", b"", b"\xef\xbb\xbf")) + frames[0]
+    return [frame.replace(b"\n", newline) for frame in frames]
+
+
+READINGS = [{}, {"tools": DECLARED}, {"tools": DECLARED, "text_delta_chars": 6},
+            {"tools": DECLARED, "stops": ("five", "\n\nSo", "</")},
+            {"tools": DECLARED, "opens": "</think>"},
+            {"tools": DECLARED, "cumulative": True, "input_tokens": 9}]
+
+
+def cut_stream(dice):
+    """How to read it, and a good stream in pieces."""
+    raw = b"".join(good_frames(dice))
+    return [dice.randrange(len(READINGS)), cut_up(dice, raw)]
+
+
+JSON_SIGNS = [b"NaN", b"1e999", b"-Infinity", b"9" * 5000, b"null", b"true", b"[]",
+              b"{}", b'"', b"\\", b"\\ud800", b"\xff", b"\xc3", b"\n", b"\r", b"\n\n",
+              b"data: ", b"event: error\n", b"[DONE]", b"{", b"}", b",", b":", b"-1",
+              b'"error":"x",', b'{"error":{"message":[1],"code":"x"}}\n\n']
+
+
+def deep_json(dice):
+    """Brackets around nothing, as deep as Python reads them, and deeper."""
+    left, right = dice.choice(((b"[", b"]"), (b'{"a":', b"}"), (b'{"text":[', b"]}")))
+    depth = dice.choice(DEEP)
+    return left * depth + b"1" + right * depth
+
+
+def misshapen_frame(dice, frame):
+    """A frame in which a value of its JSON is another, or the bytes are others."""
+    at, end = frame.find(b"{"), frame.rfind(b"}") + 1
+    how = dice.randrange(8)
+    if how > 3 and 0 <= at < end:
+        with contextlib.suppress(ValueError, RecursionError):
+            value = misshapen(dice, json.loads(frame[at:end]))
+            return frame[:at] + json.dumps(value).encode() + frame[end:]
+    tokens = list(re.finditer(rb'(?<=: )("[^"]*"|[0-9]+|null|\[\]|\{\})', frame))
+    if how > 1 and tokens:
+        start, stop = dice.choice(tokens).span()
+        other = deep_json(dice) if dice.randrange(8) == 0 else dice.choice(JSON_SIGNS)
+        return frame[:start] + other + frame[stop:]
+    if how == 1 and frame:
+        return flipped(dice, frame)
+    return mutated(dice, frame, JSON_SIGNS)
+
+
+def bad_stream(dice):
+    """A good stream that was damaged in one to four places."""
+    frames = good_frames(dice)
+    for _ in range(dice.randrange(1, 5)):
+        how, at = dice.randrange(12), dice.randrange(len(frames) or 1)
+        if how == 0:
+            del frames[at:at + 1]
+        elif how == 1:
+            frames[at:at] = frames[at:at + 1]
+        elif how == 2:
+            dice.shuffle(frames)
+        elif how == 3:
+            frames[at:] = [b"".join(frames[at:])[:dice.randrange(200)]]
+        elif frames:
+            frames[at] = misshapen_frame(dice, frames[at])
+    if dice.randrange(4):
+        return [dice.randrange(len(READINGS)), frames]
+    return [dice.randrange(len(READINGS)), cut_up(dice, b"".join(frames))]
+
+
+def answer_to(case):
+    """The bytes that a stream becomes, and the error that it ends with, if it does."""
+    number, pieces = case
+    out = []
+    stage = np.translation(np.Message("msg_x", "m", np.Reading(**READINGS[number])))
+    try:
+        out += next(stage)
+        for each in [*pieces, None]:
+            out += stage.send(each)
+    except np.ProxyError as error:
+        return b"".join(out), clean(error)
+    return b"".join(out), None
+
+
+def streams_are_read_alike(case):
+    """Any bytes are the same message, or the same error, however they are cut."""
+    raw, error = answer_to(case)
+    whole, same = answer_to([case[0], [b"".join(case[1])]])
+    assert error == same
+    assert error or np.fold(parse_events(raw)) == np.fold(parse_events(whole))
+
+
+def test_good_streams_are_whole_and_of_all_kinds():
+    kinds, reasons = set(), set()
+    for number in range(300):
+        case = cut_stream(random.Random(number))
+        raw, error = answer_to(case)
+        assert not error, case
+        message = np.fold(parse_events(raw))
+        kinds.update(block["type"] for block in message["content"])
+        reasons.add(message["stop_reason"])
+    assert kinds == set(DELTAS)
+    assert reasons == STOP_WORDS - {"model_context_window_exceeded"}
+
+
+STOP_WORDS = {"end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal",
+              "model_context_window_exceeded"}
+
+
+def answers_are_canonical(case):
+    """Any bytes are a message as Anthropic tells it, or the beginning of one and an
+    error: ASCII, blocks one after the other from 0, one end and nothing after it."""
+    raw, error = answer_to(case)
+    events = parse_events(raw)
+    names = [name for name, _ in events]
+    last = [] if error else ["message_delta", "message_stop"]
+    assert names[0] == "message_start" and names[len(names) - len(last):] == last
+    blocks = names[1:len(names) - len(last)]
+    assert not {"message_start", "message_delta", "message_stop"} & set(blocks)
+    place, kind = -1, ""
+    for name, data in events[1:len(names) - len(last)]:
+        if name == "content_block_start":
+            place, kind, was = place + 1, data["content_block"]["type"], kind
+            assert was == "" and kind in DELTAS
+        assert data["index"] == place and kind
+        if name == "content_block_delta":
+            assert data["delta"]["type"] in DELTAS[kind]
+        kind = "" if name == "content_block_stop" else kind
+    assert error or kind == ""
+    if not error:
+        check_message(np.fold(events), events[-2][1])
+
+
+DELTAS = {"text": ["text_delta"], "thinking": ["thinking_delta", "signature_delta"],
+          "tool_use": ["input_json_delta"]}
+
+
+def check_message(message, last):
+    """The whole of an answer: calls that can run, a reason, figures of tokens."""
+    used_ids = [block["id"] for block in message["content"]
+                if block["type"] == "tool_use"]
+    assert len(set(used_ids)) == len(used_ids)
+    for block in message["content"]:
+        if block["type"] == "tool_use":
+            assert type(block["input"]) is dict and type(block["name"]) is str
+            assert block["name"]
+    assert last["delta"]["stop_reason"] in STOP_WORDS
+    assert set(last["usage"]) == set(np.EMPTY_USAGE)
+    assert all(type(count) is int and count >= 0 for count in last["usage"].values())
+
+
+# ---- bodies
+
+BLOCKS = [
+    said("Hello"), said("CRITICAL: Respond with TEXT ONLY"), thinking("hm"), PIXEL,
+    {"type": "redacted_thinking", "data": "x"},
+    {"type": "new_block", "input": {"a": 1}},
+    {"type": "document", "title": "t", "source": {"type": "text", "data": "words"}},
+    {"type": "document", "source": {"type": "content", "content": [said("a"), PIXEL]}},
+    {"type": "document", "source": {"type": "base64", "data": "JVBERi0xLjQK",
+                                    "media_type": "application/pdf"}},
+    {"type": "tool_reference", "tool_name": "Read"},
+    {"type": "image", "source": {"type": "url", "url": "https://x/y.png"}},
+    {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {"q": 1}},
+    {"type": "web_search_tool_result", "tool_use_id": "s1", "content": [
+        {"type": "web_search_result", "url": "https://x", "title": "t"}]}]
+FIELDS = {
+    "system": [said("x-anthropic-billing-header: a"),
+               {**said("Be brief."), "cache_control": {"type": "ephemeral"}}],
+    "stream": True, "temperature": 1, "top_p": 0.5,
+    "top_k": 5, "stop_sequences": ["five"], "metadata": {"user_id": "u"},
+    "thinking": {"type": "enabled", "budget_tokens": 5000},
+    "output_config": {"effort": "high", **FORMAT},
+    "tool_choice": {"type": "tool", "name": "Read", "disable_parallel_tool_use": True},
+    "context_management": {"edits": []}, "max_tokens": 32000,
+    "tools": [*DECLARED.values(), {"name": LONG, "description": "d", "input_schema": {
+        "$schema": "x", "type": "object"}}, {"type": "web_search_20250305",
+                                             "name": "web_search", "max_uses": 5}]}
+KNOWN_MODELS = ["m", "openai/gpt-oss-120b", "z-ai/glm-5.3", *SEEDS,
+                "deepseek-ai/deepseek-r1", "moonshotai/kimi-k2-thinking",
+                "minimaxai/minimax-m2", "qwen/qwen3-235b-a22b"]
+
+
+def good_body(dice):
+    """A body such as Claude Code sends: calls and results, blocks of all kinds."""
+    messages, open_ids = [], []
+    for turn in range(dice.randrange(1, 6)):
+        blocks = dice.choices(BLOCKS, k=dice.randrange(3)) or [said("hi")]
+        if turn % 2:
+            open_ids = ["t%d" % dice.randrange(9) for _ in range(dice.randrange(3))]
+            blocks = blocks + [call(call_id, "Read", {"file_path": "/a"})
+                               for call_id in open_ids]
+        else:
+            blocks = [result(call_id, dice.choice(("a b", [said("a"), PIXEL], None)))
+                      for call_id in open_ids] + blocks
+        messages.append((assistant if turn % 2 else user)(*blocks))
+    names = [name for name in FIELDS if dice.randrange(2)]
+    fields = {name: FIELDS[name] for name in names}
+    return {"model": "m", **fields, "messages": messages}
+
+
+def odd_body(dice):
+    """Such a body with none to four things in it that should not be."""
+    body = good_body(dice)
+    for _ in range(dice.randrange(5)):
+        body = misshapen(dice, body)
+        body = body if isinstance(body, dict) else {"messages": body}
+    return [dice.choice(KNOWN_MODELS), dice.choice(list(np.PROVIDERS)),
+            dice.choice((0, 9, 10 ** 6)), body]
+
+
+def chats_are_whole(case):
+    """Any body is a chat in JSON with each result right behind its call, or a 400."""
+    model, provider, tokens, body = case
+    try:
+        chat = np.chat_body(body, model, np.PROVIDERS[provider], tokens)
+        np.declared_tools(body), np.stop_sequences(body)
+        with np.not_too_deep():         # as the proxy, where it makes bytes of it
+            np.encode_json(chat)
+    except np.ProxyError as error:
+        assert clean(error)[0] == 400
+        return
+    seen, waiting = set(), []
+    for message in chat["messages"]:
+        if message["role"] == "tool":
+            assert waiting and message["tool_call_id"] == waiting.pop(0)
+            continue
+        assert not waiting and message["role"] in ("system", "user", "assistant")
+        waiting = [each["id"] for each in message.get("tool_calls", [])]
+        assert not seen & set(waiting)
+        seen.update(waiting)
+        for each in message.get("tool_calls", []):
+            assert np.is_object(each["function"]["arguments"])
+    assert not waiting
+
+
+def counts_are_counts(case):
+    """Any body has a number of tokens, or is refused, documents read or not."""
+    body = case[-1]
+    try:
+        assert np.count_tokens(body) >= 1
+        np.read_documents(body, {})
+        assert np.count_tokens(body) >= 1
+    except np.ProxyError as error:
+        assert clean(error)[0] == 400
+
+
+# ---- configuration files
+
+FULL_FILE = """---
+provider: "ollama"  # here
+upstream:
+  base_url: https://h/v1
+  api_key: 'sk-a''b'
+  idle_timeout: .5
+server:
+  port: 0
+models:
+    opus: a/b
+    haiku: ~
+tool_format: xml
+max_context_window: 128k
+streaming:
+  eager_after: 0.1
+"model_aliases":
+  x: "y\\u00e9"
+"""
+GOOD_FILES = [S1_FILE, FULL_FILE, json.dumps(
+    {"provider": "custom", "upstream": {"base_url": "http://[::1]:1/v1"},
+     "server": {"port": 8788, "host": "${MY_KEY}"}, "model_aliases": {"x": "y/z"},
+     "streaming": {"ping_interval": 7.5}, "max_context_window": 4096}, indent=1)]
+FILE_SIGNS = [
+    ":", ": ", " ", "  ", "\n", "\t", "#", " #", "'", '"', "\\", "[", "]", "{", "}",
+    ",", "-", "- ", "&", "*", "!", "|", ">", "%", "@", "~", "${MY_KEY}", "${NO}", "0",
+    "1e9", "9" * 5000, "NaN", "null", "true", "\ufeff", "\0", "\x85", "\u2028",
+    "\ud800", "\r", "\r\n", "\u0663", "server:", "custom", "http://",
+    "[" * 400, '{"a":' * 2000]
+
+
+def odd_file(dice):
+    text = dice.choice(GOOD_FILES)
+    if text[0] == "{" and dice.randrange(2):
+        tree = misshapen(dice, json.loads(text))
+        with contextlib.suppress(RecursionError):
+            return json.dumps(tree, indent=dice.choice((None, 1)))
+    return mutated(dice, text, FILE_SIGNS, dice.choice(GOOD_FILES))
+
+
+DEFAULTS = resolved()[0]
+
+
+def files_are_read_or_named(text):
+    """Any file is a Config of the right types, or a 400 that names the file."""
+    try:
+        config, _ = resolved(text, {"MY_KEY": "nvapi-1"})
+    except np.ProxyError as error:
+        assert clean(error)[0] == 400 and "config.yaml" in error.message, error
+        return
+    for value, default in zip(config, DEFAULTS):
+        assert isinstance(value, type(default)), value
+    assert 0 <= config.port <= 65535 and np.urlsplit(config.base_url).hostname
+
+
+PROPERTIES = [      # (case, the property, where its cases come from, share of them)
+    ("requests", requests_are_read_alike, cut_request, 0.4),
+    ("streams, cut", streams_are_read_alike, cut_stream, 0.05),
+    ("streams, damaged and cut", streams_are_read_alike, bad_stream, 0.06),
+    ("streams, damaged", answers_are_canonical, bad_stream, 0.13),
+    ("bodies", chats_are_whole, odd_body, 0.2),
+    ("counts", counts_are_counts, odd_body, 0.1),
+    ("files", files_are_read_or_named, odd_file, 0.059),
+]
+
+
+@pytest.mark.parametrize("holds_true, case_of, share", named(PROPERTIES))
+def test_random_cases(holds_true, case_of, share):
+    try_cases(holds_true, case_of, share)
+
+
+def test_random_cases_on_a_socket():
+    with both(completes("ok")) as (nim, client):
+        def requests_are_answered(pieces):
+            with socket.create_connection(client.address, 10) as sock:
+                with contextlib.suppress(OSError):
+                    for each in pieces:
+                        sock.sendall(each)
+                    sock.shutdown(socket.SHUT_WR)
+                raw = received(sock)
+            assert b"internal error" not in raw
+            assert re.match(rb"HTTP/1\.1 [1-5][0-9]{2} |\Z", raw)
+
+        try_cases(requests_are_answered, cut_request, 0.001)
+        assert client.ask()[0] == 200       # the server stands
+
+
 # ---- Vendored ----------------------------------------------------------------
 
 VENDORED = """
@@ -10281,7 +10915,7 @@ LETTERS = ("abcdefgh ijklmnop qrstuvwxyz .,;:\u00e9\u00df\u0416\u6f22\u5b57"
 SIZES = [30] * 12 + [1000] * 6 + [8000] * 2 + [30000]     # letters: up to 100 kB
 RUBBISH = [b"\x16\x03\x01\x02\x00", b"\r\n" * 9, b"GET / HTTP/9.9\r\n\r\n",
            POST + b"Content-Length: 5\r\n" + CHUNKS, GET + b"\0: \r\n\r\n"]
-SPOILED = ["429", "500", "empty", "reset"]
+TROUBLES = ["429", "500", "empty", "reset"]
 
 
 def soak(seconds="300"):
@@ -10553,7 +11187,7 @@ async def do_half_a_request(port, seed, rng):
 
 
 async def do_fault(port, seed, rng):
-    kind = rng.choice(SPOILED)
+    kind = rng.choice(TROUBLES)
     request = soak_request(seed, kind, rng.random() < 0.7)
     message = outcome(*await exchanged(port, request))
     empty = message and not "".join(block.get("text", "-")
