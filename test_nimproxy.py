@@ -8491,18 +8491,19 @@ def fault_outcome(nim, client, manner, fault, before, phase=None):
     began, mark = time.monotonic(), told_first(phase)
     rest = b"" if fault.failure else frames(*phase.rest, "[DONE]") + np.LAST_CHUNK
     seen = []
-    for behind in ([], [good(manner)]):
+    for behind in ([good(manner)], []):
         go = threading.Event() if mark else None
         asked = len(nim.asked)
         nim.script = [answer_with(fault, before, rest, go), *behind]
         seen.append(seen_by(client, manner, mark, go))
         seen.append(len(nim.asked) - asked)
+    until(lambda: not client.request("GET", "/status")[2]["limits"]["pauses"])
     nim.script = [good(manner)]
     assert seen_by(client, manner, max_tokens=9) == FINE, (manner, fault)
     while client.request("GET", "/status")[2]["limits"]["running"]:
         assert time.monotonic() - began < 5, (manner, fault)
     assert time.monotonic() - began < 5, (manner, fault)
-    return seen[0], seen[1], seen[2]
+    return seen[2], seen[3], seen[0]
 
 
 def wanted(manner, name, fault, phase=None):
