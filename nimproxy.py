@@ -5583,6 +5583,7 @@ class Pacer:
         self.ceilings: Dict[str, Tuple[float, float]] = {}     # requests, since when
         self.pauses: Dict[str, float] = {}      # until when
         self.strikes: Dict[str, Tuple[int, float]] = {}     # 429s in a row, the last
+        self.taken: Dict[str, float] = {}       # when upstream last took one
 
     def join(self, ticket: Ticket) -> None:
         self.waiting.append(ticket)
@@ -5667,6 +5668,7 @@ class Pacer:
 
     def answered(self, ticket: Ticket) -> None:
         """Upstream took it: 429s are in a row no more, if it was sent after them."""
+        self.taken[ticket.model] = self.clock()
         when = self.strikes.get(ticket.model, (0, math.inf))[1]
         if ticket.sent > when:
             self.strikes[ticket.model] = 0, when
@@ -5694,9 +5696,15 @@ class Pacer:
             low = min(self.by_model[model], self.ceiling(model, now) * 3 // 4)
             least = min(LEAST_CEILING, self.per_minute)
             self.ceilings[model] = max(low, least), now
-        for kept in (self.strikes, self.pauses, self.ceilings):
+        for kept in (self.strikes, self.pauses, self.ceilings, self.taken):
             while len(kept) > MAX_KNOWN:
                 del kept[next(iter(kept))]
+
+    def hopeless(self, model: str, most: int) -> bool:
+        """Whether a model has said nothing but 429, and that more than so often."""
+        since = self.clock() - self.taken.get(model, -math.inf)
+        return (self.strikes.get(model, (0, 0.0))[0] > most
+                and since > RETRIES["rate"].most)
 
     def rest(self) -> float:
         """Seconds until time alone may give somebody a turn; inf if it cannot."""
@@ -6806,8 +6814,7 @@ class Gate:
     def given_up(self, model: str) -> bool:
         """Whether a model has answered 429 for as long as one request is patient: then
         the client does the waiting, and its user sees that."""
-        strikes = self.pacer.strikes.get(model, (0, 0.0))[0]
-        return strikes > max(self.config.retries, 1)
+        return self.pacer.hopeless(model, max(self.config.retries, 1))
 
     def busy(self, ticket: Ticket) -> ProxyError:
         pacer, rest = self.pacer, self.pacer.delay(ticket.model)

@@ -6073,6 +6073,19 @@ def test_a_model_that_only_says_429_is_not_waited_for_again():
         assert client.ask()[0] == 200
 
 
+def test_a_model_that_takes_some_is_waited_for():
+    now = [1000.0]
+    pacer = np.Pacer(40, 0, lambda: now[0])
+    for answer in "9999", "9990", "0", "9999":
+        for said in answer:
+            now[0] += np.PAUSE_SECONDS if said == "9" else 0
+            ticket = np.Ticket("m")
+            pacer.join(ticket)
+            assert pacer.next() is ticket
+            pacer.answered(ticket) if said == "0" else pacer.refused(ticket, 0.0, 0.5)
+        assert pacer.hopeless("m", 3) is (answer == "9999")
+
+
 def test_a_break_in_text_behind_thinking_keeps_the_text():
     """Claude Code shows text only of closed blocks; asking anew it will not then."""
     broken = [EVENT_STREAM + sse(says(reasoning="Hm"), says(content="Hel"), done=False),
@@ -10293,7 +10306,7 @@ IN_VAIN = [     # what upstream always says, eager_after, the status and words t
                 # shown; the client's requests, and those that reach upstream
     ("503", LOADED, 10.0, 529, NO_ROOM, 2, 4),
     ("503, behind a start", LOADED, 0.0, 529, NO_ROOM, 5, 8),
-    ("429, behind a start", HOT, 0.0, 429, "answered 429: Too Many Requests.", 3, 4),
+    ("429, behind a start", HOT, 0.0, 429, "answered 429: Too Many Requests.", 3, 3),
 ]
 
 
@@ -10445,8 +10458,7 @@ def folded(events):
 
 CUT_OFF = "upstream broke off in the middle of its answer"
 BREAKS_OFF = [      # what was told; what the Python SDK raises, and the TypeScript one
-    ("thinking", [THINKS], ("RemoteProtocolError", "peer closed connection"),
-     ("AnthropicError", "terminated")),
+    ("thinking", [THINKS], ("APIStatusError", CUT_OFF), ("APIError", CUT_OFF)),
     ("text", [says(content="So far")], ("APIStatusError", CUT_OFF),
      ("APIError", CUT_OFF)),
     ("text behind thinking", [THINKS, says(content="So far")],
@@ -11085,7 +11097,8 @@ SOAK_TOOL = {"name": "Edit", "input_schema": {"type": "object", "properties": {
 
 def soak_request(seed, kind="good", stream=True, fields=CLOSE, path=b"/v1/messages"):
     words = "soak %s %d %s" % (kind, seed, PROSE * (seed % 40))
-    body = json.dumps({"model": "m", "max_tokens": 999, "stream": stream,
+    model = "m" if kind == "good" else "m-%s" % kind    # a 429 makes its model pause
+    body = json.dumps({"model": model, "max_tokens": 999, "stream": stream,
                        "tools": [SOAK_TOOL],
                        "messages": [{"role": "user", "content": words}]}).encode()
     return (b"POST %s HTTP/1.1\r\nHost: localhost\r\n%sContent-Length: %d\r\n\r\n%s"
@@ -11190,7 +11203,10 @@ async def do_half_a_request(port, seed, rng):
 async def do_fault(port, seed, rng):
     kind = rng.choice(TROUBLES)
     request = soak_request(seed, kind, rng.random() < 0.7)
-    message = outcome(*await exchanged(port, request))
+    try:
+        message = outcome(*await exchanged(port, request))
+    except AssertionError:
+        return "" if kind == "reset" else "cut off"     # after thinking it is dropped
     empty = message and not "".join(block.get("text", "-")
                                     for block in message["content"])
     return differs(seed, message) if message and not empty else ""
