@@ -39,10 +39,11 @@ The parts; each uses only parts above it, and the first sixteen do no I/O:
    17. Upstream
    18. Memory
    19. Journal
-   20. Proxy
-   21. Server
-   22. Client programs
-   23. Command line
+   20. Asking: which model, whose turn, again and instead
+   21. Proxy
+   22. Server
+   23. Client programs
+   24. Command line
 
 Python 3.8 or newer; nothing else.  https://www.rfc-editor.org/rfc/rfc9112 and
 https://html.spec.whatwg.org/multipage/server-sent-events.html are the two wires.
@@ -6662,6 +6663,11 @@ FACT_WORDS = {
 }
 
 
+def printable(text: str) -> str:
+    """Text for one line of a log: nothing that could forge another, 400 at most."""
+    return re.sub(r"[^ -~]", lambda match: f"\\x{ord(match[0]):02x}", text[:400])
+
+
 class ErrorLog:
     """One JSON line for each request that failed, in a file a day."""
 
@@ -6708,21 +6714,18 @@ class ErrorLog:
             os.unlink(os.path.join(self.folder, name))
 
 
-# ---- 20. Proxy ---------------------------------------------------------------
-# What each path does.  `messages` is the file's story; `relay` is the one place
-# where waiting meets translation.
+# ---- 20. Asking: which model, whose turn, again and instead ------------------
+# A question's way to upstream: the model that it goes to, the turn that it waits for,
+# how it is mended, repeated, or asked of another model, until an answer begins.
 
-EVENT_STREAM: Headers = [
-    ("Content-Type", "text/event-stream"),
-    ("Cache-Control", "no-cache, no-transform"),
-    ("X-Accel-Buffering", "no"),        # nginx in between would hold events back
-]
-MODELS_SECONDS = 2.0        # Claude Code's own discovery waits 3
-MODELS_FRESH_SECONDS = 3600.0
-CLIENT_LEFT = 499           # a status for the log alone; nginx's, too
 STICKY_SECONDS = 900.0      # with a fallback; then the model is tried anew
 STICKY = ("gone", "gated", "degraded", "busy")      # the others are seen beforehand
 IMAGE = re.compile(rb'"type"\s*:\s*"image"')      # not within a string: no backslash
+WINDOW_KEYS = ("loaded_context_length", "max_model_len", "context_length",
+               "max_context_length")
+OWN_SERVERS = ("nvidia", "custom", "lmstudio")      # where the windows may be told
+NEAR_SECONDS = 0.02         # a request waits for them, where the server is near
+LOOK_SECONDS = 2.0          # for windows; a server that is near takes milliseconds
 
 
 class Question(NamedTuple):
@@ -6746,122 +6749,25 @@ class Trial(NamedTuple):
     chat: Json = {}
 
 
-def signless(words: str) -> str:
-    """A refusal without its numbers, which may be ids or times."""
-    return re.sub(r"[0-9a-f-]*[0-9][0-9a-f-]*", "", words)
+class Asker:
+    """Asks upstream for the clients; its state: what is known of upstream's models."""
 
-
-class Gate:
-    """The pacer at work: who waits for a turn, is called when it has come."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        limits = (requests_a_minute(config), requests_at_once(config))
-        limits = (0, 0) if config.default_model == DEMO_MODEL else limits
-        self.pacer = Pacer(*limits, time.monotonic)
-        self.turns: Dict[Ticket, Tuple[asyncio.Future, float]] = {}  # and until when
-        self.timer: Optional[asyncio.TimerHandle] = None
-
-    async def turn(self, ticket: Ticket, waited: float = 0.0) -> None:
-        """Wait until a ticket may go; ProxyError(429) if that takes too long, together
-        with the seconds that its request has `waited` for other turns."""
-        pacer = self.pacer
-        left = max(self.config.max_wait - waited, 0.0)
-        delay = pacer.delay(ticket.model)
-        if (len(pacer.waiting) >= MAX_WAITING or delay > left
-                or delay and self.given_up(ticket.model)):
-            raise self.busy(ticket)
-        pacer.join(ticket)
-        self.call()
-        if ticket.sent >= 0:
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self.turns[ticket] = turn, time.monotonic() + left
-        try:
-            await asyncio.wait({turn}, timeout=left)
-            if ticket.sent < 0:
-                raise self.busy(ticket)
-        except BaseException:
-            pacer.leave(ticket)
-            pacer.give_back(ticket)
-            self.call()
-            raise
-        finally:
-            del self.turns[ticket]
-
-    def call(self) -> None:
-        """Let go who may, and who would wait in vain; look again when time may have
-        changed that."""
-        pacer, now = self.pacer, time.monotonic()
-        while pacer.next():
-            pass
-        for ticket, (turn, until) in self.turns.items():
-            late = ticket.sent < 0 and now + pacer.delay(ticket.model) > until
-            if not turn.done() and (ticket.sent >= 0 or late):
-                turn.set_result(None)
-        if self.timer:
-            self.timer.cancel()
-        rest, self.timer = self.pacer.rest(), None
-        if rest < math.inf:
-            self.timer = asyncio.get_running_loop().call_later(rest, self.call)
-
-    def leave(self, ticket: Ticket) -> None:
-        """Its place is free for the next one, once it is known why it was left: after
-        a 429 its model pauses."""
-        self.pacer.leave(ticket)
-        asyncio.get_running_loop().call_soon(self.call)
-
-    def given_up(self, model: str) -> bool:
-        """Whether a model has answered 429 for as long as one request is patient: then
-        the client does the waiting, and its user sees that."""
-        return self.pacer.hopeless(model, max(self.config.retries, 1))
-
-    def busy(self, ticket: Ticket) -> ProxyError:
-        pacer, rest = self.pacer, self.pacer.delay(ticket.model)
-        rates = [f"{pacer.per_minute} a minute"] if pacer.per_minute else []
-        rates += [f"{pacer.at_once} at once"] if pacer.at_once else []
-        most = f" (limits: {', '.join(rates)})" if rates else ""
-        words = (f"no turn within {self.config.max_wait:g} s: {len(pacer.waiting)} "
-                 f"requests wait{most}")
-        if pacer.pauses.get(ticket.model, 0.0) > pacer.clock():
-            words = (f"upstream answered 429 before: {ticket.model} is left alone for "
-                     f"{rest:.0f} s")
-        error = ProxyError(429, words, headers=(("retry-after", retry_after(rest)),))
-        error.fallback = "busy"
-        return error
-
-    def close(self) -> None:
-        if self.timer:
-            self.timer.cancel()
-
-
-class Proxy:
-    """Answers requests; its state: what was learned, failures to replay, counts."""
-
-    def __init__(self, config: Config, upstream: Optional[Upstream] = None) -> None:
-        self.config = config
-        self.upstream = upstream or Upstream(config)
-        self.failures: Dict[int, Tuple[float, ProxyError]] = {}
-        self.listed: Tuple[float, List[str]] = (0.0, [])
-        self.counts: Dict[str, int] = collections.Counter()
-        self.errors: Any = collections.deque(maxlen=KEPT_ERRORS)
-        self.warned: Set[str] = set()       # what is said of a model only once
+    def __init__(self, config: Config, upstream: Upstream,
+                 counts: Dict[str, int]) -> None:
+        self.config, self.upstream, self.counts = config, upstream, counts
         self.gate = Gate(config)
-        self.sticky: Dict[Tuple[str, str], Tuple[str, str, float]] = {}  # see `chosen`
-        self.error_log = ErrorLog(config.home)
+        # what is known of models
         self.learned = Learned(config.home)
-        self.windows: Dict[str, int] = {}   # by model, as the server tells them
+        self.sticky: Dict[Tuple[str, str], Tuple[str, str, float]] = {}  # see `chosen`
+        self.windows: Dict[str, int] = {}   # as the server tells them
         self.looking: Any = None            # the task that asks for those
         self.calibrations: Dict[str, Calibration] = {}  # of the last MAX_KNOWN models
         self.fielded: Set[str] = set()      # models whose server parts off thinking
+        self.warned: Set[str] = set()       # what is said of a model only once
+        # what requests have in common
         self.toolboxes: Any = collections.deque(maxlen=KEPT_TOOLBOXES)
-        self.documents: Dict[int, str] = {}     # the text of the last PDFs
         self.tool_texts: Any = collections.deque(maxlen=KEPT_TOOLBOXES)
-        self.traffic: Callable[[], Json] = dict     # what a server adds to the status
-        self.began = time.time()
-        self.stopping = False               # the server cuts answers off, and says so
-
-    # every path
+        self.documents: Dict[int, str] = {}     # the text of the last PDFs
 
     async def close(self) -> None:
         if self.looking:
@@ -6870,270 +6776,7 @@ class Proxy:
         self.gate.close()
         await self.upstream.close()
 
-    async def respond(self, request: Request) -> Response:
-        try:
-            with guarded():
-                response = await self.route(request)(request)
-        except ProxyError as error:
-            return self.refuse(request.path(), error)
-        if header(response.headers, "request-id"):
-            return response
-        stamp = ("request-id", Course().id)
-        return response._replace(headers=[*response.headers, stamp])
-
-    def refuse(self, what: str, error: ProxyError) -> Response:
-        """The answer that an error is, counted and logged."""
-        return self.failed(Course(what), error)
-
-    def failed(self, course: Course, error: ProxyError) -> Response:
-        self.note(course, error)
-        headers = [*error.headers, *served(course)]
-        return json_response(error.body(course.id), error.status, headers)
-
-    def route(self, request: Request) -> Callable[[Request], Any]:
-        """The handler of a path; ProxyError(404, 405)."""
-        path = request.path()
-        found = {method: handler for method, pattern, handler in ROUTES
-                 if re.fullmatch(pattern, path)}
-        method = "GET" if request.method == "HEAD" else request.method
-        if not found:
-            known = "POST /v1/messages, POST /v1/messages/count_tokens, GET /v1/models"
-            raise ProxyError(404, f"no such path; there are {known}, GET /health")
-        if method not in found:
-            allow = ", ".join(sorted({*found, *(["HEAD"] if "GET" in found else [])}))
-            raise ProxyError(405, f"this path takes {allow}", "", (("Allow", allow),))
-        return getattr(self, found[method])
-
-    def admit(self, request: Request, port: int) -> None:
-        """Refuse what a web page or a stranger sends; before the body is read.
-
-        A page in the user's browser can reach localhost, under a name of its own
-        (DNS rebinding) or as a cross-site request: neither gets to spend the key.
-        `port` is where the request came in.
-        """
-        config, headers = self.config, request.headers
-        names = (*LOOPBACK, config.host)
-        host = re.sub(r":[0-9]+$", "", request.host())
-        if on_loopback(config.host) and host and host not in names:
-            raise ProxyError(403, "expected a Host header of this machine's loopback")
-        origins = set(field_values(headers, "origin"))
-        sites = set(field_values(headers, "sec-fetch-site"))
-        if (origins - {f"http://{name}:{port}" for name in names}
-                or sites - {"none", "same-origin"}
-                or origins and FORM.match(header(headers, "content-type"))):
-            raise ProxyError(403, "requests from web pages are refused")
-        if config.proxy_key and request.path() not in OPEN_PATHS:
-            import hmac
-            bearer = re.sub("(?i)^bearer +", "", header(headers, "authorization"))
-            wanted = config.proxy_key.encode()
-            given = (header(headers, "x-api-key").encode("latin-1"),
-                     bearer.encode("latin-1"))
-            if not any([hmac.compare_digest(key, wanted) for key in given]):
-                raise ProxyError(401, "expected this proxy's own key (PROXY_API_KEY) "
-                                      "as a bearer token")
-
-    def note(self, course: Course, error: ProxyError) -> None:
-        """Count an error, keep it for `status`, and log one line."""
-        self.counts[f"errors_{error.status}"] += 1
-        self.errors.append({"at": time.time(), "status": error.status,
-                            "message": error.message[:400], "model": course.model})
-        facts = {**course.facts(error.status), "error": error.kind,
-                 "message": error.message}
-        log.warning("%s: %s: %s", printable(facts_line(facts)), error.kind,
-                    printable(error.message), extra={"facts": facts})
-        if course.model:
-            self.error_log.add(course, error, self.config)
-
-    def left(self, course: Course) -> None:
-        """Count a client that did not wait for its answer's end, and log one line."""
-        if self.stopping:
-            return
-        self.counts["clients_left"] += 1
-        facts = {**course.facts(CLIENT_LEFT), "error": "client_left"}
-        log.info("%s: the client left", printable(facts_line(facts)),
-                 extra={"facts": facts})
-
-    # the story
-
-    async def messages(self, request: Request) -> Response:
-        """A Messages request: asked upstream, answered in Anthropic's words."""
-        looking = self.look()
-        if looking and not looking.done():
-            await asyncio.wait({looking}, timeout=NEAR_SECONDS)
-        course = Course("messages")
-        try:
-            question, chat = await aside(request, self.question, course)
-            if "stream" not in chat:
-                return await self.whole(question, chat)
-            start = asyncio.ensure_future(self.begin(question, chat))
-            del chat                        # it need not live as long as its answer
-            try:
-                await asyncio.wait({start}, timeout=self.config.eager_after)
-            except asyncio.CancelledError:      # the client left
-                drop(start)
-                raise
-            if start.done():
-                start.result()              # an error so early is a real status
-        except ProxyError as error:
-            return self.failed(course, error)
-        except asyncio.CancelledError:
-            self.left(course)
-            raise
-        relay = self.relay(question, start)
-        return Response(200, EVENT_STREAM + served(course), relay,
-                        self.pulse(question.message),
-                        lambda error: encode_event("error", error.body(course.id)))
-
-    def question(self, request: Request, course: Course) -> Tuple[Question, Json]:
-        """The question, and the chat that asks it."""
-        body = parse_body(request.body)
-        self.read_documents(body)
-        asked = typed(body, "model", str, "a string") or ""
-        if len(asked) > MAX_MODEL_CHARS:
-            raise ProxyError(400, f"model: longer than {MAX_MODEL_CHARS} characters")
-        course.asked, course.streams = asked, body.get("stream") is True
-        course.session = header(request.headers, "x-claude-code-session-id")
-        course.raises = header(request.headers, "user-agent").startswith("Anthropic/")
-        course.rank = rank_of(request.headers, body)
-        estimate = count_tokens(body)
-        model = self.chosen(course, request.body, estimate)
-        message = Message("msg_" + os.urandom(12).hex(), asked or model)
-        question = Question(request.body, estimate, model, message, course)
-        chat = self.chat(question, body)
-        self.counts["requests"] += 1
-        return question, chat
-
-    def chat(self, question: Question, body: Json) -> Json:
-        """The chat that puts a question to its model; its message is to be read so."""
-        model, config = question.model, self.config
-        facts = self.facts(model)
-        tokens = round(question.estimate * self.factor(model))
-        mends, api = self.mends(model), upstream_api(config)
-        if "replay" in mends:
-            api = api._replace(replay="every")
-        chat = chat_body(body, model, api, tokens, facts)
-        for mend in mends:
-            apply_mend(mend, chat)
-        question.message.restart(Reading(
-            tools=self.toolbox(declared_tools(body)), stops=tuple(stop_sequences(body)),
-            text_delta_chars=config.text_delta_chars, input_tokens=tokens,
-            cumulative=model_family(model).cumulative, opens=self.opens(body, model),
-            again=True, asked=Asked(config, model, tokens, facts.window)))
-        question.course.model = model
-        return chat
-
-    def read_documents(self, body: Json) -> None:
-        read_documents(body, self.documents)
-        while len(self.documents) > KEPT_DOCUMENTS:
-            self.documents.pop(next(iter(self.documents)), None)
-
-    def toolbox(self, tools: Tools) -> Tools:
-        """The same tools as of an earlier request, if it had them: they are large, and
-        to compare them takes little."""
-        known = next((known for known in self.toolboxes if known == tools), None)
-        if known is None:
-            self.toolboxes.append(tools)
-        return tools if known is None else known
-
-    def payload(self, chat: Json) -> Tuple[str, str]:
-        """The JSON of a chat in two pieces; the second one, the tools, is shared."""
-        tools = chat.get("tools")
-        if not tools:
-            return encode_json(chat), ""
-        text = ',"tools":' + encode_json(tools) + "}"
-        if text in self.tool_texts:
-            text = self.tool_texts[self.tool_texts.index(text)]
-        else:
-            self.tool_texts.append(text)
-        rest = {name: value for name, value in chat.items() if name != "tools"}
-        return encode_json(rest)[:-1], text
-
-    def facts(self, model: str) -> Model:
-        """What is known of a model: as configured, learned, told by the server, or in
-        the catalog."""
-        facts = known_model(model)
-        window = (self.config.context_window
-                  or self.windows.get(model, 0)
-                  or self.learned.window(self.config.base_url, model))
-        if not window:
-            return facts
-        return facts._replace(window=window, output=min(facts.output, window),
-                              sure=True)
-
-    def mends(self, model: str) -> List[str]:
-        """What a chat needs so as not to be refused, as far as it is known."""
-        known = self.learned.mends(self.config.base_url, model)
-        prose = self.config.tool_format == "xml" or "xml" in known
-        rest = [mend for mend in known if mend != "xml"]
-        return [*(["xml"] if prose else []), *rest]     # it adds what others take out
-
-    def opens(self, body: Json, model: str) -> str:
-        """The tag that ends thinking which may begin without one.
-
-        Hosts that we know part thinking off; there only a model that always thinks
-        and has not been seen to do so in a field may begin inside of it.
-        """
-        family = model_family(model)
-        always = family.always_thinks()
-        own = not upstream_api(self.config).hosts
-        thinks = always or own and wants_thinking(body, family)
-        return family.opens if thinks and model not in self.fielded else ""
-
-    def known_as(self, model: str) -> str:
-        """The id to ask for: a retired one's successor on NVIDIA's own endpoint."""
-        if self.config.default_model == DEMO_MODEL:
-            return DEMO_MODEL               # nothing of a demo goes anywhere else
-        own = self.config.base_url == PROVIDERS[self.config.provider].base_url
-        if not own or not known_model(model).retired or model not in SUCCESSORS:
-            return model
-        if model not in self.warned:
-            self.warned.add(model)
-            log.warning("%s is retired: asking %s instead", model, SUCCESSORS[model])
-        return SUCCESSORS[model]
-
-    async def begin(self, question: Question, chat: Json) -> Telling:
-        """Ask upstream, up to the first words of its answer; ProxyError if it fails."""
-        with guarded():
-            return await self.answered(question, chat, self.told)
-
-    # which model
-
-    def own_model(self, course: Course) -> str:
-        return self.known_as(upstream_model(self.config, course.asked))
-
-    def chosen(self, course: Course, raw: bytes, estimate: int) -> str:
-        """The model to ask: the one that was asked for, the fallback that this session
-        has come to use, or the first one that takes such a request at all."""
-        models, why = self.models_for(course), ""
-        model = models[0]
-        if len(models) == 1:
-            return model
-        name, reason, since = self.sticky.get((course.session, model), (model, "", 0.0))
-        if name in models and time.monotonic() - since < STICKY_SECONDS:
-            models, why = turned_to(name, models), reason
-        for name in models:
-            misfit = self.misfit(name, raw, estimate)
-            if not misfit:
-                course.fallback = why if name != model else ""
-                return name
-            why = why or misfit
-        return model
-
-    def models_for(self, course: Course) -> List[str]:
-        """The model that was asked for, and its fallbacks in order."""
-        model = self.own_model(course)
-        others = map(self.known_as, fallbacks_of(self.config, course.asked, model))
-        return list(dict.fromkeys([model, *others]))
-
-    def misfit(self, model: str, raw: bytes, estimate: int) -> str:
-        """Why a model cannot take a request, as far as is known; "" if it can."""
-        facts = self.facts(model)
-        if not facts.vision or "blind" in self.mends(model):
-            if IMAGE.search(raw):
-                return "images"
-        tokens = estimate * self.factor(model)
-        small = facts.sure and tokens + LEAST_OUTPUT_TOKENS > facts.window
-        return "window" if small else ""
+    # which model answers
 
     async def answered(self, question: Question, chat: Json, attempt: Attempt) -> Any:
         """What an attempt gives: of the model, or else of its fallbacks in turn."""
@@ -7194,11 +6837,60 @@ class Proxy:
         if course.fallback:
             self.sticky[key] = (course.model, error.fallback, time.monotonic())
 
+    def chosen(self, course: Course, raw: bytes, estimate: int) -> str:
+        """The model to ask: the one that was asked for, the fallback that this session
+        has come to use, or the first one that takes such a request at all."""
+        models, why = self.models_for(course), ""
+        model = models[0]
+        if len(models) == 1:
+            return model
+        name, reason, since = self.sticky.get((course.session, model), (model, "", 0.0))
+        if name in models and time.monotonic() - since < STICKY_SECONDS:
+            models, why = turned_to(name, models), reason
+        for name in models:
+            misfit = self.misfit(name, raw, estimate)
+            if not misfit:
+                course.fallback = why if name != model else ""
+                return name
+            why = why or misfit
+        return model
+
+    def models_for(self, course: Course) -> List[str]:
+        """The model that was asked for, and its fallbacks in order."""
+        model = self.own_model(course)
+        others = map(self.known_as, fallbacks_of(self.config, course.asked, model))
+        return list(dict.fromkeys([model, *others]))
+
+    def misfit(self, model: str, raw: bytes, estimate: int) -> str:
+        """Why a model cannot take a request, as far as is known; "" if it can."""
+        facts = self.facts(model)
+        if not facts.vision or "blind" in self.mends(model):
+            if IMAGE.search(raw):
+                return "images"
+        tokens = estimate * self.factor(model)
+        small = facts.sure and tokens + LEAST_OUTPUT_TOKENS > facts.window
+        return "window" if small else ""
+
+    def own_model(self, course: Course) -> str:
+        return self.known_as(upstream_model(self.config, course.asked))
+
+    def known_as(self, model: str) -> str:
+        """The id to ask for: a retired one's successor on NVIDIA's own endpoint."""
+        if self.config.default_model == DEMO_MODEL:
+            return DEMO_MODEL               # nothing of a demo goes anywhere else
+        own = self.config.base_url == PROVIDERS[self.config.provider].base_url
+        if not own or not known_model(model).retired or model not in SUCCESSORS:
+            return model
+        if model not in self.warned:
+            self.warned.add(model)
+            log.warning("%s is retired: asking %s instead", model, SUCCESSORS[model])
+        return SUCCESSORS[model]
+
     def warn(self, course: Course) -> None:
         log.warning("%s %s: not a word for %g s; still waiting", course.id[-8:],
                     printable(course.model), self.config.connect_warning)
 
-    # asking
+    # mended and repeated
 
     async def taken(self, question: Question, chat: Json, attempt: Attempt) -> Any:
         """What an attempt gives, of a chat that is mended as long as upstream's
@@ -7304,6 +6996,8 @@ class Proxy:
         if lasting:
             self.learned.learn(self.config.base_url, model, lasting)
 
+    # one attempt
+
     async def told(self, question: Question, chat: Json) -> Telling:
         """One attempt at a chat that streams, up to its first words."""
         telling = await self.taking(question, chat)
@@ -7368,6 +7062,18 @@ class Proxy:
                                   "fewer or smaller images and documents")
         return await self.upstream.ask("/chat/completions", data, "stream" in chat)
 
+    async def check(self, question: Question, answer: Any) -> None:
+        """Raise what an answer other than 200 means."""
+        if answer.status == 200:
+            return
+        text, status = error_words(await answer.whole(), answer.status)
+        if 300 <= status < 400:
+            found = re.match(r"https?://([^/?#@]+)", header(answer.headers, "location"))
+            place = found[1] if found else "another place"
+            text = f"a redirect to {place}, which is not followed"
+        pause = retry_seconds(header(answer.headers, "retry-after"), time.time())
+        raise refusal(question.message.reading.asked, status, text, pause)
+
     def again(self, question: Question, payload: Optional[Tuple[str, str]]) -> Again:
         """What asks a chat once more, for a call that can be used; {} if that fails.
 
@@ -7401,105 +7107,90 @@ class Proxy:
         finally:
             self.gate.leave(ticket)
 
-    async def check(self, question: Question, answer: Any) -> None:
-        """Raise what an answer other than 200 means."""
-        if answer.status == 200:
-            return
-        text, status = error_words(await answer.whole(), answer.status)
-        if 300 <= status < 400:
-            found = re.match(r"https?://([^/?#@]+)", header(answer.headers, "location"))
-            place = found[1] if found else "another place"
-            text = f"a redirect to {place}, which is not followed"
-        pause = retry_seconds(header(answer.headers, "retry-after"), time.time())
-        raise refusal(question.message.reading.asked, status, text, pause)
+    # the chat
 
-    async def relay(self, question: Question,
-                    start: asyncio.Future) -> AsyncIterator[bytes]:
-        """The message's bytes as upstream's come, whichever way it ends."""
-        message = question.message
-        opening = b"".join(encoded(message.start()))
-        try:
-            if not start.done():
-                yield opening
-                opening = b""
-            telling = await start
-            question = question._replace(raw=b"")   # nothing will be replayed now
-            yield opening + telling.first
-            with guarded():
-                data = await telling.more()
-                while data:
-                    yield data
-                    data = await telling.more()
-            self.record(question)
-        except ProxyError as error:
-            self.note(question.course, error)
-            if question.raw and not message.calls.calls:    # else asking anew may help
-                self.remember(question, error)
-            last = message.broken_off(error.body(question.course.id),
-                                      not question.course.raises)
-            yield b"".join(encoded(last))
-        except (asyncio.CancelledError, GeneratorExit):
-            if message.over:            # it has all, and did not wait for our end
-                self.record(question)
-            else:
-                self.left(question.course)
-            raise
-        finally:
-            drop(start)
+    def chat(self, question: Question, body: Json) -> Json:
+        """The chat that puts a question to its model; its message is to be read so."""
+        model, config = question.model, self.config
+        facts = self.facts(model)
+        tokens = round(question.estimate * self.factor(model))
+        mends, api = self.mends(model), upstream_api(config)
+        if "replay" in mends:
+            api = api._replace(replay="every")
+        chat = chat_body(body, model, api, tokens, facts)
+        for mend in mends:
+            apply_mend(mend, chat)
+        question.message.restart(Reading(
+            tools=self.toolbox(declared_tools(body)), stops=tuple(stop_sequences(body)),
+            text_delta_chars=config.text_delta_chars, input_tokens=tokens,
+            cumulative=model_family(model).cumulative, opens=self.opens(body, model),
+            again=True, asked=Asked(config, model, tokens, facts.window)))
+        question.course.model = model
+        return chat
 
-    async def whole(self, question: Question, chat: Json) -> Response:
-        """A request that does not stream: the same translation, folded."""
-        failure = self.remembered(question)
-        if failure:
-            raise failure
-        events = question.message.start()
-        events += await self.answered(question, chat, self.read_whole)
-        self.record(question)
-        return json_response(fold(events), headers=served(question.course))
+    def read_documents(self, body: Json) -> None:
+        read_documents(body, self.documents)
+        while len(self.documents) > KEPT_DOCUMENTS:
+            self.documents.pop(next(iter(self.documents)), None)
 
-    # what is remembered
+    def toolbox(self, tools: Tools) -> Tools:
+        """The same tools as of an earlier request, if it had them: they are large, and
+        to compare them takes little."""
+        known = next((known for known in self.toolboxes if known == tools), None)
+        if known is None:
+            self.toolboxes.append(tools)
+        return tools if known is None else known
 
-    def pulse(self, message: Message) -> Callable[[float], bytes]:
-        """What keeps a silent stream alive: a ping, and at times a real event, because
-        pings do not reset Claude Code's watchdog."""
-        interval = self.config.ping_interval
+    def payload(self, chat: Json) -> Tuple[str, str]:
+        """The JSON of a chat in two pieces; the second one, the tools, is shared."""
+        tools = chat.get("tools")
+        if not tools:
+            return encode_json(chat), ""
+        text = ',"tools":' + encode_json(tools) + "}"
+        if text in self.tool_texts:
+            text = self.tool_texts[self.tool_texts.index(text)]
+        else:
+            self.tool_texts.append(text)
+        rest = {name: value for name, value in chat.items() if name != "tools"}
+        return encode_json(rest)[:-1], text
 
-        def beat(quiet: float) -> bytes:
-            if quiet // RESET_SECONDS > (quiet - interval) // RESET_SECONDS:
-                return encode_event(*message.nudge())
-            return encode_event("ping", {})
-        return beat
+    def mends(self, model: str) -> List[str]:
+        """What a chat needs so as not to be refused, as far as it is known."""
+        known = self.learned.mends(self.config.base_url, model)
+        prose = self.config.tool_format == "xml" or "xml" in known
+        rest = [mend for mend in known if mend != "xml"]
+        return [*(["xml"] if prose else []), *rest]     # it adds what others take out
 
-    def remember(self, question: Question, error: ProxyError) -> None:
-        """Keep a failure that came after the eager start: the client's replay without
-        streaming then gets the true status, and upstream is not asked again.
+    def opens(self, body: Json, model: str) -> str:
+        """The tag that ends thinking which may begin without one.
 
-        Not its traceback, whose frames hold the chat and all that was parsed for it.
+        Hosts that we know part thinking off; there only a model that always thinks
+        and has not been seen to do so in a field may begin inside of it.
         """
-        error.__traceback__ = error.__context__ = error.__cause__ = None
-        if len(self.failures) >= KEPT_FAILURES:
-            del self.failures[next(iter(self.failures))]
-        self.failures[failure_key(question)] = (time.monotonic(), error)
+        family = model_family(model)
+        always = family.always_thinks()
+        own = not upstream_api(self.config).hosts
+        thinks = always or own and wants_thinking(body, family)
+        return family.opens if thinks and model not in self.fielded else ""
 
-    def remembered(self, question: Question) -> Optional[ProxyError]:
-        if not self.failures:
-            return None
-        when, error = self.failures.pop(failure_key(question), (0.0, None))
-        return error if time.monotonic() - when < FAILURE_SECONDS else None
+    # what is known of models
 
-    def record(self, question: Question) -> None:
-        """Count an answer, and log one line about it."""
-        course, usage = question.course, question.message.final_usage()
-        self.counts["answers"] += 1
-        self.counts.update("calls_" + name for name in question.message.repairs)
-        if course.fallback:
-            self.counts["fallback_" + course.fallback] += 1
-        self.compare(question, usage)
-        self.counts["input_tokens"] += usage["input_tokens"]
-        self.counts["output_tokens"] += usage["output_tokens"]
-        course.usage = usage
-        facts = course.facts(200)
-        log.info("%s", printable(facts_line(facts)), extra={"facts": facts})
+    def facts(self, model: str) -> Model:
+        """What is known of a model: as configured, learned, told by the server, or in
+        the catalog."""
+        facts = known_model(model)
+        window = (self.config.context_window
+                  or self.windows.get(model, 0)
+                  or self.learned.window(self.config.base_url, model))
+        if not window:
+            return facts
+        return facts._replace(window=window, output=min(facts.output, window),
+                              sure=True)
+
+    def factor(self, model: str) -> float:
+        """What our estimate for a model is to be multiplied by."""
+        known = self.calibrations.get(model)
+        return known.factor if known else 1.0
 
     def compare(self, question: Question, usage: Dict[str, int]) -> None:
         """Learn from upstream's own figures; say so if it has cut the prompt."""
@@ -7523,24 +7214,6 @@ class Proxy:
             log.warning("%s: upstream read %d of about %d tokens: its context window "
                         "is too small; %s", printable(model), counted,
                         question.estimate, hint)
-
-    # the other paths
-
-    async def count_tokens(self, request: Request) -> Response:
-        return json_response({"input_tokens": await aside(request, self.counted)})
-
-    def counted(self, request: Request) -> int:
-        body = parse_body(request.body)
-        self.read_documents(body)
-        typed(body, "messages", list, "a list of messages")
-        asked = typed(body, "model", str, "a string") or ""
-        model = self.known_as(upstream_model(self.config, asked))
-        return round(count_tokens(body) * self.factor(model))
-
-    def factor(self, model: str) -> float:
-        """What our estimate for a model is to be multiplied by."""
-        known = self.calibrations.get(model)
-        return known.factor if known else 1.0
 
     def look(self) -> Optional[asyncio.Task]:
         """Begin, once, to ask a server of the user's own for its windows."""
@@ -7573,123 +7246,23 @@ class Proxy:
             raise refusal(asked, answer.status, error_words(raw, answer.status)[0])
         return completion(raw, asked)
 
-    async def models(self, request: Request) -> Response:
-        """The models in a shape that both SDK families and Claude Code accept."""
-        discovery = header(request.headers, "user-agent").startswith("claude-code/")
-        rows = [model_row(name, self.facts(name).window,
-                          "anthropic/" if discovery else "")
-                for name in await self.model_ids()]
-        return json_response({
-            "object": "list", "data": rows, "has_more": False,
-            "first_id": rows[0]["id"] if rows else None,
-            "last_id": rows[-1]["id"] if rows else None,
-        })
 
-    async def model(self, request: Request) -> Response:
-        asked = unquote(request.path().partition("/models/")[2])
-        ids = await self.model_ids()
-        name = upstream_model(self.config, asked)
-        if name not in ids and name not in MODELS:
-            raise ProxyError(404, f"no model {asked!r}{nearest(asked, ids)}")
-        if self.look():
-            await asyncio.wait({self.look()})
-        return json_response({**model_row(name, self.facts(name).window), "id": asked})
-
-    async def model_ids(self) -> List[str]:
-        """Upstream's list, an hour old at most; what we know of if it does not come."""
-        when, ids = self.listed
-        if ids and time.monotonic() - when < MODELS_FRESH_SECONDS:
-            return ids
-        own = list(dict.fromkeys([self.config.default_model, self.config.opus,
-                                  self.config.sonnet, self.config.haiku]))
-        live = asyncio.ensure_future(self.live_models())
-        live.add_done_callback(lambda task: task.cancelled() or task.exception())
-        try:
-            await asyncio.wait({live}, timeout=MODELS_SECONDS)
-        finally:
-            live.cancel()               # of no effect once it is done
-        if live.done() and not live.exception() and live.result():
-            ids = list(dict.fromkeys(own + live.result()))
-            self.listed = (time.monotonic(), ids)
-            return ids
-        hosted = self.config.base_url == PROVIDERS["nvidia"].base_url
-        alive = [name for name, row in MODELS.items()
-                 if hosted and "/" in name and not row.retired]
-        return list(dict.fromkeys(own + alive))
-
-    async def live_models(self) -> List[str]:
-        """The ids that upstream lists; ProxyError if it does not."""
-        if self.config.default_model == DEMO_MODEL:
-            return []
-        value = await self.fetched("/models")
-        self.windows.update(told_windows(value, self.config.default_model))
-        rows = value.get("data")
-        return [row["id"] for row in rows if isinstance(row, dict)
-                and isinstance(row.get("id"), str)] if isinstance(rows, list) else []
-
-    async def health(self, request: Request) -> Response:
-        return json_response({"status": "ok", "service": "nimproxy",
-                              "version": __version__})
-
-    async def status(self, request: Request) -> Response:
-        config, pacer = self.config, self.gate.pacer
-        now = time.monotonic()
-        pacer.forget(now)
-        return json_response({
-            "service": "nimproxy", "version": __version__, "pid": os.getpid(),
-            "uptime_seconds": round(time.time() - self.began, 1),
-            "provider": config.provider, "base_url": upstream_place(config),
-            "models": {"default": config.default_model, "opus": config.opus,
-                       "sonnet": config.sonnet, "haiku": config.haiku},
-            "limits": {
-                "requests_per_minute": pacer.per_minute, "concurrency": pacer.at_once,
-                "sent_this_minute": len(pacer.sent), "running": len(pacer.out),
-                "waiting": len(pacer.waiting),
-                "pauses": {model: round(until - now, 1)
-                           for model, until in pacer.pauses.items() if until > now},
-                "ceilings": {model: pacer.ceiling(model, now)
-                             for model in pacer.ceilings}},
-            "fallbacks": [{"session": session[:8], "model": model, "instead": name,
-                           "reason": why} for (session, model), (name, why, since)
-                          in self.sticky.items() if now - since < STICKY_SECONDS],
-            "counts": dict(self.counts), "last_errors": list(self.errors),
-            **self.traffic(),
-        })
-
-    async def metrics(self, request: Request) -> Response:
-        """The counts in Prometheus' text format, version 0.0.4."""
-        pacer = self.gate.pacer
-        pacer.forget(time.monotonic())
-        gauges = {"waiting": len(pacer.waiting), "running": len(pacer.out),
-                  "sent_this_minute": len(pacer.sent),
-                  "uptime_seconds": round(time.time() - self.began, 1)}
-        lines = [f"# TYPE nimproxy_{name} gauge\nnimproxy_{name} {value}"
-                 for name, value in gauges.items()]
-        lines += [f"# TYPE nimproxy_{name}_total counter\nnimproxy_{name}_total {value}"
-                  for name, value in sorted(self.counts.items())]
-        text = "\n".join([*lines, ""]).encode("ascii")
-        return Response(200, [("Content-Type", "text/plain; version=0.0.4")], text)
+def signless(words: str) -> str:
+    """A refusal without its numbers, which may be ids or times."""
+    return re.sub(r"[0-9a-f-]*[0-9][0-9a-f-]*", "", words)
 
 
-# Any prefix is fine for Anthropic's own paths: base URLs come with and without /v1.
-ROUTES = [
-    ("POST", r".*/v1/messages/?", "messages"),
-    ("POST", r".*/v1/messages/count_tokens/?", "count_tokens"),
-    ("GET", r".*/v1/models/?", "models"),
-    ("GET", r".*/v1/models/.+", "model"),
-    ("GET", r"/|/healthz?|\*", "health"),
-    ("GET", r"/status", "status"),
-    ("GET", r"/metrics", "metrics"),
-]
-OPEN_PATHS = ("/", "/health", "/healthz")       # nothing in them is worth a key
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-FORM = re.compile(r"(?i)text/plain|application/x-www-form|multipart/")  # a page's own
+def turned_to(name: str, models: List[str]) -> List[str]:
+    """The models in their order, but from a certain one on, and then from the start."""
+    at = models.index(name)
+    return models[at:] + models[:at]
 
 
-def on_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    return host == "localhost"
+def vain(error: ProxyError, tried: List[str]) -> ProxyError:
+    """The first error of several models, with the others that failed as well."""
+    if tried:
+        error.message += f" (its fallbacks failed as well: {', '.join(tried)})"
+    return error
 
 
 @contextlib.contextmanager
@@ -7704,21 +7277,51 @@ def alarm(seconds: float, work: Callable[..., None], *args: Any) -> Iterator[Non
             timer.cancel()
 
 
-@contextlib.contextmanager
-def guarded() -> Iterator[None]:
-    """Turn what must not happen into an error that the client hears about.
-
-    The one broad `except` in this file: a fault of ours ends one answer, not all.
-    """
+def parse_body(data: bytes) -> Json:
+    """The request body, a JSON object; ProxyError(400) says where it is not."""
     try:
-        yield
-    except ProxyError:
-        raise
-    except RecursionError:
-        raise ProxyError(400, "JSON nested too deeply") from None
-    except Exception as error:
-        log.exception("internal error")
-        raise ProxyError(500, f"internal error: {type(error).__name__}") from error
+        value = decode_json(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ProxyError(400, f"body is not UTF-8: byte {error.start}") from None
+    except ValueError as error:
+        raise ProxyError(400, f"body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise invalid("body", value, "a JSON object")
+    return value
+
+
+def wanted_tokens(chat: Json) -> int:
+    return chat.get("max_tokens") or chat.get("max_completion_tokens") or 0
+
+
+def completion(raw: bytes, asked: Asked) -> Json:
+    """A JSON answer of upstream's; ProxyError(502) for anything else in a 200."""
+    try:
+        value = decode_json(raw.decode("utf-8", "replace").strip())
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        shown = redacted(raw.decode("utf-8", "replace"), asked.config.api_key)
+        shown = printable(shown[:80]) or "nothing"
+        words = f"upstream sent no JSON object, but {shown}"
+        raise ProxyError(502, words, again="broken")
+    check_chunk(value, asked)
+    return value
+
+
+def told_windows(value: Json, model: str) -> Dict[str, int]:
+    """Windows by model, from a list of models (vLLM, NIM, LM Studio) or the properties
+    of llama.cpp's one model."""
+    settings = shaped(value.get("default_generation_settings"), dict)
+    rows = [row for row in shaped(value.get("data"), list) if isinstance(row, dict)]
+    rows.append({"id": model, "max_model_len": settings.get("n_ctx")})
+    out = {}
+    for row in rows:
+        sizes = [row.get(key) for key in WINDOW_KEYS]
+        size = next((size for size in sizes if isinstance(size, int) and size > 0), 0)
+        if size and isinstance(row.get("id"), str):
+            out[row["id"]] = size
+    return out
 
 
 class Telling:
@@ -7812,6 +7415,500 @@ class Script:
         pass
 
 
+class Gate:
+    """The pacer at work: who waits for a turn, is called when it has come."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        limits = (requests_a_minute(config), requests_at_once(config))
+        limits = (0, 0) if config.default_model == DEMO_MODEL else limits
+        self.pacer = Pacer(*limits, time.monotonic)
+        self.turns: Dict[Ticket, Tuple[asyncio.Future, float]] = {}  # and until when
+        self.timer: Optional[asyncio.TimerHandle] = None
+
+    async def turn(self, ticket: Ticket, waited: float = 0.0) -> None:
+        """Wait until a ticket may go; ProxyError(429) if that takes too long, together
+        with the seconds that its request has `waited` for other turns."""
+        pacer = self.pacer
+        left = max(self.config.max_wait - waited, 0.0)
+        delay = pacer.delay(ticket.model)
+        if (len(pacer.waiting) >= MAX_WAITING or delay > left
+                or delay and self.given_up(ticket.model)):
+            raise self.busy(ticket)
+        pacer.join(ticket)
+        self.call()
+        if ticket.sent >= 0:
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self.turns[ticket] = turn, time.monotonic() + left
+        try:
+            await asyncio.wait({turn}, timeout=left)
+            if ticket.sent < 0:
+                raise self.busy(ticket)
+        except BaseException:
+            pacer.leave(ticket)
+            pacer.give_back(ticket)
+            self.call()
+            raise
+        finally:
+            del self.turns[ticket]
+
+    def call(self) -> None:
+        """Let go who may, and who would wait in vain; look again when time may have
+        changed that."""
+        pacer, now = self.pacer, time.monotonic()
+        while pacer.next():
+            pass
+        for ticket, (turn, until) in self.turns.items():
+            late = ticket.sent < 0 and now + pacer.delay(ticket.model) > until
+            if not turn.done() and (ticket.sent >= 0 or late):
+                turn.set_result(None)
+        if self.timer:
+            self.timer.cancel()
+        rest, self.timer = self.pacer.rest(), None
+        if rest < math.inf:
+            self.timer = asyncio.get_running_loop().call_later(rest, self.call)
+
+    def leave(self, ticket: Ticket) -> None:
+        """Its place is free for the next one, once it is known why it was left: after
+        a 429 its model pauses."""
+        self.pacer.leave(ticket)
+        asyncio.get_running_loop().call_soon(self.call)
+
+    def given_up(self, model: str) -> bool:
+        """Whether a model has answered 429 for as long as one request is patient: then
+        the client does the waiting, and its user sees that."""
+        return self.pacer.hopeless(model, max(self.config.retries, 1))
+
+    def busy(self, ticket: Ticket) -> ProxyError:
+        pacer, rest = self.pacer, self.pacer.delay(ticket.model)
+        rates = [f"{pacer.per_minute} a minute"] if pacer.per_minute else []
+        rates += [f"{pacer.at_once} at once"] if pacer.at_once else []
+        most = f" (limits: {', '.join(rates)})" if rates else ""
+        words = (f"no turn within {self.config.max_wait:g} s: {len(pacer.waiting)} "
+                 f"requests wait{most}")
+        if pacer.pauses.get(ticket.model, 0.0) > pacer.clock():
+            words = (f"upstream answered 429 before: {ticket.model} is left alone for "
+                     f"{rest:.0f} s")
+        error = ProxyError(429, words, headers=(("retry-after", retry_after(rest)),))
+        error.fallback = "busy"
+        return error
+
+    def close(self) -> None:
+        if self.timer:
+            self.timer.cancel()
+
+
+# ---- 21. Proxy ---------------------------------------------------------------
+# What each path does.  `messages` is the file's story; `relay` is the one place
+# where waiting meets translation.
+
+EVENT_STREAM: Headers = [
+    ("Content-Type", "text/event-stream"),
+    ("Cache-Control", "no-cache, no-transform"),
+    ("X-Accel-Buffering", "no"),        # nginx in between would hold events back
+]
+MODELS_SECONDS = 2.0        # Claude Code's own discovery waits 3
+MODELS_FRESH_SECONDS = 3600.0
+CLIENT_LEFT = 499           # a status for the log alone; nginx's, too
+
+
+class Proxy:
+    """Answers requests; its state: counts, the last errors, failures to replay."""
+
+    def __init__(self, config: Config, upstream: Optional[Upstream] = None) -> None:
+        self.config = config
+        self.counts: Dict[str, int] = collections.Counter()
+        self.asker = Asker(config, upstream or Upstream(config), self.counts)
+        self.failures: Dict[int, Tuple[float, ProxyError]] = {}
+        self.errors: Any = collections.deque(maxlen=KEPT_ERRORS)
+        self.error_log = ErrorLog(config.home)
+        self.listed: Tuple[float, List[str]] = (0.0, [])
+        self.traffic: Callable[[], Json] = dict     # what a server adds to the status
+        self.began = time.time()
+        self.stopping = False               # the server cuts answers off, and says so
+
+    # every path
+
+    async def close(self) -> None:
+        await self.asker.close()
+
+    async def respond(self, request: Request) -> Response:
+        try:
+            with guarded():
+                response = await self.route(request)(request)
+        except ProxyError as error:
+            return self.refuse(request.path(), error)
+        if header(response.headers, "request-id"):
+            return response
+        stamp = ("request-id", Course().id)
+        return response._replace(headers=[*response.headers, stamp])
+
+    def refuse(self, what: str, error: ProxyError) -> Response:
+        """The answer that an error is, counted and logged."""
+        return self.failed(Course(what), error)
+
+    def failed(self, course: Course, error: ProxyError) -> Response:
+        self.note(course, error)
+        headers = [*error.headers, *served(course)]
+        return json_response(error.body(course.id), error.status, headers)
+
+    def route(self, request: Request) -> Callable[[Request], Any]:
+        """The handler of a path; ProxyError(404, 405)."""
+        path = request.path()
+        found = {method: handler for method, pattern, handler in ROUTES
+                 if re.fullmatch(pattern, path)}
+        method = "GET" if request.method == "HEAD" else request.method
+        if not found:
+            known = "POST /v1/messages, POST /v1/messages/count_tokens, GET /v1/models"
+            raise ProxyError(404, f"no such path; there are {known}, GET /health")
+        if method not in found:
+            allow = ", ".join(sorted({*found, *(["HEAD"] if "GET" in found else [])}))
+            raise ProxyError(405, f"this path takes {allow}", "", (("Allow", allow),))
+        return getattr(self, found[method])
+
+    def admit(self, request: Request, port: int) -> None:
+        """Refuse what a web page or a stranger sends; before the body is read.
+
+        A page in the user's browser can reach localhost, under a name of its own
+        (DNS rebinding) or as a cross-site request: neither gets to spend the key.
+        `port` is where the request came in.
+        """
+        config, headers = self.config, request.headers
+        names = (*LOOPBACK, config.host)
+        host = re.sub(r":[0-9]+$", "", request.host())
+        if on_loopback(config.host) and host and host not in names:
+            raise ProxyError(403, "expected a Host header of this machine's loopback")
+        origins = set(field_values(headers, "origin"))
+        sites = set(field_values(headers, "sec-fetch-site"))
+        if (origins - {f"http://{name}:{port}" for name in names}
+                or sites - {"none", "same-origin"}
+                or origins and FORM.match(header(headers, "content-type"))):
+            raise ProxyError(403, "requests from web pages are refused")
+        if config.proxy_key and request.path() not in OPEN_PATHS:
+            import hmac
+            bearer = re.sub("(?i)^bearer +", "", header(headers, "authorization"))
+            wanted = config.proxy_key.encode()
+            given = (header(headers, "x-api-key").encode("latin-1"),
+                     bearer.encode("latin-1"))
+            if not any([hmac.compare_digest(key, wanted) for key in given]):
+                raise ProxyError(401, "expected this proxy's own key (PROXY_API_KEY) "
+                                      "as a bearer token")
+
+    def note(self, course: Course, error: ProxyError) -> None:
+        """Count an error, keep it for `status`, and log one line."""
+        self.counts[f"errors_{error.status}"] += 1
+        self.errors.append({"at": time.time(), "status": error.status,
+                            "message": error.message[:400], "model": course.model})
+        facts = {**course.facts(error.status), "error": error.kind,
+                 "message": error.message}
+        log.warning("%s: %s: %s", printable(facts_line(facts)), error.kind,
+                    printable(error.message), extra={"facts": facts})
+        if course.model:
+            self.error_log.add(course, error, self.config)
+
+    def left(self, course: Course) -> None:
+        """Count a client that did not wait for its answer's end, and log one line."""
+        if self.stopping:
+            return
+        self.counts["clients_left"] += 1
+        facts = {**course.facts(CLIENT_LEFT), "error": "client_left"}
+        log.info("%s: the client left", printable(facts_line(facts)),
+                 extra={"facts": facts})
+
+    # the story
+
+    async def messages(self, request: Request) -> Response:
+        """A Messages request: asked upstream, answered in Anthropic's words."""
+        looking = self.asker.look()
+        if looking and not looking.done():
+            await asyncio.wait({looking}, timeout=NEAR_SECONDS)
+        course = Course("messages")
+        try:
+            question, chat = await aside(request, self.question, course)
+            if "stream" not in chat:
+                return await self.whole(question, chat)
+            start = asyncio.ensure_future(self.begin(question, chat))
+            del chat                        # it need not live as long as its answer
+            try:
+                await asyncio.wait({start}, timeout=self.config.eager_after)
+            except asyncio.CancelledError:      # the client left
+                drop(start)
+                raise
+            if start.done():
+                start.result()              # an error so early is a real status
+        except ProxyError as error:
+            return self.failed(course, error)
+        except asyncio.CancelledError:
+            self.left(course)
+            raise
+        relay = self.relay(question, start)
+        return Response(200, EVENT_STREAM + served(course), relay,
+                        self.pulse(question.message),
+                        lambda error: encode_event("error", error.body(course.id)))
+
+    def question(self, request: Request, course: Course) -> Tuple[Question, Json]:
+        """The question, and the chat that asks it."""
+        body = parse_body(request.body)
+        self.asker.read_documents(body)
+        asked = typed(body, "model", str, "a string") or ""
+        if len(asked) > MAX_MODEL_CHARS:
+            raise ProxyError(400, f"model: longer than {MAX_MODEL_CHARS} characters")
+        course.asked, course.streams = asked, body.get("stream") is True
+        course.session = header(request.headers, "x-claude-code-session-id")
+        course.raises = header(request.headers, "user-agent").startswith("Anthropic/")
+        course.rank = rank_of(request.headers, body)
+        estimate = count_tokens(body)
+        model = self.asker.chosen(course, request.body, estimate)
+        message = Message("msg_" + os.urandom(12).hex(), asked or model)
+        question = Question(request.body, estimate, model, message, course)
+        chat = self.asker.chat(question, body)
+        self.counts["requests"] += 1
+        return question, chat
+
+    async def begin(self, question: Question, chat: Json) -> Telling:
+        """Ask upstream, up to the first words of its answer; ProxyError if it fails."""
+        with guarded():
+            return await self.asker.answered(question, chat, self.asker.told)
+
+    async def relay(self, question: Question,
+                    start: asyncio.Future) -> AsyncIterator[bytes]:
+        """The message's bytes as upstream's come, whichever way it ends."""
+        message = question.message
+        opening = b"".join(encoded(message.start()))
+        try:
+            if not start.done():
+                yield opening
+                opening = b""
+            telling = await start
+            question = question._replace(raw=b"")   # nothing will be replayed now
+            yield opening + telling.first
+            with guarded():
+                data = await telling.more()
+                while data:
+                    yield data
+                    data = await telling.more()
+            self.record(question)
+        except ProxyError as error:
+            self.note(question.course, error)
+            if question.raw and not message.calls.calls:    # else asking anew may help
+                self.remember(question, error)
+            last = message.broken_off(error.body(question.course.id),
+                                      not question.course.raises)
+            yield b"".join(encoded(last))
+        except (asyncio.CancelledError, GeneratorExit):
+            if message.over:            # it has all, and did not wait for our end
+                self.record(question)
+            else:
+                self.left(question.course)
+            raise
+        finally:
+            drop(start)
+
+    async def whole(self, question: Question, chat: Json) -> Response:
+        """A request that does not stream: the same translation, folded."""
+        failure = self.remembered(question)
+        if failure:
+            raise failure
+        events = question.message.start()
+        events += await self.asker.answered(question, chat, self.asker.read_whole)
+        self.record(question)
+        return json_response(fold(events), headers=served(question.course))
+
+    # what is remembered
+
+    def pulse(self, message: Message) -> Callable[[float], bytes]:
+        """What keeps a silent stream alive: a ping, and at times a real event, because
+        pings do not reset Claude Code's watchdog."""
+        interval = self.config.ping_interval
+
+        def beat(quiet: float) -> bytes:
+            if quiet // RESET_SECONDS > (quiet - interval) // RESET_SECONDS:
+                return encode_event(*message.nudge())
+            return encode_event("ping", {})
+        return beat
+
+    def remember(self, question: Question, error: ProxyError) -> None:
+        """Keep a failure that came after the eager start: the client's replay without
+        streaming then gets the true status, and upstream is not asked again.
+
+        Not its traceback, whose frames hold the chat and all that was parsed for it.
+        """
+        error.__traceback__ = error.__context__ = error.__cause__ = None
+        if len(self.failures) >= KEPT_FAILURES:
+            del self.failures[next(iter(self.failures))]
+        self.failures[failure_key(question)] = (time.monotonic(), error)
+
+    def remembered(self, question: Question) -> Optional[ProxyError]:
+        if not self.failures:
+            return None
+        when, error = self.failures.pop(failure_key(question), (0.0, None))
+        return error if time.monotonic() - when < FAILURE_SECONDS else None
+
+    def record(self, question: Question) -> None:
+        """Count an answer, and log one line about it."""
+        course, usage = question.course, question.message.final_usage()
+        self.counts["answers"] += 1
+        self.counts.update("calls_" + name for name in question.message.repairs)
+        if course.fallback:
+            self.counts["fallback_" + course.fallback] += 1
+        self.asker.compare(question, usage)
+        self.counts["input_tokens"] += usage["input_tokens"]
+        self.counts["output_tokens"] += usage["output_tokens"]
+        course.usage = usage
+        facts = course.facts(200)
+        log.info("%s", printable(facts_line(facts)), extra={"facts": facts})
+
+    # the other paths
+
+    async def count_tokens(self, request: Request) -> Response:
+        return json_response({"input_tokens": await aside(request, self.counted)})
+
+    def counted(self, request: Request) -> int:
+        body = parse_body(request.body)
+        self.asker.read_documents(body)
+        typed(body, "messages", list, "a list of messages")
+        asked = typed(body, "model", str, "a string") or ""
+        model = self.asker.known_as(upstream_model(self.config, asked))
+        return round(count_tokens(body) * self.asker.factor(model))
+
+    async def models(self, request: Request) -> Response:
+        """The models in a shape that both SDK families and Claude Code accept."""
+        discovery = header(request.headers, "user-agent").startswith("claude-code/")
+        rows = [model_row(name, self.asker.facts(name).window,
+                          "anthropic/" if discovery else "")
+                for name in await self.model_ids()]
+        return json_response({
+            "object": "list", "data": rows, "has_more": False,
+            "first_id": rows[0]["id"] if rows else None,
+            "last_id": rows[-1]["id"] if rows else None,
+        })
+
+    async def model(self, request: Request) -> Response:
+        asked = unquote(request.path().partition("/models/")[2])
+        ids = await self.model_ids()
+        name = upstream_model(self.config, asked)
+        if name not in ids and name not in MODELS:
+            raise ProxyError(404, f"no model {asked!r}{nearest(asked, ids)}")
+        if self.asker.look():
+            await asyncio.wait({self.asker.look()})
+        window = self.asker.facts(name).window
+        return json_response({**model_row(name, window), "id": asked})
+
+    async def model_ids(self) -> List[str]:
+        """Upstream's list, an hour old at most; what we know of if it does not come."""
+        when, ids = self.listed
+        if ids and time.monotonic() - when < MODELS_FRESH_SECONDS:
+            return ids
+        own = list(dict.fromkeys([self.config.default_model, self.config.opus,
+                                  self.config.sonnet, self.config.haiku]))
+        live = asyncio.ensure_future(self.live_models())
+        live.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            await asyncio.wait({live}, timeout=MODELS_SECONDS)
+        finally:
+            live.cancel()               # of no effect once it is done
+        if live.done() and not live.exception() and live.result():
+            ids = list(dict.fromkeys(own + live.result()))
+            self.listed = (time.monotonic(), ids)
+            return ids
+        hosted = self.config.base_url == PROVIDERS["nvidia"].base_url
+        alive = [name for name, row in MODELS.items()
+                 if hosted and "/" in name and not row.retired]
+        return list(dict.fromkeys(own + alive))
+
+    async def live_models(self) -> List[str]:
+        """The ids that upstream lists; ProxyError if it does not."""
+        if self.config.default_model == DEMO_MODEL:
+            return []
+        value = await self.asker.fetched("/models")
+        self.asker.windows.update(told_windows(value, self.config.default_model))
+        rows = value.get("data")
+        return [row["id"] for row in rows if isinstance(row, dict)
+                and isinstance(row.get("id"), str)] if isinstance(rows, list) else []
+
+    async def health(self, request: Request) -> Response:
+        return json_response({"status": "ok", "service": "nimproxy",
+                              "version": __version__})
+
+    async def status(self, request: Request) -> Response:
+        config, pacer = self.config, self.asker.gate.pacer
+        now = time.monotonic()
+        pacer.forget(now)
+        return json_response({
+            "service": "nimproxy", "version": __version__, "pid": os.getpid(),
+            "uptime_seconds": round(time.time() - self.began, 1),
+            "provider": config.provider, "base_url": upstream_place(config),
+            "models": {"default": config.default_model, "opus": config.opus,
+                       "sonnet": config.sonnet, "haiku": config.haiku},
+            "limits": {
+                "requests_per_minute": pacer.per_minute, "concurrency": pacer.at_once,
+                "sent_this_minute": len(pacer.sent), "running": len(pacer.out),
+                "waiting": len(pacer.waiting),
+                "pauses": {model: round(until - now, 1)
+                           for model, until in pacer.pauses.items() if until > now},
+                "ceilings": {model: pacer.ceiling(model, now)
+                             for model in pacer.ceilings}},
+            "fallbacks": [{"session": session[:8], "model": model, "instead": name,
+                           "reason": why} for (session, model), (name, why, since)
+                          in self.asker.sticky.items() if now - since < STICKY_SECONDS],
+            "counts": dict(self.counts), "last_errors": list(self.errors),
+            **self.traffic(),
+        })
+
+    async def metrics(self, request: Request) -> Response:
+        """The counts in Prometheus' text format, version 0.0.4."""
+        pacer = self.asker.gate.pacer
+        pacer.forget(time.monotonic())
+        gauges = {"waiting": len(pacer.waiting), "running": len(pacer.out),
+                  "sent_this_minute": len(pacer.sent),
+                  "uptime_seconds": round(time.time() - self.began, 1)}
+        lines = [f"# TYPE nimproxy_{name} gauge\nnimproxy_{name} {value}"
+                 for name, value in gauges.items()]
+        lines += [f"# TYPE nimproxy_{name}_total counter\nnimproxy_{name}_total {value}"
+                  for name, value in sorted(self.counts.items())]
+        text = "\n".join([*lines, ""]).encode("ascii")
+        return Response(200, [("Content-Type", "text/plain; version=0.0.4")], text)
+
+
+# Any prefix is fine for Anthropic's own paths: base URLs come with and without /v1.
+ROUTES = [
+    ("POST", r".*/v1/messages/?", "messages"),
+    ("POST", r".*/v1/messages/count_tokens/?", "count_tokens"),
+    ("GET", r".*/v1/models/?", "models"),
+    ("GET", r".*/v1/models/.+", "model"),
+    ("GET", r"/|/healthz?|\*", "health"),
+    ("GET", r"/status", "status"),
+    ("GET", r"/metrics", "metrics"),
+]
+OPEN_PATHS = ("/", "/health", "/healthz")       # nothing in them is worth a key
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+FORM = re.compile(r"(?i)text/plain|application/x-www-form|multipart/")  # a page's own
+
+
+def on_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    return host == "localhost"
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Turn what must not happen into an error that the client hears about.
+
+    The one broad `except` in this file: a fault of ours ends one answer, not all.
+    """
+    try:
+        yield
+    except ProxyError:
+        raise
+    except RecursionError:
+        raise ProxyError(400, "JSON nested too deeply") from None
+    except Exception as error:
+        log.exception("internal error")
+        raise ProxyError(500, f"internal error: {type(error).__name__}") from error
+
+
 def served(course: Course) -> Headers:
     """Headers that say which request this was, who answers, and why not another."""
     headers = [("request-id", course.id)]
@@ -7829,19 +7926,6 @@ def rank_of(headers: Headers, body: Json) -> int:
         return SUBAGENT
     claude = header(headers, "x-claude-code-session-id")
     return SIDE if claude and body.get("stream") and not body.get("tools") else MAIN
-
-
-def turned_to(name: str, models: List[str]) -> List[str]:
-    """The models in their order, but from a certain one on, and then from the start."""
-    at = models.index(name)
-    return models[at:] + models[:at]
-
-
-def vain(error: ProxyError, tried: List[str]) -> ProxyError:
-    """The first error of several models, with the others that failed as well."""
-    if tried:
-        error.message += f" (its fallbacks failed as well: {', '.join(tried)})"
-    return error
 
 
 def drop(start: asyncio.Future) -> None:
@@ -7866,60 +7950,6 @@ async def aside(request: Request, work: Callable[..., Any], *more: Any) -> Any:
     return await asyncio.get_running_loop().run_in_executor(None, work, request, *more)
 
 
-def parse_body(data: bytes) -> Json:
-    """The request body, a JSON object; ProxyError(400) says where it is not."""
-    try:
-        value = decode_json(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ProxyError(400, f"body is not UTF-8: byte {error.start}") from None
-    except ValueError as error:
-        raise ProxyError(400, f"body is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise invalid("body", value, "a JSON object")
-    return value
-
-
-def told_windows(value: Json, model: str) -> Dict[str, int]:
-    """Windows by model, from a list of models (vLLM, NIM, LM Studio) or the properties
-    of llama.cpp's one model."""
-    settings = shaped(value.get("default_generation_settings"), dict)
-    rows = [row for row in shaped(value.get("data"), list) if isinstance(row, dict)]
-    rows.append({"id": model, "max_model_len": settings.get("n_ctx")})
-    out = {}
-    for row in rows:
-        sizes = [row.get(key) for key in WINDOW_KEYS]
-        size = next((size for size in sizes if isinstance(size, int) and size > 0), 0)
-        if size and isinstance(row.get("id"), str):
-            out[row["id"]] = size
-    return out
-
-
-WINDOW_KEYS = ("loaded_context_length", "max_model_len", "context_length",
-               "max_context_length")
-OWN_SERVERS = ("nvidia", "custom", "lmstudio")      # where the windows may be told
-NEAR_SECONDS = 0.02         # a request waits for them, where the server is near
-LOOK_SECONDS = 2.0          # for windows; a server that is near takes milliseconds
-
-
-def wanted_tokens(chat: Json) -> int:
-    return chat.get("max_tokens") or chat.get("max_completion_tokens") or 0
-
-
-def completion(raw: bytes, asked: Asked) -> Json:
-    """A JSON answer of upstream's; ProxyError(502) for anything else in a 200."""
-    try:
-        value = decode_json(raw.decode("utf-8", "replace").strip())
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        shown = redacted(raw.decode("utf-8", "replace"), asked.config.api_key)
-        shown = printable(shown[:80]) or "nothing"
-        words = f"upstream sent no JSON object, but {shown}"
-        raise ProxyError(502, words, again="broken")
-    check_chunk(value, asked)
-    return value
-
-
 def failure_key(question: Question) -> int:
     """Session and body; `stream` is what the client's replay differs in."""
     body = decode_json(question.raw.decode())
@@ -7936,12 +7966,7 @@ def model_row(name: str, window: int, prefix: str = "") -> Json:
     }
 
 
-def printable(text: str) -> str:
-    """Text for one line of a log: nothing that could forge another, 400 at most."""
-    return re.sub(r"[^ -~]", lambda match: f"\\x{ord(match[0]):02x}", text[:400])
-
-
-# ---- 21. Server --------------------------------------------------------------
+# ---- 22. Server --------------------------------------------------------------
 # Bytes to Request, Response to bytes, until the connection ends.  It knows nothing
 # of what the paths mean.
 
@@ -8349,7 +8374,7 @@ class Background:
         await server.close()
 
 
-# ---- 22. Client programs -----------------------------------------------------
+# ---- 23. Client programs -----------------------------------------------------
 # The environment that makes Claude Code and the SDKs work through the proxy, and
 # running them: terminal, signals and exit code are theirs.
 
@@ -8480,7 +8505,7 @@ def hand_on(children: List[subprocess.Popen]) -> Callable[[int, Any], None]:
     return handler
 
 
-# ---- 23. Command line --------------------------------------------------------
+# ---- 24. Command line --------------------------------------------------------
 # The only part that reads the environment and files, prints, or exits.
 
 class Context(NamedTuple):

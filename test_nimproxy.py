@@ -346,17 +346,19 @@ USES = {            # part: the other parts it may use
     "Upstream": "Numbers Errors Configuration HTTP/1.1",
     "Memory": "Numbers Errors",
     "Journal": "Errors Configuration Pacing Memory",
+    "Asking": " ".join(PARTS[:PARTS.index("Asking")]),
     "Proxy": " ".join(PARTS[:PARTS.index("Proxy")]),
     "Server": "Numbers Errors Configuration HTTP/1.1 Upstream Journal Proxy",
     "Client": "Models Configuration",
     "Command": " ".join(PARTS[:-1]),
 }
-WAIT = ["Upstream", "Memory", "Journal", "Proxy", "Server", "Client", "Command"]
+WAIT = ["Upstream", "Memory", "Journal", "Asking", "Proxy", "Server", "Client",
+        "Command"]
 KEPT = {            # names that only some parts may use
     "asyncio": WAIT, "time": WAIT, "socket": ["Upstream", "Server"],
     "open": ["Memory", "Client", "Command"], "subprocess": ["Client"],
     "os": WAIT, "sys": ["Command"], "print": ["Command"], "input": ["Command"],
-    "threading": ["Server"], "logging": ["Memory", "Proxy", "Command"],
+    "threading": ["Server"], "logging": ["Memory", "Command"],
 }
 
 
@@ -5299,7 +5301,7 @@ def test_mends_of_another_version_are_ignored(tmp_path):
     assert chat == {"messages": []} and learned.window("u", "m") == 0
 
 
-# ---- 20. Proxy ---------------------------------------------------------------
+# ---- 21. Proxy ---------------------------------------------------------------
 
 def names_of(events):
     return [name for name, _ in events]
@@ -5718,12 +5720,12 @@ def test_log_lines_cannot_be_forged(caplog):
 
 
 def test_retired_models_are_replaced_on_nvidias_own_endpoint_only(caplog):
-    hosted = np.Proxy(np.Config())
+    hosted = np.Proxy(np.Config()).asker
     assert hosted.known_as("z-ai/glm-5.2") == "z-ai/glm-5.3"
     assert hosted.known_as("z-ai/glm-5.2") == "z-ai/glm-5.3"
     assert caplog.text.count("z-ai/glm-5.2 is retired") == 1
-    assert np.Proxy(np.Config(base_url="http://h/v1")).known_as("z-ai/glm-5.2") == \
-        "z-ai/glm-5.2"
+    other = np.Proxy(np.Config(base_url="http://h/v1")).asker
+    assert other.known_as("z-ai/glm-5.2") == "z-ai/glm-5.2"
 
 
 WINDOWS = [     # (case, what the server answers on which path, the window)
@@ -5847,7 +5849,7 @@ def hosted(proxy, asked):
         asked.append(json.loads(payload))
         words = "EngineCore encountered an issue"
         raise np.refusal(np.Asked(proxy.config, "m"), 500, words)
-    proxy.upstream.ask = ask
+    proxy.asker.upstream.ask = ask
     return proxy
 
 
@@ -6078,7 +6080,7 @@ def test_a_model_that_takes_some_is_waited_for():
     pacer = np.Pacer(40, 0, lambda: now[0])
     for answer in "9999", "9990", "0", "9999":
         for said in answer:
-            now[0] += np.PAUSE_SECONDS if said == "9" else 0
+            now[0] += np.PAUSE_SECONDS if said == "9" else 1
             ticket = np.Ticket("m")
             pacer.join(ticket)
             assert pacer.next() is ticket
@@ -6584,7 +6586,7 @@ def test_a_long_silence_is_said(caplog):
                for each in caplog.records) == 1
 
 
-# ---- 21. Server --------------------------------------------------------------
+# ---- 22. Server --------------------------------------------------------------
 
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n"
@@ -6976,7 +6978,7 @@ def test_a_name_is_listened_at_with_all_its_addresses(monkeypatch):
         np.listening_sockets("some.name", 0)
 
 
-# ---- 22. Client programs -----------------------------------------------------
+# ---- 23. Client programs -----------------------------------------------------
 
 
 # ---- the inputs of a hostile client
@@ -7628,7 +7630,7 @@ def test_requests_cannot_forge_lines_of_the_log(caplog, data):
     assert re.fullmatch(r"[ -~]{1,1000}", record.getMessage())
 
 
-# ---- 22. Client programs -----------------------------------------------------
+# ---- 23. Client programs -----------------------------------------------------
 
 CONFIG = np.Config(default_model="z-ai/glm-5.3", opus="o/o", sonnet="s/s", haiku="h/h",
                    proxy_key="secret")
@@ -7681,7 +7683,7 @@ def test_sh_reads_back_what_is_exported():
     assert subprocess.check_output(["sh", "-c", script]).decode() == added["A"]
 
 
-# ---- 23. Command line --------------------------------------------------------
+# ---- 24. Command line --------------------------------------------------------
 
 @pytest.fixture
 def shell(monkeypatch, tmp_path):
