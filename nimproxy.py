@@ -6653,7 +6653,7 @@ def facts_line(facts: Json) -> str:
     start = f"{facts['id']} {facts.get('asked') or '-'}{arrow} {facts['status']}"
     words = [phrase.format(facts[name]) for name, phrase in FACT_WORDS.items()
              if name in facts]
-    return " ".join([start, ", ".join(words)])
+    return " ".join([start, ", ".join(words)]).rstrip()     # one refused has no words
 
 
 FACT_WORDS = {
@@ -6693,7 +6693,8 @@ class ErrorLog:
     def write(self, path: str, line: bytes) -> None:
         """Append in one piece, to nothing but a plain file of ours; OSError."""
         if not os.path.exists(path):
-            os.makedirs(self.folder, 0o700, exist_ok=True)
+            for folder in (os.path.dirname(self.folder), self.folder):
+                os.makedirs(folder, 0o700, exist_ok=True)   # the mode is the last one's
             self.thin_out()
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
         flags |= getattr(os, "O_NONBLOCK", 0)   # a pipe that nobody reads is an error
@@ -6707,10 +6708,10 @@ class ErrorLog:
             os.close(file)
 
     def thin_out(self) -> None:
-        """Delete the days that are too old."""
+        """Delete the days that are too old, before another one begins."""
         days = [name for name in os.listdir(self.folder)
                 if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\.jsonl", name)]
-        for name in sorted(days)[:-ERROR_LOG_DAYS]:
+        for name in sorted(days)[:1 - ERROR_LOG_DAYS]:
             os.unlink(os.path.join(self.folder, name))
 
 
