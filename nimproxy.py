@@ -6816,7 +6816,7 @@ class Asker:
                error: ProxyError) -> Tuple[Question, Json]:
         """The same question for another model, and its chat."""
         course = question.course
-        log.warning("%s %s: %s; asking %s instead", course.id[-8:],
+        log.warning("%s %s: %s (asking %s instead)", course.id[-8:],
                     printable(question.model), printable(error.message),
                     printable(model))
         course.given_up.append(question.model)
@@ -6918,8 +6918,9 @@ class Asker:
                 last = Trial(mend, error.words, chat)
                 chat = decode_json(encode_json(chat))
                 apply_mend(mend, chat)
-                log.info("%s: %s; asking again with %s", printable(question.model),
-                         printable(error.words), printable(mend))
+                log.info("%s %s: %s (asking again with %s)", question.course.id[-8:],
+                         printable(question.model), printable(error.words),
+                         printable(mend))
             else:
                 self.learn(question.model, [last.mend])
                 return done
@@ -6967,8 +6968,8 @@ class Asker:
         course.tries[kind] += 1
         course.retries += 1
         self.counts["retried_" + kind] += 1
-        log.info("%s %s: %s; again in %.1f s", course.id[-8:], printable(course.model),
-                 printable(error.message), pause)
+        log.info("%s %s: %s (asking again in %.1f s)", course.id[-8:],
+                 printable(course.model), printable(error.message), pause)
         if kind != "rate":              # then the whole model waits, at the gate
             await asyncio.sleep(pause)
         return True
@@ -7090,7 +7091,8 @@ class Asker:
                 return await self.once_more(question, chat)
             except ProxyError as error:
                 self.strike(question.course, error)
-                log.warning("asked again in vain: %s", printable(error.message))
+                log.warning("%s %s: %s (asked again in vain)", question.course.id[-8:],
+                            printable(question.model), printable(error.message))
                 return {}
         return ask
 
@@ -7262,7 +7264,7 @@ def turned_to(name: str, models: List[str]) -> List[str]:
 def vain(error: ProxyError, tried: List[str]) -> ProxyError:
     """The first error of several models, with the others that failed as well."""
     if tried:
-        error.message += f" (its fallbacks failed as well: {', '.join(tried)})"
+        error.message += f" (asked in vain as well: {', '.join(tried)})"
     return error
 
 
@@ -7343,8 +7345,13 @@ class Telling:
             asked = self.message.reading.asked
             chunk = completion(await self.answer.whole(), asked)
             self.first = b"".join(encoded(await self.last([chunk, DONE])))
-        else:
+            return
+        try:
             self.first = await self.more()
+        except ProxyError:
+            if "html" in header(self.answer.headers, "content-type"):
+                raise web_page() from None
+            raise
 
     async def last(self, chunks: List[Json]) -> List[Event]:
         """The events of the last chunks, of a second answer's if a call is broken."""
@@ -7391,6 +7398,12 @@ class Telling:
             known, held = held, self.message.held()
             since = check_progress(since if held == known else 0.0)
         return b""
+
+
+def web_page() -> ProxyError:
+    """The error for a 200 that is a page for people, as of a proxy or a login."""
+    return ProxyError(502, "upstream sent a web page instead of an answer: is the base "
+                           "URL right, up to its /v1?", again="broken")
 
 
 class Script:
@@ -9203,10 +9216,13 @@ def run_status(context: Context) -> int:
                  if name.startswith(kinds)]
         if found:
             say(f"  {title}: " + ", ".join(sorted(found)))
-    for row in status["fallbacks"]:
-        say(f"  {row['instead']} instead of {row['model']}: {row['reason']}")
+    turned = collections.Counter(f"  {row['instead']} instead of {row['model']}: "
+                                 f"{row['reason']}" for row in status["fallbacks"])
+    for words, count in turned.items():
+        say(words + (f", in {count} sessions" if count > 1 else ""))
     for error in status["last_errors"]:
-        say(f"  {error['status']} {error['message']}")
+        clock = time.strftime("%d %b %H:%M:%S", time.localtime(error["at"]))
+        say(f"  {clock} {error['status']} {error['message']}")
     return 0
 
 

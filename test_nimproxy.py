@@ -6326,7 +6326,7 @@ def test_all_in_vain_is_the_first_error():
     with both(by_model(a=GONE, b=LOADED), fallbacks={"a": ("b",)}) as (nim, client):
         status, error = client.ask(model="a")
         assert status == 404
-        assert "its fallbacks failed as well: b" in error["error"]["message"]
+        assert "asked in vain as well: b" in error["error"]["message"]
 
 
 @pytest.mark.parametrize("refused", [401, 402, 400, 413])
@@ -7840,6 +7840,25 @@ def test_status_says_what_the_limits_leave(shell, capsys):
         code, out, _ = run(capsys, "status", "--port", str(client.address[1]))
     assert "2 of 9 requests this minute, 0 of 2 running, 0 waiting, hot pauses" in out
     assert "cool instead of hot: busy" in out and "fallbacks: busy 1" in out
+
+
+def test_status_says_a_fallback_once_and_when_an_error_was(shell, capsys):
+    gone = refuses(410, {"title": "Gone"})
+    with both(gone, completes("a"), gone, completes("b"), refuses(401, {"title": "x"}),
+              fallbacks={"m": ("n",)}) as (nim, client):
+        for name in "12":
+            client.ask(headers={"x-claude-code-session-id": name})
+        client.ask(model="other")
+        code, out, _ = run(capsys, "status", "--port", str(client.address[1]))
+    assert out.count("n instead of m: gone, in 2 sessions") == 1
+    assert re.search(r"\n  \d\d \w+ \d\d:\d\d:\d\d 401 ", out)
+
+
+def test_a_web_page_is_not_called_an_empty_answer():
+    page = response(b"<!doctype html><h1>Log in</h1>", 200, "text/html")
+    with both(page, start_retries=0, eager_after=9) as (nim, client):
+        status, error = client.ask(stream=True)
+    assert status == 502 and "base URL" in error["error"]["message"]
 
 
 RECORDS = [     # message, arguments, as text
