@@ -7622,8 +7622,10 @@ class Proxy:
             self.error_log.add(course, error, self.config)
 
     def left(self, course: Course) -> None:
-        """Count a client that did not wait for its answer's end, and log one line."""
+        """Count a client that did not wait for its answer's end, or was cut off, and
+        log one line."""
         if self.stopping:
+            self.note(course, stopped())
             return
         self.counts["clients_left"] += 1
         facts = {**course.facts(CLIENT_LEFT), "error": "client_left"}
@@ -7654,6 +7656,8 @@ class Proxy:
         except ProxyError as error:
             return self.failed(course, error)
         except asyncio.CancelledError:
+            if self.stopping:
+                return self.failed(course, stopped())
             self.left(course)
             raise
         relay = self.relay(question, start)
@@ -7942,6 +7946,10 @@ def rank_of(headers: Headers, body: Json) -> int:
     return SIDE if claude and body.get("stream") and not body.get("tools") else MAIN
 
 
+def stopped() -> ProxyError:
+    return ProxyError(503, "nimproxy is being stopped; ask again when it is up again")
+
+
 def drop(start: asyncio.Future) -> None:
     """Stop an answer that may not have begun, or give its connection back.
 
@@ -8215,7 +8223,6 @@ class Server:
         except asyncio.CancelledError:
             if not self.cutting or not response.last:
                 raise
-            self.proxy.note(Course(request.path()), stopped())
             wire.writer.write(lead + frame(response.last(stopped())))
         finally:
             beating.cancel()                # nothing may follow the last chunk
@@ -8279,10 +8286,6 @@ class Server:
         await asyncio.gather(*self.tasks, return_exceptions=True)
         await self.proxy.close()
         asyncio.get_running_loop().set_exception_handler(self.other)
-
-
-def stopped() -> ProxyError:
-    return ProxyError(503, "nimproxy is being stopped; ask again when it is up again")
 
 
 def response_head(response: Response, framed: Headers, keep: bool) -> bytes:

@@ -6844,7 +6844,7 @@ def test_half_a_request_does_not_hold_the_end_up(monkeypatch):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_what_still_runs_at_the_limit_is_cut_with_words(stream):
+def test_what_still_runs_at_the_limit_is_cut_with_words(stream, caplog):
     begun = [EVENT_STREAM + sse(says(content="Hel"), done=False)] if stream else []
     with FakeNim([*begun, FakeNim.LEFT]) as nim, \
             server_for(nim) as (client, server, on_loop):
@@ -6858,6 +6858,9 @@ def test_what_still_runs_at_the_limit_is_cut_with_words(stream):
             raw += received(sock)
         assert nim.left.wait(5)
     assert raw.count(b"overloaded_error") == 1 and b"being stopped" in raw
+    line, = [each for each in caplog.records if getattr(each, "facts", None)]
+    assert (line.facts["asked"], line.facts["status"]) == ("m", 503)
+    assert raw.count(line.facts["id"].encode()) == 2    # in the head, and in the error
     if stream:
         assert raw.endswith(np.LAST_CHUNK) and b"event: error" in raw
     else:
