@@ -6673,6 +6673,7 @@ class ErrorLog:
 
     def __init__(self, home: str) -> None:
         self.folder = os.path.join(home, "error_logs") if home else ""
+        self.troubled = False               # what stops it is said once
 
     def add(self, course: Course, error: ProxyError, config: Config) -> None:
         if not self.folder:
@@ -6687,8 +6688,9 @@ class ErrorLog:
         try:
             self.write(path, line.encode("ascii"))
         except OSError as trouble:
-            log.warning("cannot write %s: %s", path, trouble.strerror)
-            self.folder = ""            # said once
+            if not self.troubled:
+                log.warning("cannot write %s: %s", path, trouble.strerror)
+            self.troubled = True
 
     def write(self, path: str, line: bytes) -> None:
         """Append in one piece, to nothing but a plain file of ours; OSError."""
