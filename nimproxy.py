@@ -6606,7 +6606,7 @@ def learned_rows(tree: Any) -> Dict[str, Dict[str, Dict[str, str]]]:
 # failed, which is bounded, may be deleted, and never stops an answer.
 
 ERROR_LOG_BYTES = 10 << 20      # of one day; a hundred of the longest a minute
-ERROR_LOG_DAYS = 30             # that are kept
+ERROR_LOG_DAYS = 30             # that are kept: what a bug report looks back on
 
 
 class Course:
@@ -6970,9 +6970,11 @@ class Asker:
         course.tries[kind] += 1
         course.retries += 1
         self.counts["retried_" + kind] += 1
+        if kind == "rate":              # the whole model waits, at the gate
+            pause = self.gate.pacer.delay(question.model)
         log.info("%s %s: %s (asking again in %.1f s)", course.id[-8:],
                  printable(course.model), printable(error.message), pause)
-        if kind != "rate":              # then the whole model waits, at the gate
+        if kind != "rate":
             await asyncio.sleep(pause)
         return True
 
@@ -7525,7 +7527,7 @@ EVENT_STREAM: Headers = [
     ("X-Accel-Buffering", "no"),        # nginx in between would hold events back
 ]
 MODELS_SECONDS = 2.0        # Claude Code's own discovery waits 3
-MODELS_FRESH_SECONDS = 3600.0
+MODELS_FRESH_SECONDS = 3600.0   # a provider adds a model every few days
 CLIENT_LEFT = 499           # a status for the log alone; nginx's, too
 
 

@@ -6477,6 +6477,15 @@ def test_one_line_for_each_request(caplog):
                         r"\d+\.\d\d s, retries 1", line.getMessage())
 
 
+def test_the_log_tells_the_pause_that_its_model_makes(monkeypatch, caplog):
+    caplog.set_level("INFO", "nimproxy")
+    pauses = [0.3, 9.0]                     # the model's, and what the request would do
+    monkeypatch.setattr(np, "back_off", lambda *_: pauses.pop(0))
+    with both(refuses(429, b"{}"), completes("ok"), retries=1) as (nim, client):
+        assert client.ask()[0] == 200
+    assert "(asking again in 0.3 s)" in caplog.text
+
+
 SILENT = [EVENT_STREAM, FakeNim.LEFT]
 LEAVERS = [     # what upstream says, what the client asks, settings
     ("before the first word", SILENT, {"stream": True}, {}),
