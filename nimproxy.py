@@ -8819,8 +8819,9 @@ async def serve_forever(config: Config, given: str) -> int:
     count = server.drain()
     if count:
         with contextlib.suppress(OSError):      # the terminal may have gone
-            complain(f"waiting for {count} answer{'s' * (count > 1)}; "
-                     "again to stop at once")
+            tell = log.warning if config.log_json else complain
+            tell(f"waiting for {count} answer{'s' * (count > 1)}; "
+                 "again to stop at once")
     await server.close(DRAIN_SECONDS)
     for task in tasks:
         task.cancel()

@@ -8244,6 +8244,16 @@ def test_the_limit_of_a_drain_ends_it(shell):
         assert child.wait(5) == 0
 
 
+def test_a_json_log_is_json_to_its_end(shell):
+    with FakeNim([FakeNim.LEFT]) as nim, serving_changed(
+            nim, "nimproxy.DRAIN_SECONDS = 0.1; sys.argv.append('--log-json')",
+            ) as (child, sock):
+        child.send_signal(signal.SIGTERM)
+        rows = [json.loads(line) for line in child.stderr]
+    assert "waiting for 1 answer" in rows[0]["message"]
+    assert (rows[1]["asked"], rows[1]["status"]) == ("m", 503) and len(rows) == 2
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals that end")
 def test_the_end_of_a_terminal_drains(shell):
     """Twice, as a shell and the system both tell it, and with nowhere to write."""
