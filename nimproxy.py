@@ -7503,8 +7503,8 @@ class Gate:
         rates = [f"{pacer.per_minute} a minute"] if pacer.per_minute else []
         rates += [f"{pacer.at_once} at once"] if pacer.at_once else []
         most = f" (limits: {', '.join(rates)})" if rates else ""
-        words = (f"no turn within {self.config.max_wait:g} s: {len(pacer.waiting)} "
-                 f"requests wait{most}")
+        words = (f"no turn within {self.config.max_wait:g} s, with "
+                 f"{len(pacer.waiting)} waiting{most}")
         if pacer.pauses.get(ticket.model, 0.0) > pacer.clock():
             words = (f"upstream answered 429 before: {ticket.model} is left alone for "
                      f"{rest:.0f} s")
