@@ -7364,16 +7364,14 @@ class Telling:
         except BrokenCall:
             return await self.amended()
 
-    async def translated(self, data: bytes) -> List[bytes]:
-        """What some bytes add for the client, or their end, b"", adds."""
-        try:
-            return self.stage.send(data or None)
-        except BrokenCall:
+    async def rescued(self, fault: Exception) -> List[bytes]:
+        """The end of an answer that is whole but for a broken call, or for what came
+        behind its end; else the fault."""
+        if isinstance(fault, BrokenCall):
             return encoded(await self.amended())
-        except ProxyError:
-            if not self.message.complete():
-                raise
-            return encoded(await self.last([DONE]))
+        if not self.message.complete():
+            raise fault
+        return encoded(await self.last([DONE]))
 
     async def amended(self) -> List[Event]:
         self.leave()
@@ -7393,7 +7391,10 @@ class Telling:
                 if not self.message.finish:     # all was said; the end is a formality
                     raise
                 data = b""
-            out = await self.translated(data)
+            try:
+                out = self.stage.send(data or None)     # a token waits for nothing
+            except (BrokenCall, ProxyError) as fault:
+                out = await self.rescued(fault)
             if self.message.finish and not self.hurried:
                 self.hurried = True
                 self.answer.hurry()
