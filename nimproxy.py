@@ -5547,7 +5547,9 @@ RETRY_SECONDS = 90.0        # from a request's first failure to its last repetit
 def back_off(retry: Retry, tries: int, chance: float) -> float:
     """Seconds before the next repetition after so many; `chance` is from 0 to 1, and
     spreads them by 30 % to both sides, so that clients do not come back together."""
-    return min(retry.first * 2 ** tries, retry.most) * (0.7 + 0.6 * chance)
+    tries = min(tries, 16)      # a model may say 429 all day
+    seconds = min(retry.first * 2 ** tries, retry.most)
+    return seconds * (0.7 + 0.6 * chance)
 
 
 class Ticket:
@@ -5670,6 +5672,8 @@ class Pacer:
     def answered(self, ticket: Ticket) -> None:
         """Upstream took it: 429s are in a row no more, if it was sent after them."""
         self.taken[ticket.model] = self.clock()
+        while len(self.taken) > MAX_KNOWN:
+            del self.taken[next(iter(self.taken))]
         when = self.strikes.get(ticket.model, (0, math.inf))[1]
         if ticket.sent > when:
             self.strikes[ticket.model] = 0, when
@@ -5697,7 +5701,7 @@ class Pacer:
             low = min(self.by_model[model], self.ceiling(model, now) * 3 // 4)
             least = min(LEAST_CEILING, self.per_minute)
             self.ceilings[model] = max(low, least), now
-        for kept in (self.strikes, self.pauses, self.ceilings, self.taken):
+        for kept in (self.strikes, self.pauses, self.ceilings):
             while len(kept) > MAX_KNOWN:
                 del kept[next(iter(kept))]
 

@@ -4385,6 +4385,21 @@ def test_of_a_burst_the_longest_pause_that_is_stated_counts():
     assert pacer.delay("m") == 25
 
 
+def test_what_is_known_of_models_is_bounded():
+    now = [1000.0]
+    pacer = np.Pacer(0, 0, lambda: now[0])
+    for number in range(3 * np.MAX_KNOWN):
+        for answer in pacer.answered, lambda ticket: pacer.refused(ticket, 0.0, 0.5):
+            ticket = np.Ticket("m%d" % number, "s%d" % number)
+            now[0] += np.PAUSE_SECONDS
+            pacer.join(ticket)
+            assert pacer.next() is ticket
+            pacer.leave(ticket)
+            answer(ticket)
+    held = [value for value in vars(pacer).values() if hasattr(value, "__len__")]
+    assert max(map(len, held)) <= np.MAX_KNOWN
+
+
 def test_who_leaves_the_queue_costs_no_turn():
     pacer = np.Pacer(1, 0, lambda: 0.0)
     first, second, third = np.Ticket("m"), np.Ticket("m"), np.Ticket("m")
@@ -4398,9 +4413,9 @@ def test_who_leaves_the_queue_costs_no_turn():
 
 def test_repetitions_back_off_and_spread():
     for retry in np.RETRIES.values():
-        for tries in range(12):
+        for tries in [*range(12), 5000]:
             low, high = (np.back_off(retry, tries, chance) for chance in (0.0, 1.0))
-            middle = min(retry.first * 2 ** tries, retry.most)
+            middle = min(retry.first * 2 ** min(tries, 20), retry.most)
             assert low == pytest.approx(0.7 * middle)
             assert high == pytest.approx(1.3 * middle)
 
