@@ -5680,7 +5680,8 @@ class Pacer:
 
     def refused(self, ticket: Ticket, stated: float, chance: float) -> None:
         """Upstream answered 429: the model pauses, `stated` seconds or as it backs
-        off, and takes no more for a while than it has taken in this window.
+        off, and for a while takes no more than it has taken in this window, or half of
+        what it was thought to take: one 429 says little.
 
         Of several that were on their way together only the first one counts, but the
         longest pause that they state.
@@ -5698,9 +5699,9 @@ class Pacer:
             return
         self.strikes[model] = count + 1, now
         if self.per_minute:
-            low = min(self.by_model[model], self.ceiling(model, now) * 3 // 4)
-            least = min(LEAST_CEILING, self.per_minute)
-            self.ceilings[model] = max(low, least), now
+            known = self.ceiling(model, now)
+            low = max(self.by_model[model], known // 2, LEAST_CEILING)
+            self.ceilings[model] = min(low, known), now
         for kept in (self.strikes, self.pauses, self.ceilings):
             while len(kept) > MAX_KNOWN:
                 del kept[next(iter(kept))]

@@ -4338,7 +4338,7 @@ def test_of_a_burst_only_the_first_429_counts_whatever_the_others_get():
         now[0] += 0.1
         pacer.refused(refused, 0.0, 0.5)
         pacer.answered(taken)
-    assert pacer.ceiling("m", now[0]) == 15
+    assert pacer.ceiling("m", now[0]) == 20
     assert pacer.strikes["m"][0] == 1
     now[0] += np.PAUSE_SECONDS
     pacer.join(np.Ticket("m"))
@@ -4347,6 +4347,19 @@ def test_of_a_burst_only_the_first_429_counts_whatever_the_others_get():
     now[0] += 1
     pacer.refused(pacer.next(), 0.0, 0.5)
     assert pacer.strikes["m"][0] == 1
+
+
+def test_one_429_does_not_teach_much_and_many_do():
+    now, ceilings = [1000.0], []
+    pacer = np.Pacer(40, 0, lambda: now[0])
+    for _ in range(6):
+        ticket = np.Ticket("m")
+        pacer.join(ticket)
+        assert pacer.next() is ticket
+        pacer.refused(ticket, 0.0, 0.5)
+        ceilings.append(pacer.ceiling("m", now[0]))
+        now[0] += 1
+    assert ceilings == [20, 10, 5, 4, 4, 4]
 
 
 @pytest.mark.parametrize("stated, strikes, pause", [
