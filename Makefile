@@ -24,6 +24,10 @@ check:   ## run them on every Python from 3.8 up that is at hand
 	@for p in $(or $(PYTHONS),$(PYTHON)); do $$p -c 'import ensurepip' 2>/dev/null || continue; $$p -V; \
 	  $(MAKE) --no-print-directory test PYTHON=$$p || exit 1; done
 
+pythons: # those that check takes, the oldest first
+	@for p in $(or $(PYTHONS),$(PYTHON)); do \
+	  echo $$($$p -c 'import sys; print("%d.%02d" % sys.version_info[:2])') $$p; done | sort | cut -d' ' -f2
+
 e2e: $(VENV)/e2e $(NODE)    ## the real Claude Code and both Anthropic SDKs
 	NIMPROXY_E2E=1 NIMPROXY_NODE_MODULES=$(CURDIR)/$(NODE) \
 	  NIMPROXY_CLAUDE=$(CURDIR)/$(NODE)/.bin/claude $(PYTEST) test_nimproxy.py -k e2e
@@ -85,4 +89,4 @@ $(ENGINE):
 	  -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
 	cmake --build .cache/engine/build --target llama-server -j
 
-.PHONY: help test properties check e2e engine browser silence bench soak tokens cover map install
+.PHONY: help test properties check pythons e2e engine browser silence bench soak tokens cover map install
