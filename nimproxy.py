@@ -17,6 +17,8 @@ One word, one thing:
     event       a piece of a message         chunk       a piece of a completion
     block       one content block            frame       one event of an event stream
     config      all settings, resolved once  stage       generator: pieces in, list out
+    question    a body on its way upstream   course      what became of a request
+    ticket      an attempt's place in line   mend        a change for what was refused
 
 The parts; each uses only parts above it, and the first sixteen do no I/O:
 
