@@ -224,9 +224,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def close_words(word: str, known: Iterable[str], most: int) -> List[str]:
+def close_words(word: str, known: Iterable[str], most: int,
+                alike: float = 0.5) -> List[str]:
     import difflib
-    return difflib.get_close_matches(word, list(known), most, 0.5)
+    return difflib.get_close_matches(word, list(known), most, alike)
 
 
 def refuse_constant(name: str) -> Any:
@@ -932,6 +933,9 @@ def model_fallbacks(entries: Entries) -> Dict[str, Tuple[str, ...]]:
     for path, (value, where) in entries.items():
         if path[0] == FALLBACKS and len(path) == 2 and value:
             source = f"{where}: {FALLBACKS}.{path[1]}"
+            if path[1] not in TIERS and close_words(path[1], TIERS, 1, 0.75):
+                raise ProxyError(400, f"{source}: expected a model or a tier"
+                                      f"{nearest(path[1], TIERS)}")
             ids = value if isinstance(value, list) else [value]
             fallbacks[path[1]] = tuple(convert("text", name, source) for name in ids)
     return fallbacks

@@ -609,6 +609,8 @@ BAD_CONFIGS = [
      "limits.concurrency: expected a whole number, 0 to 100000, found 'six'"),
     ("an unknown limit", "limits:\n  max_wiat: 5", "did you mean 'limits.max_wait'"),
     ("a fallback that is no id", "fallbacks:\n  a: 5", "fallbacks.a: expected text"),
+    ("a tier misspelt", "fallbacks:\n  opsu: [a]",
+     "fallbacks.opsu: expected a model or a tier; did you mean 'opus'?"),
     ("fallbacks without a map", "fallbacks: a", "fallbacks: expected a map of names"),
     ("log_json that is no switch", "server:\n  log_json: 1", "expected true or false"),
     ("misspelt key", "server:\n  prot: 1\n", "config.yaml:2: expected a known key, "
