@@ -7246,6 +7246,12 @@ class Asker:
                 asyncio.gather(*map(self.windows_at, places)))
         return self.looking
 
+    async def look_near(self) -> None:
+        """The same, and wait as long as a server needs that is near."""
+        looking = self.look()
+        if looking and not looking.done():
+            await asyncio.wait({looking}, timeout=NEAR_SECONDS)
+
     async def windows_at(self, place: str) -> None:
         """Take down the windows that a server tells at a path or URL, if it does."""
         with contextlib.suppress(ProxyError, asyncio.TimeoutError):
@@ -7652,23 +7658,13 @@ class Proxy:
 
     async def messages(self, request: Request) -> Response:
         """A Messages request: asked upstream, answered in Anthropic's words."""
-        looking = self.asker.look()
-        if looking and not looking.done():
-            await asyncio.wait({looking}, timeout=NEAR_SECONDS)
         course = Course("messages")
         try:
+            await self.asker.look_near()
             question, chat = await aside(request, self.question, course)
             if "stream" not in chat:
                 return await self.whole(question, chat)
-            start = asyncio.ensure_future(self.begin(question, chat))
-            del chat                        # it need not live as long as its answer
-            try:
-                await asyncio.wait({start}, timeout=self.config.eager_after)
-            except asyncio.CancelledError:      # the client left
-                drop(start)
-                raise
-            if start.done():
-                start.result()              # an error so early is a real status
+            return await self.streamed(question, chat)
         except ProxyError as error:
             return self.failed(course, error)
         except asyncio.CancelledError:
@@ -7676,8 +7672,19 @@ class Proxy:
                 return self.failed(course, stopped())
             self.left(course)
             raise
-        relay = self.relay(question, start)
-        return Response(200, EVENT_STREAM + served(course), relay,
+
+    async def streamed(self, question: Question, chat: Json) -> Response:
+        """A request that streams: its 200 goes out soon, or the error before it."""
+        start = asyncio.ensure_future(self.begin(question, chat))
+        try:
+            await asyncio.wait({start}, timeout=self.config.eager_after)
+        except asyncio.CancelledError:      # the client left
+            drop(start)
+            raise
+        if start.done():
+            start.result()                  # an error so early is a real status
+        course = question.course
+        return Response(200, EVENT_STREAM + served(course), self.relay(question, start),
                         self.pulse(question.message),
                         lambda error: encode_event("error", error.body(course.id)))
 
