@@ -263,7 +263,8 @@ DECODER = json.JSONDecoder(parse_float=finite, parse_int=integers(),
 
 def decode_json(text: str) -> Any:
     """The JSON value in a text; ValueError, RecursionError."""
-    check_items(text)
+    if len(text) > MAX_ITEMS:                   # else it cannot hold so many
+        check_items(text)
     if text[:1] == "{" and text[-1:] == "}":    # a token's: no blanks to look for
         value, end = DECODER.raw_decode(text)
         if end == len(text):
@@ -273,9 +274,8 @@ def decode_json(text: str) -> Any:
 
 def check_items(text: str) -> None:
     """Raise ValueError for a JSON text whose value could take gigabytes."""
-    if len(text) > MAX_ITEMS:                   # else it cannot hold so many
-        if sum(map(text.count, ",[{")) > MAX_ITEMS:
-            raise ValueError(f"it has more than {MAX_ITEMS} commas and brackets")
+    if sum(map(text.count, ",[{")) > MAX_ITEMS:
+        raise ValueError(f"it has more than {MAX_ITEMS} commas and brackets")
 
 
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -2421,8 +2421,9 @@ REFUSALS = [
             "The account has no credit left; see {page}.", "false"),
     Refusal((), r"enable-auto-tool-choice|does not support tools", 400, "",
             "This host runs {model} without tool calls; choose another model."),
-    Refusal((429,), r"(?i)\b(1308|1310|1313)\b|quota", 429, "",
-            "A quota of hours or days is used up; see {page}.", "", "", "busy"),
+    Refusal((429,), r"(?i)\((1308|1310|1313)\)|\b(hour|dai|day|week|month)\w*\W+(usage "
+            r"|token )?(quota|limit)", 429, "",
+            "A quota of hours or days is used up; see {page}.", "false", "", "busy"),
     Refusal((401,), "", 401, "",
             "The key is missing, wrong or expired: set {key}, from {page}.", "false"),
     Refusal((402,), "", 402, "", "See the account's balance at {page}.", "false"),
@@ -6115,7 +6116,8 @@ class Upstream:
                 head = await wire.head()
             except OSError as error:
                 if wire.held or interim:    # a byte of an answer: not asked twice
-                    raise ProxyError(502, f"upstream broke off ({error})") from error
+                    words = f"upstream broke off ({failure_words(error)})"
+                    raise ProxyError(502, words) from error
                 raise
             if not head and wire.expired:
                 raise ProxyError(504, f"upstream did not answer within {limit:g} s")
@@ -6964,7 +6966,6 @@ class Asker:
         Nothing of the answer is out yet, so that nothing is said or run twice.
         """
         config, course, kind = self.config, question.course, error.again
-        chance = os.urandom(1)[0] / 255
         self.strike(course, error)
         most = config.start_retries if kind == "broken" else config.retries
         tries, now = course.tries[kind], time.monotonic()
@@ -6974,7 +6975,7 @@ class Asker:
             return False                # others have been as patient
         if error.fallback == "degraded" and self.next_model(question, error):
             return False                # it takes hours rather than seconds
-        pause = max(error.pause, back_off(RETRIES[kind], tries, chance))
+        pause = max(error.pause, back_off(RETRIES[kind], tries, dice()))
         course.failed = course.failed or now
         if now + pause > course.failed + RETRY_SECONDS:
             return False
@@ -6992,8 +6993,7 @@ class Asker:
     def strike(self, course: Course, error: ProxyError) -> None:
         """Let a model pause whose answer was a 429."""
         if error.again == "rate":
-            chance = os.urandom(1)[0] / 255
-            self.gate.pacer.refused(course.ticket, error.pause, chance)
+            self.gate.pacer.refused(course.ticket, error.pause, dice())
 
     def image_hint(self, chat: Json, error: ProxyError) -> str:
         """A word on images that may be the reason of a refusal."""
@@ -7280,6 +7280,11 @@ def turned_to(name: str, models: List[str]) -> List[str]:
     """The models in their order, but from a certain one on, and then from the start."""
     at = models.index(name)
     return models[at:] + models[:at]
+
+
+def dice() -> float:
+    """From 0 to 1, at random; the module `random` would take its time to import."""
+    return os.urandom(1)[0] / 255
 
 
 def vain(error: ProxyError, tried: List[str]) -> ProxyError:

@@ -255,9 +255,10 @@ class Client:
             return received(sock)
 
 
-def received(sock):
+def received(sock, forgiven=OSError):
+    """All that comes until the peer closes; an error that is forgiven ends it, too."""
     pieces = []
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(forgiven):
         while not pieces or pieces[-1]:
             pieces.append(sock.recv(65536))
     return b"".join(pieces)
@@ -5934,6 +5935,8 @@ FAILURES = [    # what upstream does first, how often in vain it is asked by def
     ("429", refuses(429, {"status": 429, "title": "Too Many Requests"}), 3),
     ("429, as a date", refuses(429, {"title": "x"},
                                "Retry-After: Thu, 01 Jan 1970 00:00:00 GMT"), 3),
+    ("429 for a quota of a minute",
+     refuses(429, {"message": "Quota exceeded: 40 requests per minute"}), 3),
     ("500", refuses(500, {"message": "EngineCore encountered an issue"}), 3),
     ("502", refuses(502, b"<html>bad gateway</html>"), 3),
     ("503", LOADED, 3),
@@ -5961,6 +5964,7 @@ ONCE = [        # what is not repeated
     ("413", refuses(413, {"message": "x"})),
     ("no credit", refuses(429, {"error": {"code": "1113", "message": "arrears"}})),
     ("a quota of a week", refuses(429, {"error": {"code": "1310", "message": "x"}})),
+    ("a quota in words", refuses(429, {"message": "Daily token limit reached"})),
     ("a pause that is too long", refuses(429, {"title": "x"}, "Retry-After: 31")),
     ("a redirect", refuses(301, b"", "Location: http://x/")),
 ]
@@ -5969,7 +5973,7 @@ ONCE = [        # what is not repeated
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("failure, tries", named(FAILURES))
 def test_what_passes_is_asked_again(failure, tries, stream):
-    if not stream and failure in (row[1] for row in FAILURES[8:]):
+    if not stream and failure in (row[1] for row in FAILURES[9:]):
         return                          # those are of streams
     defaults = {"retries": 3, "start_retries": 1}
     good = streams(*HELLO) if stream else completes("Hello")
@@ -7343,11 +7347,7 @@ def stage():
 
 def until_closed(sock):
     """All that comes until the peer closes; a peer that does not is an error."""
-    pieces = []
-    with contextlib.suppress(ConnectionError):
-        while not pieces or pieces[-1]:
-            pieces.append(sock.recv(65536))
-    return b"".join(pieces)
+    return received(sock, ConnectionError)
 
 
 def answers_in(raw):
