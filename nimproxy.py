@@ -20,32 +20,40 @@ One word, one thing:
     question    a body on its way upstream   course      what became of a request
     ticket      an attempt's place in line   mend        a change for what was refused
 
-The parts; each uses only parts above it, and the first sixteen do no I/O:
+The parts; each uses only parts above it, and the first eighteen do no I/O:
 
     1. Numbers
     2. Errors and JSON
     3. Models and providers
-    4. Configuration
-    5. Documents: text from PDF
-    6. Requests: body to chat
-    7. Token estimate
-    8. Refusals: upstream's errors to ours
-    9. Arguments: repaired and fitted
-   10. Mends: chats that are taken after a refusal
-   11. Dialects: tool calls written as text
-   12. Streams: chunks to events
-   13. Event streams: bytes to chunks, events to bytes
-   14. HTTP/1.1 messages
-   15. Demonstration: the built-in upstream
-   16. Pacing: whose turn it is, and when to ask again
-   17. Upstream
-   18. Memory
-   19. Journal
-   20. Asking: which model, whose turn, again and instead
-   21. Proxy
-   22. Server
-   23. Client programs
-   24. Command line
+    4. Files: YAML, JSON and .env
+    5. Configuration
+    6. Documents: text from PDF
+    7. Requests: body to chat
+    8. Token estimate
+    9. Refusals: upstream's errors to ours
+   10. Arguments: repaired and fitted
+   11. Mends: chats that are taken after a refusal
+   12. Dialects: tool calls written as text
+   13. Streams: chunks to events
+   14. Event streams: bytes to chunks, events to bytes
+   15. Passing: what stays as it is
+   16. HTTP/1.1 messages
+   17. Demonstration: the built-in upstream
+   18. Pacing: whose turn it is, and when to ask again
+   19. Upstream
+   20. Memory
+   21. Journal
+   22. Asking: which model, whose turn, again and instead
+   23. Page: what a browser gets
+   24. Proxy
+   25. Server
+   26. Client programs
+   27. Saved: providers as they were set up
+   28. Settings: Claude Code's own files
+   29. Terminal: what is said and asked
+   30. Setup: the wizard
+   31. Doctor: what is wrong, and what mends it
+   32. Command line
 
 Python 3.8 or newer; nothing else.  https://www.rfc-editor.org/rfc/rfc9112 and
 https://html.spec.whatwg.org/multipage/server-sent-events.html are the two wires.
@@ -618,6 +626,7 @@ def limits_of(provider: str, model: str, thinks: bool) -> Limits:
                  and on in (None, thinks) and re.search(pattern, low)), NO_LIMITS)
 
 
+APIS = ("openai-completions", "anthropic-messages")     # OpenClaw's words for them
 DEMO_MODEL = "nimproxy/demo"    # answered inside this process
 TIERS = ("opus", "sonnet", "haiku")
 
@@ -642,7 +651,130 @@ def effort_word(wanted: str, efforts: Iterable[str]) -> str:
     return strong[0] if strong else list(efforts)[-1]
 
 
-# ---- 4. Configuration --------------------------------------------------------
+# ---- 4. Files: YAML, JSON and .env -------------------------------------------
+# Texts of configuration files to their settings, each with the line it stands in.
+# What is not understood is an error with line and column, never a guess.
+
+class File(NamedTuple):
+    """A configuration file as read: its name for messages, and its text."""
+    name: str = ""
+    text: str = ""
+
+
+Entries = Dict[Tuple[str, ...], Tuple[Any, str]]    # path: (value, "file:line")
+
+
+def expanded(value: str, environ: Mapping[str, str], where: str) -> str:
+    def variable(match: Any) -> str:
+        if match[1] not in environ:
+            raise ProxyError(400, f"{where}: ${{{match[1]}}} is not set: export it, or "
+                                  "take the line out")
+        return environ[match[1]]
+    return re.sub(r"\$\{(\w+)\}", variable, value)
+
+
+def json_entries(file: File) -> Entries:
+    try:
+        tree = json.loads(file.text.lstrip("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        raise ProxyError(400, f"{file.name}: not JSON: {error}") from None
+
+    def walk(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[Any, Any]]:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                yield from walk(item, path + (key,))
+        else:
+            quoted = re.escape(json.dumps(path[-1]))
+            before = re.split(quoted + r"\s*:", file.text)[0]
+            yield path, (value, f"{file.name}:{before.count(chr(10)) + 1}")
+
+    return dict(walk(tree, ()))
+
+
+YAML_KEY = re.compile(r"""( *)("[^"]*"|'[^']*'|[^\s#&*!|>%@`{}\[\],"'-].*?)\s*:"""
+                      r"(?:\s+(.*))?")
+
+
+def yaml_entries(file: File) -> Entries:
+    """The subset of YAML that configurations are written in.
+
+    Nested maps, plain and quoted scalars, comments and flow lists.  Anything else
+    is a ProxyError(400) with line and column, never a guess.
+    """
+    entries: Entries = {}
+    stack: List[Tuple[int, str]] = []       # columns and keys of the maps we are in
+    for number, line in enumerate(file.text.lstrip("\ufeff").splitlines(), 1):
+        text = line.strip()
+        if not text or text[0] == "#" or text == "---" and not entries:
+            continue
+        match = YAML_KEY.fullmatch(line.rstrip())
+        if line[0] == "\t":
+            raise yaml_error(file, number, line, "spaces, not tabs, before")
+        if not match:
+            raise yaml_error(file, number, line)
+        column, above = len(match[1]), None
+        while stack and stack[-1][0] >= column:
+            above = stack.pop()
+        parent = tuple(key for _, key in stack)
+        if above is None and stack:
+            if entries.pop(parent, ("",))[0] is not None:
+                raise yaml_error(file, number, line, "a key at the outer level")
+        elif column != (above[0] if above else 0):
+            raise yaml_error(file, number, line, "the indentation of its neighbours")
+        stack.append((column, match[2].strip("\"'")))
+        path = tuple(key for _, key in stack)
+        if path in entries:
+            raise yaml_error(file, number, line, "each key once")
+        value = yaml_value(file, number, line, match[3] or "")
+        entries[path] = value, f"{file.name}:{number}"
+    return entries
+
+
+def yaml_error(file: File, number: int, line: str, wanted: str = "") -> ProxyError:
+    column = len(line) - len(line.lstrip()) + 1
+    wanted = wanted or "'key: value' (nested maps, scalars and [flow, lists])"
+    return ProxyError(400, f"{file.name}:{number}:{column}: expected {wanted}, "
+                           f"found {line.strip()[:60]!r}")
+
+
+YAML_QUOTED = re.compile(r"""("(?:[^"\\]|\\.)*"|'(?:[^']|'')*')\s*(?:#.*)?""")
+YAML_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+
+
+def yaml_value(file: File, number: int, line: str, text: str) -> Any:
+    """One scalar or flow list."""
+    quoted = YAML_QUOTED.fullmatch(text)
+    if quoted and text[0] == "'":
+        return quoted[1][1:-1].replace("''", "'")
+    if quoted:
+        with contextlib.suppress(ValueError):
+            return json.loads(quoted[1])
+        raise yaml_error(file, number, line, "escapes as in JSON")
+    text = re.sub(r"(^|\s)#.*", "", text).strip()
+    if re.fullmatch(r"\[(?:[^\[\]{}]|\$\{\w+\})*\]", text):
+        items = re.findall(r"""\s*("[^"]*"|'[^']*'|[^,]+)\s*,?""", text[1:-1])
+        return [yaml_value(file, number, line, item.strip()) for item in items]
+    if re.search(r"^[\[\]{}&*!|>%@`\"',]|^-(?![0-9.])|:(\s|$)", text):
+        raise yaml_error(file, number, line, "a scalar or a [flow, list]")
+    if re.fullmatch(r"-?[0-9]{1,19}", text):    # Python reads 4300 digits and no more
+        return int(text)
+    if re.fullmatch(r"-?[0-9]*\.[0-9]+", text):
+        return float(text)
+    return YAML_WORDS.get(text.lower(), text)
+
+
+def dotenv_values(text: str) -> Dict[str, str]:
+    """KEY=value lines; comments, `export` and one layer of quotes are understood."""
+    values = {}
+    for line in text.lstrip("\ufeff").splitlines():
+        match = re.fullmatch(r"\s*(?:export\s+)?(\w+)\s*=\s*(.*?)\s*", line, re.ASCII)
+        if match:
+            quoted = re.fullmatch(r"""(["'])(.*)\1(?:\s+#.*)?""", match[2])
+            values[match[1]] = quoted[2] if quoted else re.sub(r"\s+#.*", "", match[2])
+    return values
+
+
+# ---- 5. Configuration --------------------------------------------------------
 # Flags over environment over .env over file over the provider's row, merged once
 # by a pure function.  Only the command line looks at the environment.
 
@@ -650,6 +782,7 @@ class Config(NamedTuple):
     """All settings.  Seconds and characters; an empty string is "not set"."""
     provider: str = "nvidia"
     base_url: str = PROVIDERS["nvidia"].base_url
+    api: str = APIS[0]      # what is spoken there
     api_key: str = ""
     default_model: str = PROVIDERS["nvidia"].sonnet
     opus: str = PROVIDERS["nvidia"].opus
@@ -715,6 +848,7 @@ SETTINGS = [
     Setting("api_key", "", "upstream.api_key", "secret"),
     Setting("base_url", "", "upstream.base_url", "url"),
     Setting("default_model", "", "upstream.default_model", "text"),
+    Setting("api", "", "upstream.api", "api"),
     Setting("first_byte_timeout", "", "upstream.first_byte_timeout", "seconds"),
     Setting("idle_timeout", "", "upstream.idle_timeout", "seconds"),
     Setting("opus", "", "models.opus", "text"),
@@ -743,15 +877,6 @@ ALIASES, FALLBACKS = "model_aliases", "fallbacks"   # the sections with free key
 LEVELS = ("debug", "info", "warning", "error")
 
 
-class File(NamedTuple):
-    """A configuration file as read: its name for messages, and its text."""
-    name: str = ""
-    text: str = ""
-
-
-Entries = Dict[Tuple[str, ...], Tuple[Any, str]]    # path: (value, "file:line")
-
-
 def resolve_config(flags: Json, environ: Mapping[str, str],
                    dotenv: Mapping[str, str], file: File) -> Tuple[Config, Json]:
     """All settings, and for each field the words for where it came from.
@@ -776,7 +901,8 @@ def resolve_config(flags: Json, environ: Mapping[str, str],
     preset_models(found, sources, row)
     if not found.setdefault("base_url", row.base_url):
         raise ProxyError(400, f"{sources['provider']}: 'custom' needs --base-url URL")
-    found["base_url"] = clean_base_url(found["base_url"])
+    found.setdefault("api", api_at(found["base_url"]))
+    found["base_url"] = clean_base_url(found["base_url"], found["api"])
     found[ALIASES] = model_aliases(entries, {**dotenv, **environ})
     found[FALLBACKS] = model_fallbacks(entries)
     network = network_settings(environ)
@@ -903,14 +1029,28 @@ KINDS = {
     "switch": ("true or false", as_switch),
     "provider": ("one of " + ", ".join(PROVIDERS), one_of(PROVIDERS)),
     "level": ("one of " + ", ".join(LEVELS), as_level),
+    "api": (" or ".join(APIS), one_of(APIS)),
     "format": ("native or xml", one_of(("native", "xml"))),
     "window": ("tokens such as 32768, 128k or 1m", as_window),
 }
 
 
-def clean_base_url(url: str) -> str:
-    """The URL that paths are appended to: no final slash, /v1 if there is no path."""
-    url = re.sub(r"/chat/completions/?$", "", url.rstrip("/"))
+def api_at(base_url: str) -> str:
+    """What is spoken at a base URL, as far as it tells: those who serve both APIs end
+    the one with /anthropic."""
+    own = re.search(r"/anthropic(/v1)?(/messages)?/*$|//api\.anthropic\.com", base_url)
+    return APIS[1] if own else APIS[0]
+
+
+def clean_base_url(url: str, api: str = APIS[0]) -> str:
+    """The URL that paths are appended to, without the end that many copy along with it.
+
+    It is `https://host/v1`, with /v1 if there is no path; for `anthropic-messages`
+    what the SDKs call it, without /v1.
+    """
+    if api == APIS[1]:
+        return re.sub(r"(/v1)?(/messages)?/*$", "", url)
+    url = re.sub(r"/(chat/)?completions/?$", "", url.rstrip("/"))
     return url if urlsplit(url).path else url + "/v1"
 
 
@@ -997,116 +1137,6 @@ def file_entries(file: File, environ: Mapping[str, str]) -> Entries:
     return entries
 
 
-def expanded(value: str, environ: Mapping[str, str], where: str) -> str:
-    def variable(match: Any) -> str:
-        if match[1] not in environ:
-            raise ProxyError(400, f"{where}: ${{{match[1]}}} is not set: export it, or "
-                                  "take the line out")
-        return environ[match[1]]
-    return re.sub(r"\$\{(\w+)\}", variable, value)
-
-
-def json_entries(file: File) -> Entries:
-    try:
-        tree = json.loads(file.text.lstrip("\ufeff"))
-    except (ValueError, RecursionError) as error:
-        raise ProxyError(400, f"{file.name}: not JSON: {error}") from None
-
-    def walk(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[Any, Any]]:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                yield from walk(item, path + (key,))
-        else:
-            quoted = re.escape(json.dumps(path[-1]))
-            before = re.split(quoted + r"\s*:", file.text)[0]
-            yield path, (value, f"{file.name}:{before.count(chr(10)) + 1}")
-
-    return dict(walk(tree, ()))
-
-
-YAML_KEY = re.compile(r"""( *)("[^"]*"|'[^']*'|[^\s#&*!|>%@`{}\[\],"'-].*?)\s*:"""
-                      r"(?:\s+(.*))?")
-
-
-def yaml_entries(file: File) -> Entries:
-    """The subset of YAML that configurations are written in.
-
-    Nested maps, plain and quoted scalars, comments and flow lists.  Anything else
-    is a ProxyError(400) with line and column, never a guess.
-    """
-    entries: Entries = {}
-    stack: List[Tuple[int, str]] = []       # columns and keys of the maps we are in
-    for number, line in enumerate(file.text.lstrip("\ufeff").splitlines(), 1):
-        text = line.strip()
-        if not text or text[0] == "#" or text == "---" and not entries:
-            continue
-        match = YAML_KEY.fullmatch(line.rstrip())
-        if line[0] == "\t":
-            raise yaml_error(file, number, line, "spaces, not tabs, before")
-        if not match:
-            raise yaml_error(file, number, line)
-        column, above = len(match[1]), None
-        while stack and stack[-1][0] >= column:
-            above = stack.pop()
-        parent = tuple(key for _, key in stack)
-        if above is None and stack:
-            if entries.pop(parent, ("",))[0] is not None:
-                raise yaml_error(file, number, line, "a key at the outer level")
-        elif column != (above[0] if above else 0):
-            raise yaml_error(file, number, line, "the indentation of its neighbours")
-        stack.append((column, match[2].strip("\"'")))
-        path = tuple(key for _, key in stack)
-        if path in entries:
-            raise yaml_error(file, number, line, "each key once")
-        value = yaml_value(file, number, line, match[3] or "")
-        entries[path] = value, f"{file.name}:{number}"
-    return entries
-
-
-def yaml_error(file: File, number: int, line: str, wanted: str = "") -> ProxyError:
-    column = len(line) - len(line.lstrip()) + 1
-    wanted = wanted or "'key: value' (nested maps, scalars and [flow, lists])"
-    return ProxyError(400, f"{file.name}:{number}:{column}: expected {wanted}, "
-                           f"found {line.strip()[:60]!r}")
-
-
-YAML_QUOTED = re.compile(r"""("(?:[^"\\]|\\.)*"|'(?:[^']|'')*')\s*(?:#.*)?""")
-YAML_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
-
-
-def yaml_value(file: File, number: int, line: str, text: str) -> Any:
-    """One scalar or flow list."""
-    quoted = YAML_QUOTED.fullmatch(text)
-    if quoted and text[0] == "'":
-        return quoted[1][1:-1].replace("''", "'")
-    if quoted:
-        with contextlib.suppress(ValueError):
-            return json.loads(quoted[1])
-        raise yaml_error(file, number, line, "escapes as in JSON")
-    text = re.sub(r"(^|\s)#.*", "", text).strip()
-    if re.fullmatch(r"\[(?:[^\[\]{}]|\$\{\w+\})*\]", text):
-        items = re.findall(r"""\s*("[^"]*"|'[^']*'|[^,]+)\s*,?""", text[1:-1])
-        return [yaml_value(file, number, line, item.strip()) for item in items]
-    if re.search(r"^[\[\]{}&*!|>%@`\"',]|^-(?![0-9.])|:(\s|$)", text):
-        raise yaml_error(file, number, line, "a scalar or a [flow, list]")
-    if re.fullmatch(r"-?[0-9]{1,19}", text):    # Python reads 4300 digits and no more
-        return int(text)
-    if re.fullmatch(r"-?[0-9]*\.[0-9]+", text):
-        return float(text)
-    return YAML_WORDS.get(text.lower(), text)
-
-
-def dotenv_values(text: str) -> Dict[str, str]:
-    """KEY=value lines; comments, `export` and one layer of quotes are understood."""
-    values = {}
-    for line in text.lstrip("\ufeff").splitlines():
-        match = re.fullmatch(r"\s*(?:export\s+)?(\w+)\s*=\s*(.*?)\s*", line, re.ASCII)
-        if match:
-            quoted = re.fullmatch(r"""(["'])(.*)\1(?:\s+#.*)?""", match[2])
-            values[match[1]] = quoted[2] if quoted else re.sub(r"\s+#.*", "", match[2])
-    return values
-
-
 def upstream_model(config: Config, asked: str) -> str:
     """The upstream's id for the model that the client asked for.
 
@@ -1186,7 +1216,7 @@ def missing_key(config: Config) -> str:
             f"{row.key_variable}; `demo` and `code --demo` need none")
 
 
-# ---- 5. Documents: text from PDF ---------------------------------------------
+# ---- 6. Documents: text from PDF ---------------------------------------------
 # A PDF's words, for models that read text alone: no images, no tables, no repairs.
 # A file is hostile until read: all work on it is paid for from one budget, and what
 # is malformed ends a font, a form or a page, not the answer.  ISO 32000-1.
@@ -1707,7 +1737,7 @@ def range_texts(pdf: Pdf, low: bytes, high: bytes, target: Any) -> Dict[int, str
             for code, text in zip(codes, target)}
 
 
-# ---- 6. Requests: body to chat -----------------------------------------------
+# ---- 7. Requests: body to chat -----------------------------------------------
 # Pure functions from Anthropic's request body to OpenAI's.  Tolerant in: what is
 # not used is not looked at.  Minimal out: only fields that upstreams take.
 
@@ -2292,7 +2322,7 @@ def plain_words(value: Any, key: str = "text") -> Iterator[str]:
         yield value
 
 
-# ---- 7. Token estimate -------------------------------------------------------
+# ---- 8. Token estimate -------------------------------------------------------
 # No vocabulary, no download: a formula over kinds of characters, fitted to real
 # tokenizers.  `make tokens` measures it.
 
@@ -2388,7 +2418,7 @@ def tally(content: Any, texts: List[str]) -> int:
     return tokens
 
 
-# ---- 8. Refusals: upstream's errors to ours ----------------------------------
+# ---- 9. Refusals: upstream's errors to ours ----------------------------------
 # Every way in which an upstream says no, as the error that Claude Code and the
 # SDKs act on rightly, with upstream's own words and what to do about it.
 
@@ -2698,7 +2728,7 @@ def stated_status(value: Json, status: int) -> int:
     return status
 
 
-# ---- 9. Arguments: repaired and fitted ---------------------------------------
+# ---- 10. Arguments: repaired and fitted --------------------------------------
 # What the text of a finished tool call means, as its tool's schema wants it.  Only
 # plain damage is repaired: how a broken-off string ends is never guessed, and a value
 # that fits is never touched.  Text and schema are strangers', so all work is bounded.
@@ -3072,7 +3102,7 @@ def fitted_list(value: list, schema: Json, fit: Fit, depth: int) -> list:
             for place, item in enumerate(value)]
 
 
-# ---- 10. Mends: chats that are taken after a refusal -------------------------
+# ---- 11. Mends: chats that are taken after a refusal -------------------------
 # What a refusal asks for, as the name of a mend, and the mends: each changes a chat a
 # little.  They are written "name" or "name:argument", and so they are remembered.
 
@@ -3498,7 +3528,7 @@ APPLY: Dict[str, Callable[[Json, str], None]] = {
 }
 
 
-# ---- 11. Dialects: tool calls written as text --------------------------------
+# ---- 12. Dialects: tool calls written as text --------------------------------
 # How open models spell a tool call where their server leaves it in the text.  A row
 # says how a call begins, how far it goes and how it is read; Leaks takes calls out
 # of text that comes in pieces, and gives back as text whatever is none.
@@ -4182,7 +4212,7 @@ def split_at(text: str, words: Tuple[str, ...]) -> Tuple[str, str]:
     return text[:place], text[place:]
 
 
-# ---- 12. Streams: chunks to events -------------------------------------------
+# ---- 13. Streams: chunks to events -------------------------------------------
 # Sans-I/O.  One completion's chunks become one message's events, whatever their
 # cut: one block open at a time, numbered from 0.  A tool call is told when it is
 # whole, because Claude Code runs it as soon as its block closes.
@@ -5018,7 +5048,7 @@ def parsed_input(text: str) -> Json:
     return {"__unparsedToolInput": {"raw": text, "len": len(text)}}
 
 
-# ---- 13. Event streams: bytes to chunks, events to bytes ---------------------
+# ---- 14. Event streams: bytes to chunks, events to bytes ---------------------
 # The WHATWG event stream, sans-I/O and cut anywhere, and the whole translation:
 # upstream's bytes in, the client's bytes out.
 
@@ -5174,7 +5204,11 @@ def encode_event(name: str, data: Json) -> bytes:
     return f"event: {name}\ndata: {payload}\n\n".encode("ascii")
 
 
-# ---- 14. HTTP/1.1 messages ---------------------------------------------------
+# ---- 15. Passing: what stays as it is ----------------------------------------
+# Bodies and event streams of servers that speak the client's own language: byte for
+# byte, but for the model's name and what only its maker can read.
+
+# ---- 16. HTTP/1.1 messages ---------------------------------------------------
 # RFC 9112, the part that both sides of a proxy need, on bytes and strictly: what
 # is doubtful is refused, because two readings of one request are an attack.
 
@@ -5454,7 +5488,7 @@ def json_response(value: Json, status: int = 200, headers: Headers = []) -> Resp
     return Response(status, fields, encode_json(value).encode("ascii"))
 
 
-# ---- 15. Demonstration: the built-in upstream --------------------------------
+# ---- 17. Demonstration: the built-in upstream --------------------------------
 # A scripted Chat Completions stream for the model `nimproxy/demo`: thinking, text
 # and, where tools are declared, one call.  Pure, so it needs no key and no network.
 
@@ -5521,7 +5555,7 @@ def demo_tool(chat: Json) -> Optional[Tuple[str, Json]]:
     return None
 
 
-# ---- 16. Pacing: whose turn it is, and when to ask again ---------------------
+# ---- 18. Pacing: whose turn it is, and when to ask again ---------------------
 # Sans-I/O, on a clock that is given: how many requests go to one key and in which
 # order, what a 429 teaches, and how patiently a failed one is repeated.
 
@@ -5741,7 +5775,7 @@ def less(counter: Dict[str, int], name: str) -> None:
         del counter[name]
 
 
-# ---- 17. Upstream ------------------------------------------------------------
+# ---- 19. Upstream ------------------------------------------------------------
 # The first part that waits.  Connections over plain TCP, TLS or an HTTP proxy,
 # kept alive in a pool; one request and its answer at a time on each.
 
@@ -6509,7 +6543,7 @@ async def connected_socket(place: Target) -> socket.socket:
     raise failure
 
 
-# ---- 18. Memory --------------------------------------------------------------
+# ---- 20. Memory --------------------------------------------------------------
 # What upstreams have refused, so that they are asked rightly the next time.  A file
 # that may be deleted at any time; that it cannot be read or written is never fatal.
 
@@ -6614,7 +6648,7 @@ def learned_rows(tree: Any) -> Dict[str, Dict[str, Dict[str, str]]]:
     return tree
 
 
-# ---- 19. Journal -------------------------------------------------------------
+# ---- 21. Journal -------------------------------------------------------------
 # What became of requests: a line of the log for each, and a file a day of those that
 # failed, which is bounded, may be deleted, and never stops an answer.
 
@@ -6730,7 +6764,7 @@ class ErrorLog:
             os.unlink(os.path.join(self.folder, name))
 
 
-# ---- 20. Asking: which model, whose turn, again and instead ------------------
+# ---- 22. Asking: which model, whose turn, again and instead ------------------
 # A question's way to upstream: the model that it goes to, the turn that it waits for,
 # how it is mended, repeated, or asked of another model, until an answer begins.
 
@@ -7540,7 +7574,10 @@ class Gate:
             self.timer.cancel()
 
 
-# ---- 21. Proxy ---------------------------------------------------------------
+# ---- 23. Page: what a browser gets -------------------------------------------
+# A page that asks for the status, once a second, and shows it.
+
+# ---- 24. Proxy ---------------------------------------------------------------
 # What each path does.  `messages` is the file's story; `relay` is the one place
 # where waiting meets translation.
 
@@ -8016,7 +8053,7 @@ def model_row(name: str, window: int, prefix: str = "") -> Json:
     }
 
 
-# ---- 22. Server --------------------------------------------------------------
+# ---- 25. Server --------------------------------------------------------------
 # Bytes to Request, Response to bytes, until the connection ends.  It knows nothing
 # of what the paths mean.
 
@@ -8419,7 +8456,7 @@ class Background:
         await server.close()
 
 
-# ---- 23. Client programs -----------------------------------------------------
+# ---- 26. Client programs -----------------------------------------------------
 # The environment that makes Claude Code and the SDKs work through the proxy, and
 # running them: terminal, signals and exit code are theirs.
 
@@ -8550,7 +8587,44 @@ def hand_on(children: List[subprocess.Popen]) -> Callable[[int, Any], None]:
     return handler
 
 
-# ---- 24. Command line --------------------------------------------------------
+# ---- 27. Saved: providers as they were set up --------------------------------
+# Files under ~/.nimproxy, in the shapes of an older program whose own are read too.
+
+# ---- 28. Settings: Claude Code's own files -----------------------------------
+# Changed key by key, with a receipt that puts everything back.
+
+# ---- 29. Terminal: what is said and asked ------------------------------------
+# Lines for people, in what their terminal can show, and menus by keys or numbers.
+
+def program() -> str:
+    """How this file was started, for hints."""
+    name = sys.argv[0]
+    if name in ("", "-", "-c"):
+        return "python3 nimproxy.py"        # once it is saved
+    return f"python3 {shlex.quote(name)}" if name.endswith(".py") else shlex.quote(name)
+
+
+def say(text: str = "", end: str = "\n") -> None:
+    """Print, whatever the terminal's encoding can do."""
+    coding = getattr(sys.stdout, "encoding", None) or "ascii"
+    print(text.encode(coding, "replace").decode(coding), end=end, flush=True)
+
+
+def complain(text: str) -> None:
+    print("nimproxy: " + printable_long(text), file=sys.stderr, flush=True)
+
+
+def printable_long(text: str) -> str:
+    return text.encode("ascii", "backslashreplace").decode()
+
+
+# ---- 30. Setup: the wizard ---------------------------------------------------
+# From nothing to a working provider, step by step, and back at each of them.
+
+# ---- 31. Doctor: what is wrong, and what mends it ----------------------------
+# Checks as rows; each finding comes with the command that mends it.
+
+# ---- 32. Command line --------------------------------------------------------
 # The only part that reads the environment and files, prints, or exits.
 
 class Context(NamedTuple):
@@ -8627,14 +8701,6 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-def program() -> str:
-    """How this file was started, for hints."""
-    name = sys.argv[0]
-    if name in ("", "-", "-c"):
-        return "python3 nimproxy.py"        # once it is saved
-    return f"python3 {shlex.quote(name)}" if name.endswith(".py") else shlex.quote(name)
 
 
 def split_arguments(argv: List[str]) -> Tuple[List[str], List[str]]:
@@ -8770,20 +8836,6 @@ class LogLines:
         for secret in self.secrets:
             text = redacted(text, secret)
         return re.sub(r"[^ -~]", lambda match: ascii(match[0])[1:-1], text)
-
-
-def say(text: str = "", end: str = "\n") -> None:
-    """Print, whatever the terminal's encoding can do."""
-    coding = getattr(sys.stdout, "encoding", None) or "ascii"
-    print(text.encode(coding, "replace").decode(coding), end=end, flush=True)
-
-
-def complain(text: str) -> None:
-    print("nimproxy: " + printable_long(text), file=sys.stderr, flush=True)
-
-
-def printable_long(text: str) -> str:
-    return text.encode("ascii", "backslashreplace").decode()
 
 
 # ---- commands

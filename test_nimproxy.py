@@ -331,7 +331,8 @@ USES = {            # part: the other parts it may use
     "Numbers": "",
     "Errors": "Numbers",
     "Models": "Errors",
-    "Configuration": "Errors Models",
+    "Files": "Errors",
+    "Configuration": "Errors Models Files",
     "Documents": "Numbers",
     "Requests": "Numbers Errors Models Documents",
     "Token": "Requests",
@@ -341,6 +342,7 @@ USES = {            # part: the other parts it may use
     "Dialects": "Numbers Errors Arguments",
     "Streams": "Numbers Errors Configuration Refusals Arguments Dialects",
     "Event": "Numbers Errors Refusals Streams",
+    "Passing": "Numbers Errors Configuration Refusals Streams Event",
     "HTTP/1.1": "Numbers Errors",
     "Demonstration": "Errors Models Streams",
     "Pacing": "Numbers Errors",
@@ -348,17 +350,24 @@ USES = {            # part: the other parts it may use
     "Memory": "Numbers Errors",
     "Journal": "Errors Configuration Pacing Memory",
     "Asking": " ".join(PARTS[:PARTS.index("Asking")]),
+    "Page": "",
     "Proxy": " ".join(PARTS[:PARTS.index("Proxy")]),
     "Server": "Numbers Errors Configuration HTTP/1.1 Upstream Journal Proxy",
     "Client": "Models Configuration",
+    "Saved": "Numbers Errors Models Files Configuration Memory",
+    "Settings": "Numbers Errors Files Memory",
+    "Terminal": "Numbers Errors",
+    "Setup": "Errors Models Files Configuration Saved Terminal",
+    "Doctor": " ".join(PARTS[:PARTS.index("Setup")]),
     "Command": " ".join(PARTS[:-1]),
 }
-WAIT = ["Upstream", "Memory", "Journal", "Asking", "Proxy", "Server", "Client",
-        "Command"]
+WAIT = ["Upstream", "Memory", "Journal", "Asking", "Page", "Proxy", "Server", "Client",
+        "Saved", "Settings", "Terminal", "Setup", "Doctor", "Command"]
 KEPT = {            # names that only some parts may use
-    "asyncio": WAIT, "time": WAIT, "socket": ["Upstream", "Server"],
-    "open": ["Memory", "Client", "Command"], "subprocess": ["Client"],
-    "os": WAIT, "sys": ["Command"], "print": ["Command"], "input": ["Command"],
+    "asyncio": WAIT, "time": WAIT, "socket": ["Upstream", "Server", "Doctor"],
+    "open": ["Memory", "Client", "Saved", "Settings", "Terminal", "Command"],
+    "subprocess": ["Client"], "os": WAIT, "sys": ["Terminal", "Setup", "Command"],
+    "print": ["Terminal", "Command"], "input": ["Terminal"],
     "threading": ["Server"], "logging": ["Memory", "Command"],
 }
 
@@ -541,7 +550,7 @@ def test_effort_words(asked, three, low_high_max):
     assert np.effort_word(asked, np.LOW_HIGH_MAX) == low_high_max
 
 
-# ---- 4. Configuration --------------------------------------------------------
+# ---- 5. Configuration --------------------------------------------------------
 
 S1_FILE = """\
 # the seed's own example
@@ -565,6 +574,35 @@ model_aliases:
 def resolved(file="", environ=(), dotenv=(), **flags):
     return np.resolve_config(flags, dict(environ), dict(dotenv),
                              np.File("config.yaml", file))
+
+
+BASE_URLS = [       # as typed, what is spoken there, what paths are appended to
+    ("https://host", "openai-completions", "https://host/v1"),
+    ("https://host/v1/", "openai-completions", "https://host/v1"),
+    ("https://host/v1/chat/completions", "openai-completions", "https://host/v1"),
+    ("https://host/v4/chat/completions/", "openai-completions", "https://host/v4"),
+    ("https://host/v1/completions", "openai-completions", "https://host/v1"),
+    ("https://host/anthropic", "anthropic-messages", "https://host/anthropic"),
+    ("https://host/anthropic/", "anthropic-messages", "https://host/anthropic"),
+    ("https://host/anthropic/v1", "anthropic-messages", "https://host/anthropic"),
+    ("https://host/a/anthropic/v1/messages", "anthropic-messages",
+     "https://host/a/anthropic"),
+    ("https://api.anthropic.com/v1", "anthropic-messages", "https://api.anthropic.com"),
+    ("https://host/anthropic-models/v1", "openai-completions",
+     "https://host/anthropic-models/v1"),
+]
+
+
+@pytest.mark.parametrize("typed, api, url", BASE_URLS)
+def test_base_url_as_people_type_it(typed, api, url):
+    config, _ = np.resolve_config({"base_url": typed}, {}, {}, np.File())
+    assert (config.api, config.base_url) == (api, url)
+
+
+def test_what_is_spoken_can_be_said():
+    file = np.File("c.yaml", "upstream:\n  api: Anthropic-Messages\n")
+    config, _ = np.resolve_config({"base_url": "http://h:11434/v1"}, {}, {}, file)
+    assert config.api == "anthropic-messages" and config.base_url == "http://h:11434"
 
 
 def test_the_seeds_own_file():
@@ -736,16 +774,6 @@ def test_dotenv():
                                       "E": "v"}
 
 
-BASE_URLS = [("http://h:1", "http://h:1/v1"), ("http://h/v1/", "http://h/v1"),
-             ("https://h/api/paas/v4", "https://h/api/paas/v4"),
-             ("http://h/v1/chat/completions", "http://h/v1")]
-
-
-@pytest.mark.parametrize("given, clean", BASE_URLS)
-def test_base_urls(given, clean):
-    assert resolved(base_url=given)[0].base_url == clean
-
-
 TIERS = dict(opus="o/o", sonnet="s/s", haiku="h/h", default_model="d/d",
              model_aliases={"mine": "a/a", "gpt-4": "a/b"})
 MODEL_NAMES = [
@@ -830,7 +858,7 @@ def test_folders_of_authorities_are_split_as_openssl_does():
                                ("SSL_CERT_DIR", "/b"))
 
 
-# ---- 5. Documents: text from PDF ---------------------------------------------
+# ---- 6. Documents: text from PDF ---------------------------------------------
 
 FLATE = b"/Filter/FlateDecode"
 CATALOG = b"<</Type/Catalog/Pages 2 0 R>>"
@@ -1138,7 +1166,7 @@ def test_a_bomb_is_stopped(data):
         tracemalloc.stop()
 
 
-# ---- 6. Requests: body to chat -----------------------------------------------
+# ---- 7. Requests: body to chat -----------------------------------------------
 
 def chat_of(*messages, model="m", **body):
     return np.chat_body({"messages": list(messages), "max_tokens": 100, **body}, model)
@@ -1681,7 +1709,7 @@ def test_a_document_with_an_odd_title_is_read():
     assert block["text"] == "[['t']]\nx"
 
 
-# ---- 7. Token estimate -------------------------------------------------------
+# ---- 8. Token estimate -------------------------------------------------------
 
 def test_an_empty_conversation_has_a_token():
     assert np.count_tokens({"messages": []}) == 1
@@ -1793,7 +1821,7 @@ def test_ten_requests_calibrate_it_to_a_real_tokenizer():
         assert sorted(map(abs, errors))[len(errors) // 2] < 0.05
 
 
-# ---- 8. Refusals: upstream's errors to ours ----------------------------------
+# ---- 9. Refusals: upstream's errors to ours ----------------------------------
 
 ASKED = np.Asked(np.Config(api_key="nvapi-secret"), "meta/llama-9", 1000)
 REFUSED = [     # (case, upstream's status, words, our status, type, in the message)
@@ -1952,7 +1980,7 @@ def test_overflows_are_said_in_anthropics_words(words, figures):
             assert figures in ("", f"{found[1]} > {found[2]}")
 
 
-# ---- 9. Arguments: repaired and fitted ---------------------------------------
+# ---- 10. Arguments: repaired and fitted --------------------------------------
 
 AB = {"a": "b"}
 LINES = {"a": "x\n\ty"}
@@ -2537,7 +2565,7 @@ def test_spellings_of_tools(spelling, name):
     assert np.declared_name(spelling, iter(TOOLS + TOOLS)) == name
 
 
-# ---- 10. Mends: chats that are taken after a refusal -------------------------
+# ---- 11. Mends: chats that are taken after a refusal -------------------------
 
 def refused(words, status=400):
     return refuses(status, {"error": {"message": words, "type": "Bad Request"}})
@@ -2991,7 +3019,7 @@ def test_text_before_the_tag_is_streamed():
             assert b"tool_use" in received(sock)
 
 
-# ---- 11. Dialects: tool calls written as text --------------------------------
+# ---- 12. Dialects: tool calls written as text --------------------------------
 
 BAR, MINIMAX = "\uff5c", "]<]minimax[>["
 DSML = BAR + "DSML" + BAR
@@ -3380,7 +3408,7 @@ def test_hostile_text_takes_a_second_and_comes_back(words):
     assert got == [("text", words)] or got[0][0] == "call"
 
 
-# ---- 12. Streams: chunks to events -------------------------------------------
+# ---- 13. Streams: chunks to events -------------------------------------------
 
 def told(chunks, **reading):
     """The events of some chunks, each chunk a read of its own, and [DONE]."""
@@ -3913,7 +3941,7 @@ def test_a_large_text_in_one_piece_takes_no_time():
     assert time.process_time() - began < 1.5
 
 
-# ---- 13. Event streams: bytes to chunks, events to bytes ---------------------
+# ---- 14. Event streams: bytes to chunks, events to bytes ---------------------
 
 def translated(pieces, **reading):
     """The bytes that upstream's bytes become."""
@@ -4062,7 +4090,7 @@ def test_fold_undoes_the_split():
     assert content([whole])[0] == once
 
 
-# ---- 14. HTTP/1.1 messages ---------------------------------------------------
+# ---- 16. HTTP/1.1 messages ---------------------------------------------------
 
 PATHS = [("/v1/messages?beta=true", "/v1/messages"), ("http://x:1/a?b", "/a"),
          ("http://x", "/"), ("/a#b", "/a"), ("/%0d%0a", "/%0d%0a")]
@@ -4169,7 +4197,7 @@ def test_a_header_cannot_break_out_of_its_line():
         np.encode_head("HTTP/1.1 200 OK", [("A", "b\r\nEvil: 1")])
 
 
-# ---- 15. Demonstration: the built-in upstream --------------------------------
+# ---- 17. Demonstration: the built-in upstream --------------------------------
 
 def test_the_demo_calls_a_tool_and_sums_it_up():
     tools = [{"name": "weigh", "input_schema": {"properties": {"n": {"type": "number"}},
@@ -4190,7 +4218,7 @@ def test_the_demo_calls_a_tool_and_sums_it_up():
     assert second["content"][-1]["text"] == "The tool says: hello"
 
 
-# ---- 16. Pacing: whose turn it is, and when to ask again ---------------------
+# ---- 18. Pacing: whose turn it is, and when to ask again ---------------------
 # On a clock of the test's own: an hour takes a second.
 
 class Hour:
@@ -4436,7 +4464,7 @@ def test_repetitions_back_off_and_spread():
             assert high == pytest.approx(1.3 * middle)
 
 
-# ---- 17. Upstream ------------------------------------------------------------
+# ---- 19. Upstream ------------------------------------------------------------
 
 def test_a_tool_loop_uses_one_connection_on_both_sides():
     with both(streams(*HELLO)) as (nim, client):
@@ -5248,7 +5276,7 @@ def test_tls_failures_say_what_is_wrong(certificates, tmp_path):
         thread.join()
 
 
-# ---- 18. Memory --------------------------------------------------------------
+# ---- 20. Memory --------------------------------------------------------------
 
 TOP_K = refused("Unsupported parameter(s): `top_k`")
 
@@ -5332,7 +5360,7 @@ def test_mends_of_another_version_are_ignored(tmp_path):
     assert chat == {"messages": []} and learned.window("u", "m") == 0
 
 
-# ---- 21. Proxy ---------------------------------------------------------------
+# ---- 24. Proxy ---------------------------------------------------------------
 
 def names_of(events):
     return [name for name, _ in events]
@@ -6642,7 +6670,7 @@ def test_a_long_silence_is_said(caplog):
                for each in caplog.records) == 1
 
 
-# ---- 22. Server --------------------------------------------------------------
+# ---- 25. Server --------------------------------------------------------------
 
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n"
@@ -7037,7 +7065,7 @@ def test_a_name_is_listened_at_with_all_its_addresses(monkeypatch):
         np.listening_sockets("some.name", 0)
 
 
-# ---- 23. Client programs -----------------------------------------------------
+# ---- 26. Client programs -----------------------------------------------------
 
 
 # ---- the inputs of a hostile client
@@ -7685,7 +7713,7 @@ def test_requests_cannot_forge_lines_of_the_log(caplog, data):
     assert re.fullmatch(r"[ -~]{1,1000}", record.getMessage())
 
 
-# ---- 23. Client programs -----------------------------------------------------
+# ---- 26. Client programs -----------------------------------------------------
 
 CONFIG = np.Config(default_model="z-ai/glm-5.3", opus="o/o", sonnet="s/s", haiku="h/h",
                    proxy_key="secret")
@@ -7738,7 +7766,7 @@ def test_sh_reads_back_what_is_exported():
     assert subprocess.check_output(["sh", "-c", script]).decode() == added["A"]
 
 
-# ---- 24. Command line --------------------------------------------------------
+# ---- 32. Command line --------------------------------------------------------
 
 @pytest.fixture
 def shell(monkeypatch, tmp_path):
