@@ -526,7 +526,7 @@ class Provider(NamedTuple):
     """Who serves the models, and how its API says what others say otherwise."""
     name: str
     label: str
-    base_url: str
+    base_url: str           # the usual one; what is spoken there is told by `api_at`
     key_variable: str       # environment variable with the API key; "" if none
     key_page: str           # where one gets a key
     opus: str
@@ -543,11 +543,17 @@ class Provider(NamedTuple):
     image_bytes: int = 0    # of one image in base64 that every model takes; 0: any
     per_minute: int = 0     # requests of one key; 0: any number
     at_once: int = 0
+    category: str = "Paid"
+    other_urls: Tuple[str, ...] = ()    # of other regions, plans and APIs
+    key_shape: str = ""     # pattern of its keys, as far as they have one
+    key_words: str = ""     # the same for people
+    guide: Tuple[str, ...] = ()         # what to do before it can be set up
 
 
 THINKING_ON = {"thinking": {"type": "enabled"}}
 THINKING_OFF = {"thinking": {"type": "disabled"}}
 NO_EFFORT = {"reasoning_effort": "none"}
+CATEGORIES = ("Free", "Paid", "Custom")
 
 PROVIDERS = {row.name: row for row in [
     Provider(
@@ -555,36 +561,80 @@ PROVIDERS = {row.name: row for row in [
         "https://build.nvidia.com", "z-ai/glm-5.3",
         "nvidia/nemotron-3-super-120b-a12b", "nvidia/nemotron-3.5-lightning-30b-a3b",
         r"integrate\.api\.nvidia\.com", most_bytes=45 << 20, image_bytes=180000,
-        per_minute=40, at_once=6),
+        per_minute=40, at_once=6, category="Free", key_shape="nvapi-.{16,}",
+        key_words="nvapi-...", guide=(
+            "Sign up at https://build.nvidia.com; no card is needed.",
+            "Open any model and get a key: it begins with nvapi-, and is shown once.",
+            "Free keys may ask 40 times a minute; nimproxy paces itself.")),
     Provider(
         "ollama", "Ollama", "http://localhost:11434/v1", "", "https://ollama.com",
         "gpt-oss:20b", "gpt-oss:20b", "gpt-oss:20b", r".*:11434|ollama\.com",
-        off=NO_EFFORT, efforts=THREE, everyone=True, field="reasoning"),
+        off=NO_EFFORT, efforts=THREE, everyone=True, field="reasoning",
+        category="Free", other_urls=("https://ollama.com/v1",), guide=(
+            "Install it from https://ollama.com and start it: ollama serve",
+            "Get a model: ollama pull gpt-oss:20b (or kimi-k2.5:cloud, in the cloud)",
+            "Claude Code needs a window of 32k at least: "
+            "OLLAMA_CONTEXT_LENGTH=32768 ollama serve")),
     Provider(
         "lmstudio", "LM Studio", "http://localhost:1234/v1", "", "https://lmstudio.ai",
         "zai-org/glm-4.7-flash", "zai-org/glm-4.7-flash", "zai-org/glm-4.7-flash",
-        r".*:1234", off=NO_EFFORT, efforts=THREE, everyone=True),
+        r".*:1234", off=NO_EFFORT, efforts=THREE, everyone=True, category="Free",
+        guide=(
+            "Get LM Studio from https://lmstudio.ai, and a model: lms get NAME",
+            "Load it with a window that Claude Code fits in: "
+            "lms load NAME --context-length 32768",
+            "Start its server: lms server start")),
     Provider(
-        "kimi", "Kimi", "https://api.moonshot.ai/v1", "MOONSHOT_API_KEY",
-        "https://platform.moonshot.ai", "kimi-k3", "kimi-k2.7-code", "kimi-k2.6",
-        r"api\.moonshot\.(ai|cn)|api\.kimi\.com", THINKING_ON, THINKING_OFF),
+        "kimi", "Kimi (Moonshot)", "https://api.moonshot.cn/anthropic",
+        "MOONSHOT_API_KEY", "https://platform.moonshot.cn/console/api-keys", "kimi-k3",
+        "kimi-k2.7-code", "kimi-k2.6", r"api\.moonshot\.(ai|cn)|api\.kimi\.com",
+        THINKING_ON, THINKING_OFF, key_shape="sk-.{8,}", key_words="sk-...",
+        other_urls=(
+            "https://api.moonshot.ai/anthropic", "https://api.moonshot.ai/v1",
+            "https://api.moonshot.cn/v1", "https://api.kimi.com/coding/v1"),
+        guide=(
+            "Create a key at https://platform.moonshot.cn/console/api-keys",
+            "A key of platform.moonshot.ai goes with api.moonshot.ai instead.")),
     Provider(
-        "deepseek", "DeepSeek", "https://api.deepseek.com/v1", "DEEPSEEK_API_KEY",
-        "https://platform.deepseek.com/api_keys", "deepseek-v4-pro",
+        "deepseek", "DeepSeek", "https://api.deepseek.com/anthropic",
+        "DEEPSEEK_API_KEY", "https://platform.deepseek.com/api_keys", "deepseek-v4-pro",
         "deepseek-flash", "deepseek-flash", r"api\.deepseek\.com",
-        THINKING_ON, THINKING_OFF, effort_words("low", "high", "max")),
+        THINKING_ON, THINKING_OFF, effort_words("low", "high", "max"),
+        key_shape="sk-.{8,}", key_words="sk-...",
+        other_urls=("https://api.deepseek.com/v1",), guide=(
+            "Create a key at https://platform.deepseek.com/api_keys",
+            "The account needs some balance before it answers.")),
     Provider(
-        "glm", "Z.ai", "https://api.z.ai/api/paas/v4", "ZAI_API_KEY", "https://z.ai",
-        "glm-5.3", "glm-5.3-flash", "glm-5.3-flash", r"api\.z\.ai|open\.bigmodel\.cn",
-        {"thinking": {"type": "enabled", "clear_thinking": False}}, THINKING_OFF),
+        "glm", "Z.ai", "https://api.z.ai/api/anthropic", "ZAI_API_KEY",
+        "https://z.ai/manage-apikey/apikey-list", "glm-5.3", "glm-5.3-flash",
+        "glm-5.3-flash", r"api\.z\.ai|open\.bigmodel\.cn",
+        {"thinking": {"type": "enabled", "clear_thinking": False}}, THINKING_OFF,
+        key_shape=r"[\w-]{8,}\.[\w-]{8,}", key_words="xxxx.xxxx", other_urls=(
+            "https://open.bigmodel.cn/api/anthropic", "https://api.z.ai/api/paas/v4",
+            "https://api.z.ai/api/coding/paas/v4",
+            "https://open.bigmodel.cn/api/paas/v4"),
+        guide=(
+            "Create a key at https://z.ai/manage-apikey/apikey-list",
+            "or at https://bigmodel.cn/usercenter/proj-mgmt/apikeys, which goes with "
+            "open.bigmodel.cn.")),
     Provider(
-        "minimax", "MiniMax", "https://api.minimax.io/v1", "MINIMAX_API_KEY",
-        "https://platform.minimax.io", "MiniMax-M3", "MiniMax-M3", "MiniMax-M3",
-        r"api\.minimaxi?\.(io|com|cn)", {"thinking": {"type": "adaptive"}},
-        THINKING_OFF, replay="tags"),
+        "minimax", "MiniMax", "https://api.minimaxi.com/anthropic", "MINIMAX_API_KEY",
+        "https://platform.minimaxi.com/user-center/basic-information/interface-key",
+        "MiniMax-M3", "MiniMax-M3", "MiniMax-M3", r"api\.minimaxi?\.(io|com|cn)",
+        {"thinking": {"type": "adaptive"}}, THINKING_OFF, replay="tags",
+        key_shape="(ey|sk-).{8,}", key_words="ey... or sk-...", other_urls=(
+            "https://api.minimax.io/anthropic", "https://api.minimax.io/v1",
+            "https://api.minimaxi.com/v1"),
+        guide=(
+            "Create a key at https://platform.minimaxi.com/user-center/"
+            "basic-information/interface-key",
+            "A key of platform.minimax.io goes with api.minimax.io instead.")),
     Provider(
-        "custom", "custom endpoint", "", "OPENAI_API_KEY", "your provider's page", "",
-        "", ""),
+        "custom", "Custom endpoint", "", "OPENAI_API_KEY", "your provider's page", "",
+        "", "", category="Custom", other_urls=("https://api.openai.com/v1",), guide=(
+            "Any Chat Completions server (https://host/v1), or one that speaks",
+            "Anthropic's own API (https://host/anthropic).",
+            "You need its base URL, a model's name and, mostly, a key.")),
 ]}
 
 
@@ -871,33 +921,35 @@ SETTINGS = [
     Setting("ping_interval", "", "streaming.ping_interval", "seconds"),
     Setting("text_delta_chars", "", "streaming.text_delta_chars", "count"),
     Setting("eager_after", "", "streaming.eager_after", "seconds"),
-    Setting("home", "NIMPROXY_HOME", "home", "text"),
+    Setting("home", "NIMPROXY_HOME", "", "text"),
 ]
 ALIASES, FALLBACKS = "model_aliases", "fallbacks"   # the sections with free keys
 LEVELS = ("debug", "info", "warning", "error")
 
 
-def resolve_config(flags: Json, environ: Mapping[str, str],
-                   dotenv: Mapping[str, str], file: File) -> Tuple[Config, Json]:
+class SavedProviders(NamedTuple):
+    """What was set up earlier: a file's entries by provider, and which of them is to be
+    used when none is named."""
+    active: str = ""
+    entries: Mapping[str, Entries] = {}
+
+
+def resolve_config(flags: Json, environ: Mapping[str, str], dotenv: Mapping[str, str],
+                   file: File, saved: SavedProviders = SavedProviders(),
+                   ) -> Tuple[Config, Json]:
     """All settings, and for each field the words for where it came from.
 
     Raises ProxyError(400) that names source, setting, what was found and wanted.
     """
     entries = file_entries(file, {**dotenv, **environ})
-    provider = "nvidia"
-    found: Dict[str, Any] = {}
-    sources: Json = {}
-    for setting in SETTINGS:
-        if setting.key.startswith("nvidia.") and provider != "nvidia":
-            continue
-        if setting.key == "upstream.api_key":
-            setting = setting._replace(variable=PROVIDERS[provider].key_variable)
-        for raw, source in candidates(setting, flags, [environ, dotenv], entries):
-            if raw not in (None, "") and setting.field not in found:
-                found[setting.field] = convert(setting.kind, raw, source)
-                sources[setting.field] = source
-        provider = found.get("provider", provider)
-    row = PROVIDERS[provider]
+    own_place = flags.get("base_url") or any(
+        path[0] in ("nvidia", "upstream") for path in entries)
+    active = "" if own_place else saved.active
+    found, sources = asked_for(flags, [environ, dotenv], entries, active or "nvidia")
+    if active and "provider" not in found:
+        found["provider"], sources["provider"] = active, "the active provider"
+    row = PROVIDERS[found.get("provider", "nvidia")]
+    add_saved(found, sources, saved.entries.get(row.name, {}), row)
     preset_models(found, sources, row)
     if not found.setdefault("base_url", row.base_url):
         raise ProxyError(400, f"{sources['provider']}: 'custom' needs --base-url URL")
@@ -913,6 +965,45 @@ def resolve_config(flags: Json, environ: Mapping[str, str],
     config = Config(**found, **network)
     return config._replace(requests_per_minute=requests_a_minute(config),
                            concurrency=requests_at_once(config)), sources
+
+
+def add_saved(found: Json, sources: Json, entries: Entries, row: Provider) -> None:
+    """Fill in what was saved of a provider, unless it is of another server than the one
+    that is asked: its key is of no concern there."""
+    kept = entries.get(("upstream", "base_url"), ("", ""))[0] or row.base_url
+    if "base_url" in found and not same_host(found["base_url"], kept):
+        return
+    asked = "default_model" in found        # one for all tiers
+    for setting in SETTINGS:
+        raw, where = entries.get(tuple(setting.key.split(".")), ("", ""))
+        if asked and setting.field in TIERS:
+            continue
+        if raw not in (None, "") and setting.field not in found:
+            found[setting.field] = convert(setting.kind, raw, where)
+            sources[setting.field] = where
+
+
+def asked_for(flags: Json, environs: List[Mapping[str, str]], entries: Entries,
+              provider: str) -> Tuple[Json, Json]:
+    """The fields that flags, environment and file set, and where each came from;
+    `provider` is the one that is meant if they do not say."""
+    found: Json = {}
+    sources: Json = {}
+    for setting in SETTINGS:
+        if setting.key.startswith("nvidia.") and provider != "nvidia":
+            continue
+        if setting.key == "upstream.api_key":
+            setting = setting._replace(variable=PROVIDERS[provider].key_variable)
+        for raw, source in candidates(setting, flags, environs, entries):
+            if raw not in (None, "") and setting.field not in found:
+                found[setting.field] = convert(setting.kind, raw, source)
+                sources[setting.field] = source
+        provider = found.get("provider", provider)
+    return found, sources
+
+
+def same_host(url: str, other: str) -> bool:
+    return urlsplit(url).netloc == urlsplit(other).netloc
 
 
 def candidates(setting: Setting, flags: Json, environs: List[Mapping[str, str]],
@@ -958,8 +1049,9 @@ def as_text(raw: Any) -> str:
 
 
 def as_secret(raw: Any) -> str:
-    """A key: printable ASCII, so that it can stand in a header line."""
-    if not re.fullmatch(r"[!-~]+", as_text(raw).strip()):
+    """A key: printable ASCII, so that it can stand in a header line, and without the
+    quotes that are pasted around some."""
+    if not re.fullmatch(r"[!#-&(-~]+", as_text(raw).strip()):
         raise ValueError
     return raw.strip()
 
@@ -996,6 +1088,12 @@ def one_of(words: Iterable[str]) -> Callable[[Any], str]:
     return parse
 
 
+def as_model(raw: Any) -> str:
+    if not re.fullmatch(r"\S{1,256}", as_text(raw)) or not raw.isprintable():
+        raise ValueError
+    return raw
+
+
 def as_level(raw: Any) -> str:
     """A log level; the seeds' WARN and their upper case are understood."""
     return one_of(LEVELS)({"warn": "warning"}.get(as_text(raw).lower(), raw))
@@ -1020,7 +1118,7 @@ def as_window(raw: Any) -> int:
 
 KINDS = {
     "text": ("text", as_text),
-    "secret": ("a key of printable ASCII without spaces", as_secret),
+    "secret": ("a key of printable ASCII without spaces or quotes", as_secret),
     "url": ("a base URL such as https://host/v1", as_url),
     "port": ("a port from 0 to 65535", within(0, 65535, int)),
     "seconds": ("seconds, 0 to 86400", within(0, 86400, float)),
@@ -1032,6 +1130,7 @@ KINDS = {
     "api": (" or ".join(APIS), one_of(APIS)),
     "format": ("native or xml", one_of(("native", "xml"))),
     "window": ("tokens such as 32768, 128k or 1m", as_window),
+    "model": ("a model's id, without spaces", as_model),
 }
 
 
@@ -1117,7 +1216,7 @@ def file_entries(file: File, environ: Mapping[str, str]) -> Entries:
         entries = json_entries(file)
     else:
         entries = yaml_entries(file)
-    known = [setting.key for setting in SETTINGS] + [ALIASES, FALLBACKS]
+    known = [*filter(None, (setting.key for setting in SETTINGS)), ALIASES, FALLBACKS]
     for path, (value, where) in entries.items():
         key, free = ".".join(path), path[0] in (ALIASES, FALLBACKS)
         if free and len(path) != 2 and value is not None:
@@ -1213,7 +1312,7 @@ def missing_key(config: Config) -> str:
     if config.api_key or not row.key_variable or config.base_url != row.base_url:
         return ""
     return (f"no API key for {row.label}: get one at {row.key_page} and set "
-            f"{row.key_variable}; `demo` and `code --demo` need none")
+            f"{row.key_variable}, or run `setup`; `demo` and `code --demo` need none")
 
 
 # ---- 6. Documents: text from PDF ---------------------------------------------
@@ -6619,18 +6718,27 @@ class Learned:
                                    for mend in self.mends(base_url, model)}
                            for model, rows in models.items()}
                 for base_url, models in self.tree.items()}
-        fresh = f"{self.path}.{os.urandom(4).hex()}"
         try:
-            os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            with open(os.open(fresh, flags, 0o600), "w", encoding="utf-8") as file:
-                file.write(json.dumps(tree, indent=1) + "\n")
-            os.replace(fresh, self.path)
+            replace_file(self.path, json.dumps(tree, indent=1) + "\n")
         except OSError as error:
             log.warning("cannot remember in %s: %s", self.path, error.strerror)
             self.path = ""          # said once
-            with contextlib.suppress(OSError):
-                os.unlink(fresh)
+
+
+def replace_file(path: str, text: str) -> None:
+    """Write a file of ours, for nobody else to read, in one step.  Raises OSError;
+    then the old one is as it was."""
+    fresh = f"{path}.{os.urandom(4).hex()}"
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+        with open(os.open(fresh, flags, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(fresh, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(fresh)
+        raise
 
 
 def day(ago: int) -> str:
@@ -8588,7 +8696,184 @@ def hand_on(children: List[subprocess.Popen]) -> Callable[[int, Any], None]:
 
 
 # ---- 27. Saved: providers as they were set up --------------------------------
-# Files under ~/.nimproxy, in the shapes of an older program whose own are read too.
+# Files under ~/.nimproxy, in the shapes of claude-adapter, whose own are read where
+# there are none of ours:
+#
+#     settings.json           which provider is active
+#     metadata.json           when, where and by which version this folder was begun
+#     providers/<name>.json   one provider as it was set up, with its key
+
+MAX_SAVED_BYTES = 1 << 20   # of such a file; one has some 400
+OLD_WINDOWS = {"lmstudio": 4096, "ollama": 8192}    # claude-adapter's own guesses, in
+                                                    # which Claude Code does not fit
+SAVED_KEYS = {              # of our settings: their names, also in older files
+    "upstream.base_url": ("base_url", "baseUrl"),
+    "upstream.api_key": ("api_key", "apiKey"),
+    "upstream.api": ("api",),
+    "tool_format": ("tool_format", "toolFormat"),
+    "server.port": ("port",),
+    "max_context_window": ("max_context_window", "maxContextWindow"),
+}
+
+
+class Draft(NamedTuple):
+    """A provider while it is set up."""
+    provider: str = ""
+    base_url: str = ""
+    api_key: str = ""
+    port: int = 8787
+    opus: str = ""
+    sonnet: str = ""
+    haiku: str = ""
+    tool_format: str = "native"
+    window: int = 0         # tokens; 0: as known, or as the server tells
+    own_server: bool = False        # of the user's, which may need no key
+    category: str = ""
+    again: bool = False     # it is to be set up anew
+    claude: bool = False    # Claude Code's settings may be changed
+    unasked: bool = False   # and that is not to be asked
+    ready: bool = False     # it is as it was saved
+
+    def relayed(self) -> bool:
+        return api_at(self.base_url) == APIS[1]
+
+    def record(self, now: str, before: Json) -> Json:
+        """What is saved of it: one of claude-adapter's two shapes, by the API."""
+        models = {tier: getattr(self, tier) for tier in TIERS}
+        start = {"provider": self.provider, "base_url": self.base_url,
+                 "api_key": self.api_key}
+        if self.relayed():
+            return {**start, "created_at": before.get("created_at") or now,
+                    "last_updated": now, "default_models": models,
+                    "preset_label": PROVIDERS[self.provider].label, "port": self.port}
+        return {**start, "models": models, "tool_format": self.tool_format,
+                "port": self.port, "max_context_window": self.window or None}
+
+
+class Store:
+    """The files of what was set up.
+
+    `home` and `old_home` are folders, "" for nowhere.  What cannot be read is as if it
+    were not there, and is told in `troubles`.
+    """
+
+    def __init__(self, home: str, old_home: str = "") -> None:
+        self.home, self.old_home = home, old_home
+        self.troubles: List[str] = []
+        self.records: Dict[str, Json] = {}      # what the files hold, by provider
+        self.paths: Dict[str, str] = {}         # and where
+        for folder in filter(None, (home, old_home)):
+            for name in PROVIDERS:
+                self.take(name, os.path.join(folder, "providers", name + ".json"))
+        ours, theirs = (self.read(os.path.join(folder, "settings.json")) if folder
+                        else {} for folder in (home, old_home))
+        self.settings = ours
+        active = ours.get("active_provider", theirs.get("active_provider"))
+        if old_home and not self.records:       # the program that came before that
+            path = os.path.join(old_home, "config.json")
+            active = provider_at(str(self.read(path).get("baseUrl")))
+            self.take(active, path)
+        self.active = active if active in self.records or active in KEYLESS else ""
+
+    def take(self, name: str, path: str) -> None:
+        record = self.read(path) if name not in self.records else {}
+        if record:
+            self.records[name], self.paths[name] = record, path
+
+    def read(self, path: str) -> Json:
+        """A JSON object; {} if there is none."""
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                value = decode_json(file.read(MAX_SAVED_BYTES))
+            if not isinstance(value, dict):
+                raise ValueError("it is no JSON object")
+            return value
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            why = getattr(error, "strerror", None) or error
+            self.troubles.append(f"{path}: cannot be read: {why}")
+            return {}
+
+    def saved(self) -> SavedProviders:
+        return SavedProviders(self.active, {
+            name: saved_entries(record, self.paths[name], self.old_home)
+            for name, record in self.records.items()})
+
+    def keep(self, draft: Draft) -> None:
+        """Save a provider, if it has changed, and make it the active one.  Raises
+        OSError; then it is the active one all the same, as long as we run."""
+        name, now = draft.provider, time.strftime("%Y-%m-%dT%H:%M:%S")
+        if draft.ready:
+            return self.activate(name)
+        if not draft.unasked:
+            self.settings["claude_settings"] = draft.claude
+        self.active = name
+        self.records[name] = draft.record(now, self.records.get(name, {}))
+        self.paths[name] = os.path.join(self.home, "providers", name + ".json")
+        os.makedirs(self.home, 0o700, exist_ok=True)
+        replace_file(self.paths[name], indented(self.records[name]))
+        about = os.path.join(self.home, "metadata.json")
+        if not os.path.exists(about):
+            replace_file(about, indented(metadata(now)))
+        self.activate(name)
+
+    def activate(self, name: str) -> None:
+        """Use a provider from now on; "" for none.  Raises OSError."""
+        self.active = name
+        self.settings.update(active_provider=name or None,
+                             last_used=time.strftime("%Y-%m-%dT%H:%M:%S"))
+        replace_file(os.path.join(self.home, "settings.json"), indented(self.settings))
+
+    def remove(self, name: str) -> None:
+        """Forget a provider.  Raises OSError."""
+        os.unlink(self.paths[name])
+        del self.records[name], self.paths[name]
+        if name == self.active:
+            self.activate("")
+
+
+KEYLESS = [row.name for row in PROVIDERS.values() if not row.key_variable]
+
+
+def provider_at(base_url: str) -> str:
+    """The provider whose API answers at a URL; "custom" if it is not known."""
+    host = urlsplit(base_url).netloc.lower()
+    return next((row.name for row in PROVIDERS.values()
+                 if row.hosts and re.fullmatch(row.hosts, host)), "custom")
+
+
+def saved_entries(record: Json, path: str, old_home: str) -> Entries:
+    """What a saved provider sets, as the entries of a configuration file."""
+    entries: Entries = {}
+    for key, names in SAVED_KEYS.items():
+        value = next((record[name] for name in names if name in record), None)
+        entries[tuple(key.split("."))] = value, f"{path}: {names[0]}"
+    guess = OLD_WINDOWS.get(record.get("provider", ""))
+    if old_home and path.startswith(old_home) and guess:
+        if record.get("max_context_window") == guess:
+            del entries[("max_context_window",)]
+    models = record.get("models") or record.get("default_models")
+    for tier in TIERS:
+        value = models.get(tier) if isinstance(models, dict) else None
+        value = value or record.get(tier + "_model")    # in files of its first version
+        entries[("models", tier)] = value, f"{path}: {tier}"
+    return entries
+
+
+def metadata(now: str) -> Json:
+    """About this folder.  The id is random and never sent to anybody."""
+    system = os.uname() if hasattr(os, "uname") else None
+    return {"user_id": os.urandom(16).hex(),
+            "platform": system.sysname if system else "Windows",
+            "platform_release": system.release if system else "",
+            "current_version": __version__, "latest_version": None,
+            "latest_version_timestamp": None, "created_at": now}
+
+
+def indented(value: Json) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
 
 # ---- 28. Settings: Claude Code's own files -----------------------------------
 # Changed key by key, with a receipt that puts everything back.
@@ -8618,8 +8903,472 @@ def printable_long(text: str) -> str:
     return text.encode("ascii", "backslashreplace").decode()
 
 
+class Leave(Exception):
+    """Whoever is asked has chosen to leave: by a menu, Ctrl-C, or end of input."""
+
+
+class Back(Exception):
+    """Whoever is asked has chosen to go back to the question before."""
+
+
+class Choice(NamedTuple):
+    """A row of a menu."""
+    value: Any
+    label: str
+    hint: str = ""
+
+
+GO_BACK, EXIT = Choice(Back, "Go back"), Choice(Leave, "Exit")
+CHINESE = {                 # of the menus' words, shown beside them
+    "Choose provider type": "\u9009\u62e9\u63d0\u4f9b\u5546\u7c7b\u578b",
+    "Choose provider": "\u9009\u62e9\u63d0\u4f9b\u5546",
+    "choose action": "\u9009\u62e9\u64cd\u4f5c",
+    "Go back": "\u8fd4\u56de\u91cd\u65b0\u9009\u62e9",
+    "Exit": "\u9000\u51fa",
+    "Use saved config": "\u4f7f\u7528\u5df2\u5b58\u50a8\u7684\u914d\u7f6e\u542f\u52a8",
+    "Reconfigure": "\u91cd\u65b0\u914d\u7f6e\u53c2\u6570",
+    "Configure": "\u914d\u7f6e\u53c2\u6570",
+    "Continue": "\u7ee7\u7eed",
+    "Save": "\u4fdd\u5b58",
+}
+KEY_SECONDS = 0.05          # between the bytes of one key; a lone Esc has no more
+PRESSES = {b"\x1b[A": "up", b"\x1bOA": "up", b"k": "up", b"\x1b[B": "down",
+        b"\x1bOB": "down", b"j": "down", b"\r": "enter", b"\n": "enter",
+        b"\x1b": "back", b"\x7f": "back", b"\x1b[D": "back", b"q": "exit",
+        b"\x04": "exit", b"": "exit"}
+
+
+class Terminal:
+    """Questions for the person at the terminal."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.keys = reads_keys(environ)     # one by one, and moves its cursor
+        coding = getattr(sys.stdout, "encoding", None) or "ascii"
+        try:
+            "".join(CHINESE.values()).encode(coding)
+            self.beside = CHINESE
+        except (UnicodeError, LookupError):
+            self.beside = {}
+
+    def words(self, text: str) -> str:
+        """A text with its Chinese beside it, if it has some and that can be shown."""
+        found = next((name for name in self.beside if text.endswith(name)), "")
+        return f"{text}  {self.beside[found]}" if found else text
+
+    def choose(self, title: str, rows: List[Choice], at: int = 0) -> Any:
+        """The value of the row that is chosen; `at` is the one that Enter takes.
+        Raises Back and Leave, which every menu offers."""
+        rows = [*rows, GO_BACK, EXIT]
+        say()
+        value = (self.chosen_by_keys if self.keys else self.chosen_by_number)(
+            f"? {self.words(title)}{'' if title[-1] == '?' else ':'}", rows, at)
+        if value in (Back, Leave):
+            raise value
+        return value
+
+    def lines(self, rows: List[Choice], at: int) -> List[str]:
+        width = max(len(row.label) for row in rows)
+        columns = terminal_width() - 1
+        lines = []
+        for number, row in enumerate(rows):
+            hint = row.hint or self.beside.get(row.label, "")
+            line = f"{'>' if number == at else ' '} {number + 1}. " \
+                   f"{row.label:{width}}  {hint}"
+            lines.append(cut_to(line.rstrip(), columns))
+        return lines
+
+    def chosen_by_number(self, title: str, rows: List[Choice], at: int) -> Any:
+        say("\n".join([title, *self.lines(rows, at)]))
+        while True:
+            word = read_line(f"  1-{len(rows)} [{at + 1}]: ") or str(at + 1)
+            names = [row.label.lower() for row in rows]
+            if word.lower() in names:
+                return rows[names.index(word.lower())].value
+            if word.isdecimal() and 1 <= int(word) <= len(rows):
+                return rows[int(word) - 1].value
+            say(f"  expected a number from 1 to {len(rows)}, found {printable(word)}")
+
+    def chosen_by_keys(self, title: str, rows: List[Choice], at: int) -> Any:
+        with single_keys() as read:         # from here on, typed ahead or not
+            say(title + "  (arrow keys and Enter, or a number)")
+            say("\n".join(self.lines(rows, at)))
+            while True:
+                key = read()
+                name = PRESSES.get(key, "")
+                if key.isdigit() and 1 <= int(key) <= len(rows):
+                    at, name = int(key) - 1, "enter"
+                at = (at + {"up": -1, "down": 1}.get(name, 0)) % len(rows)
+                if name in ("back", "exit"):
+                    at = len(rows) - (2 if name == "back" else 1)
+                say(f"\x1b[{len(rows)}A\x1b[J" + "\n".join(self.lines(rows, at)))
+                if name in ("enter", "back", "exit"):
+                    return rows[at].value
+
+    def enter(self, prompt: str, default: str, parse: Callable[[str, bool], Any],
+              hidden: str = "") -> Any:
+        """What a line means that is typed; an empty one is the default.
+
+        `parse` gets the text, and whether it has just been typed before: what is
+        doubtful is then taken.  It raises ProxyError, whose words are said.  `hidden`
+        is what stands for the default of a secret.  Raises Back and Leave.
+        """
+        shown = hidden or default
+        ask = read_hidden if hidden else read_line
+        before = None
+        while True:
+            text = ask(f"  {prompt}{f' [{shown}]' if shown else ''}: ") or default
+            if text == "<":
+                raise Back
+            if text.lower() == "exit":
+                raise Leave
+            try:
+                return parse(text, text == before)
+            except ProxyError as error:
+                say("  " + error.message)
+                before = text
+
+
+def reads_keys(environ: Mapping[str, str]) -> bool:
+    """Whether keys can be read one by one, and the cursor moved: not on Windows."""
+    try:
+        import termios
+        termios.tcgetattr(sys.stdin.fileno())
+    except (ImportError, OSError, ValueError, termios.error):
+        return False
+    return sys.stdout.isatty() and environ.get("TERM", "dumb") != "dumb"
+
+
+@contextlib.contextmanager
+def single_keys() -> Iterator[Callable[[], bytes]]:
+    """A reader of single keys, as the bytes that they send; the terminal is as before
+    at the end.  Ctrl-C stays what it is."""
+    import termios
+    import tty
+    place = sys.stdin.fileno()
+    before = termios.tcgetattr(place)
+
+    def read() -> bytes:
+        key = os.read(place, 1)
+        while key[:1] == b"\x1b" and len(key) < 8 and (
+                select.select([place], [], [], KEY_SECONDS)[0]):
+            key += os.read(place, 1)
+            if key[1:2] not in b"[O" or key[2:] and key[-1:].isalpha():
+                break
+        return key
+
+    try:
+        tty.setcbreak(place, termios.TCSANOW)
+        yield read
+    finally:
+        termios.tcsetattr(place, termios.TCSANOW, before)
+
+
+def read_line(prompt: str) -> str:
+    """A line from the terminal, without its ends; Leave at the end of input."""
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        raise Leave from None
+
+
+def read_hidden(prompt: str) -> str:
+    import getpass
+    try:
+        return getpass.getpass(prompt).strip()
+    except EOFError:
+        raise Leave from None
+
+
+def terminal_width() -> int:
+    import shutil
+    return shutil.get_terminal_size((80, 24)).columns
+
+
+def cut_to(text: str, columns: int) -> str:
+    """As much of a text as fits: Chinese characters take two columns."""
+    import unicodedata
+    used = 0
+    for at, letter in enumerate(text):
+        used += 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+        if used > columns:
+            return text[:at]
+    return text
+
+
 # ---- 30. Setup: the wizard ---------------------------------------------------
 # From nothing to a working provider, step by step, and back at each of them.
+
+Listed = Callable[[Config], List[str]]      # the models that an upstream lists
+Probed = Callable[[Config, str], str]       # what is wrong with one; "": nothing
+
+
+class Wizard:
+    """Asks for a provider; each of STEPS is a question, and can be gone back to.
+
+    `listed` and `probed` ask upstream; nothing is written.
+    """
+
+    def __init__(self, terminal: Terminal, store: Store, environ: Mapping[str, str],
+                 upstream: Tuple[Listed, Probed]) -> None:
+        self.terminal, self.store, self.environ = terminal, store, environ
+        self.listed, self.probed = upstream
+        self.known: Dict[str, List[str]] = {}   # models, by base URL
+
+    def run(self, draft: Draft = Draft()) -> Draft:
+        """The draft when all is answered, from what is known already.  Raises Leave."""
+        say("  Enter takes what is in brackets; < goes back; exit or Ctrl-C leaves "
+            "all as it was.")
+        at, past = 0, []
+        while at < len(STEPS):
+            name, asked = STEPS[at]
+            try:
+                after = getattr(self, name)(draft) if asked(draft) else None
+            except Back:                    # from the first one: to the same
+                at, draft = past.pop() if past else (at, draft)
+                continue
+            except KeyboardInterrupt:
+                raise Leave from None
+            if after:
+                past.append((at, draft))
+                draft = after
+            at += 1
+        return draft
+
+    # which provider
+
+    def category(self, draft: Draft) -> Draft:
+        rows = []
+        for name in CATEGORIES:
+            labels = [row.label for row in PROVIDERS.values() if row.category == name]
+            rows.append(Choice(name, name, ", ".join(labels)))
+        name = self.terminal.choose("Choose provider type", rows)
+        only = [row.name for row in PROVIDERS.values() if row.category == name]
+        return draft._replace(category=name, provider=only[0] if only[1:] == [] else "")
+
+    def provider(self, draft: Draft) -> Draft:
+        rows = [Choice(row.name, row.label, row.base_url) for row in PROVIDERS.values()
+                if row.category == draft.category]
+        return draft._replace(provider=self.terminal.choose("Choose provider", rows))
+
+    def action(self, draft: Draft) -> Draft:
+        label = PROVIDERS[draft.provider].label
+        fresh = self.begun(draft)
+        if draft.provider not in self.store.records:
+            self.terminal.choose(f"No config for {label}, choose action", [
+                Choice(0, "Configure")])
+            return fresh
+        use = self.terminal.choose(f"{label} found, choose action", [
+            Choice(True, "Use saved config"), Choice(False, "Reconfigure")])
+        return fresh._replace(ready=use)
+
+    def begun(self, draft: Draft) -> Draft:
+        """The draft with what is saved, or usual, of its provider."""
+        name = draft.provider
+        row, own = PROVIDERS[name], self.store.saved().entries.get(name, {})
+        flags = {"provider": name, "base_url": "" if row.base_url else EXAMPLE_URL}
+        saved = SavedProviders(name, {name: own})
+        if own.get(("upstream", "base_url"), ("",))[0]:
+            flags["base_url"] = ""
+        config, _ = resolve_config(flags, {}, {}, File(), saved)
+        return draft._replace(
+            base_url=config.base_url, api_key=config.api_key, port=config.port,
+            opus=config.opus, sonnet=config.sonnet, haiku=config.haiku,
+            tool_format=config.tool_format, window=config.context_window)
+
+    def guide(self, draft: Draft) -> Draft:
+        row = PROVIDERS[draft.provider]
+        if not draft.base_url:
+            draft = self.begun(draft)
+        say(f"\n{row.label}")
+        say("\n".join(f"  {number}. {line}" for number, line in
+                      enumerate(row.guide, 1)))
+        rows = [Choice(False, "Continue")]
+        if row.name == "nvidia":
+            rows = [Choice(False, "Continue", "with the hosted catalog"),
+                    Choice(True, "My own NIM", "a container at a base URL of mine")]
+        own = self.terminal.choose(row.label, rows)
+        if own and same_host(draft.base_url, row.base_url):
+            draft = draft._replace(base_url=OWN_NIM_URL)
+        return draft._replace(own_server=own)
+
+    # how it is asked
+
+    def api_key(self, draft: Draft) -> Draft:
+        row = PROVIDERS[draft.provider]
+        say(f"\nThe key is not shown as it is typed or pasted; it is kept in\n"
+            f"  {os.path.join(self.store.home, 'providers', row.name + '.json')}")
+        given = self.environ.get(row.key_variable, "")
+        keep = ("the saved one" if draft.api_key else
+                f"the one in {row.key_variable}" if given else
+                "none" if draft.own_server or not row.key_shape else "")
+        shape = "" if draft.own_server else row.key_words
+
+        def parse(text: str, sure: bool) -> str:
+            if not text and not keep:
+                raise ProxyError(400, f"{row.label} needs a key: {row.key_page}")
+            return clean_key(text, "" if sure or draft.own_server else row.key_shape)
+
+        key = self.terminal.enter(f"API key {shape}".strip(), draft.api_key, parse,
+                                  keep or "hidden")
+        return draft._replace(api_key=key)
+
+    def base_url(self, draft: Draft) -> Draft:
+        row = PROVIDERS[draft.provider]
+        say(f"\nWhere {row.label} answers")
+        for url in row.other_urls:
+            say(f"  also known: {url}")
+        url = self.terminal.enter("Base URL", draft.base_url, parsed_url)
+        if provider_at(url) != draft.provider and row.hosts:
+            draft = draft._replace(own_server=True)     # no longer the hosted one
+        return draft._replace(base_url=url)
+
+    def port(self, draft: Draft) -> Draft:
+        say("\nWhere nimproxy listens, on this machine only")
+        port = self.terminal.enter("Port", str(draft.port), parser("port", "Port"))
+        return draft._replace(port=port)
+
+    def opus(self, draft: Draft) -> Draft:
+        names = self.names(draft)
+        say("\nThe models that stand for Claude's")
+        if names:
+            say("  " + cut_to("there are " + ", ".join(names), terminal_width() * 3))
+        return self.model(draft, "opus")
+
+    def sonnet(self, draft: Draft) -> Draft:
+        return self.model(draft, "sonnet")
+
+    def haiku(self, draft: Draft) -> Draft:
+        return self.model(draft, "haiku")
+
+    def model(self, draft: Draft, tier: str) -> Draft:
+        names = self.names(draft)
+        default = getattr(draft, tier) or draft.opus
+        if names and default not in names and len(names) < 20:     # what there is here
+            default = draft.opus if tier != "opus" else names[0]
+
+        def parse(text: str, sure: bool) -> str:
+            name = convert("model", text, tier.capitalize())
+            if names and name not in names and not sure:
+                raise ProxyError(400, f"{name} is not listed there; the same again is "
+                                      f"taken{nearest(name, names)}")
+            return name
+
+        name = self.terminal.enter(tier.capitalize(), default, parse)
+        return draft._replace(**{tier: name})
+
+    def names(self, draft: Draft) -> List[str]:
+        """The models that are listed at the draft's base URL; [] if that fails."""
+        if draft.base_url not in self.known:
+            self.known[draft.base_url] = self.listed(self.config(draft))
+        return self.known[draft.base_url]
+
+    def tool_format(self, draft: Draft) -> Draft:
+        rows = [Choice("native", "native", "the API's own function calls"),
+                Choice("xml", "xml", "in prose, for local models that cannot call")]
+        return draft._replace(tool_format=self.terminal.choose(
+            "Tool format", rows, at=["native", "xml"].index(draft.tool_format)))
+
+    def window(self, draft: Draft) -> Draft:
+        say("\nThe context window in tokens: 32768, 128k or 1m; auto: as is known of "
+            "the model,\nor as the server tells")
+
+        def parse(text: str, sure: bool) -> int:
+            return 0 if text == "auto" else convert("window", text, "Window")
+
+        window = self.terminal.enter("Window", str(draft.window or "auto"), parse)
+        return draft._replace(window=window)
+
+    def claude(self, draft: Draft) -> Draft:
+        say("\nWhile `serve` runs it can stand in ~/.claude/settings.json, so that a "
+            "plain\n`claude` finds it; what was there is put back at its end.")
+        rows = [Choice(False, "No", "`code` and `env` work without that"),
+                Choice(True, "Yes", "what would change is shown first")]
+        return draft._replace(claude=self.terminal.choose(
+            "May it change Claude Code's settings?", rows, at=int(draft.claude)))
+
+    # whether it is right
+
+    def summary(self, draft: Draft) -> Draft:
+        say()
+        for name, value in summary_rows(draft):
+            say(f"  {name:12} {value}")
+        rows = [Choice(True, "Check and save", "one tiny request to each model"),
+                Choice(False, "Save", "without a check")]
+        check = self.terminal.choose("All right?", rows)
+        models = dict.fromkeys(getattr(draft, tier) for tier in TIERS if check)
+        if not all([self.answers(draft, model) for model in models]):
+            self.terminal.choose("It does not answer as it should", [
+                Choice(0, "Save", "all the same")])
+        return draft
+
+    def answers(self, draft: Draft, model: str) -> bool:
+        say(f"  {model}: ", end="")
+        words = self.probed(self.config(draft), model)
+        say(words or "ok")
+        return not words
+
+    def config(self, draft: Draft) -> Config:
+        """The settings that a draft makes, together with the environment's."""
+        flags = {"provider": draft.provider, "base_url": draft.base_url,
+                 "api_key": draft.api_key, "tool_format": draft.tool_format,
+                 "default_model": draft.sonnet or draft.opus or "unknown",
+                 "context_window": draft.window or None,
+                 **{tier: getattr(draft, tier) for tier in TIERS}}
+        return resolve_config(flags, self.environ, {}, File())[0]
+
+
+def unnamed(draft: Draft) -> bool:
+    return not draft.provider
+
+
+def unready(draft: Draft) -> bool:
+    return not draft.ready
+
+
+def translated(draft: Draft) -> bool:
+    return unready(draft) and not draft.relayed()
+
+
+STEPS: List[Tuple[str, Callable[[Draft], bool]]] = [    # and of which drafts
+    ("category", unnamed), ("provider", unnamed),
+    ("action", lambda draft: not draft.again), ("guide", unready),
+    ("api_key", lambda draft: unready(draft) and draft.provider not in KEYLESS),
+    ("base_url", unready), ("port", unready), ("opus", unready), ("sonnet", unready),
+    ("haiku", unready), ("tool_format", translated), ("window", translated),
+    ("claude", lambda draft: unready(draft) and not draft.unasked),
+    ("summary", unready)]
+EXAMPLE_URL = "https://api.openai.com/v1"
+OWN_NIM_URL = "http://localhost:8000/v1"
+
+
+def parser(kind: str, label: str) -> Callable[[str, bool], Any]:
+    return lambda text, sure: convert(kind, text, label)
+
+
+def parsed_url(text: str, sure: bool) -> str:
+    url = convert("url", text, "Base URL")
+    return clean_base_url(url, api_at(url))
+
+
+def clean_key(text: str, shape: str) -> str:
+    """A key as pasted; ProxyError if it has not the shape of one."""
+    key = convert("secret", text, "API key") if text else ""
+    if key and shape and not re.fullmatch(shape, key):
+        raise ProxyError(400, f"that has {len(key)} characters and not the shape of a "
+                              "key of theirs; the same again is taken")
+    return key
+
+
+def summary_rows(draft: Draft) -> List[Tuple[str, str]]:
+    rows = [("provider", PROVIDERS[draft.provider].label), ("base URL", draft.base_url),
+            ("API key", "***" + draft.api_key[-4:] if draft.api_key else "-"),
+            ("port", str(draft.port))]
+    rows += [(tier, getattr(draft, tier)) for tier in TIERS]
+    if draft.relayed():
+        return [*rows, ("API", "Anthropic's own, relayed as it is")]
+    return [*rows, ("tool format", draft.tool_format),
+            ("window", str(draft.window or "auto"))]
+
 
 # ---- 31. Doctor: what is wrong, and what mends it ----------------------------
 # Checks as rows; each finding comes with the command that mends it.
@@ -8634,6 +9383,7 @@ class Context(NamedTuple):
     sources: Json
     arguments: List[str]    # positional ones, or the child's
     environ: Dict[str, str]
+    store: Store
 
 
 class Command(NamedTuple):
@@ -8645,6 +9395,10 @@ COMMANDS = {
     "serve": Command("run_serve", "serve in the foreground (also: proxy, or nothing)"),
     "code": Command("run_code", "launch Claude Code on its own proxy: code [ARGS]"),
     "run": Command("run_program", "the same for any program: run -- CMD ..."),
+    "setup": Command("run_setup", "choose and set up a provider (also: init, or -r)"),
+    "ls": Command("run_ls", "the providers that are set up"),
+    "use": Command("run_use", "make one of them the active one: use NAME"),
+    "rm": Command("run_rm", "forget one of them: rm NAME [-f]"),
     "env": Command("run_env", "the client's environment as exports"),
     "demo": Command("run_demo", "the main job shown, with neither key nor network"),
     "test": Command("run_test", "one request, streamed to the terminal: test [PROMPT]"),
@@ -8652,7 +9406,8 @@ COMMANDS = {
     "status": Command("run_status", "is a proxy up here, for which upstream"),
     "version": Command("run_version", "version, Python, file"),
 }
-OTHER_NAMES = {"proxy": "serve"}
+OTHER_NAMES = {"proxy": "serve", "init": "setup"}
+SHORT = {"-p": "--port", "-f": "--force", "-r": "--reconfigure"}
 
 OPTIONS = {                 # name: (what it takes, or "" for a switch; help)
     "--config": ("FILE", "config.yaml or JSON (default: ./config.yaml)"),
@@ -8668,10 +9423,13 @@ OPTIONS = {                 # name: (what it takes, or "" for a switch; help)
     "--live": ("", "models: ask the provider"),
     "--json": ("", "models, status: as JSON"),
     "--shell": ("SHELL", "env: sh, fish or powershell"),
-    "--no-claude-settings": ("", ""),       # of an older program: always so here
+    "--reconfigure": ("", "set the active provider up anew, then serve"),
+    "--force": ("", "rm: without asking"),
+    "--no-claude-settings": ("", "leave ~/.claude/settings.json alone"),
 }
 CHILD_COMMANDS = ("code", "run")
 PLAIN_COMMANDS = ("demo", "version")    # of no concern to any setting
+STORE_COMMANDS = ("setup", "ls", "use", "rm")   # which mend what would stop others
 # Options that a client's environment depends on: hints repeat them.
 HINTED = ("--config", "--provider", "--model", "--base-url", "--host", "--port",
           "--demo")
@@ -8688,7 +9446,15 @@ def main(argv: Optional[List[str]] = None) -> int:
         command = known_command(options.command)
         if command in PLAIN_COMMANDS:
             return globals()[COMMANDS[command].run]()
-        context = make_context(options, rest or options.arguments)
+        if options.reconfigure and command == "serve":
+            command = "setup"
+        arguments, store = rest or options.arguments, Store(*home_folders(os.environ))
+        for trouble in store.troubles:
+            complain(trouble)
+        if command in STORE_COMMANDS:
+            context = Context(options, Config(), {}, arguments, dict(os.environ), store)
+            return globals()[COMMANDS[command].run](context)
+        context = make_context(options, arguments, store)
         if options.show_config:
             return show_config(context)
         start_log(context, quiet=command != "serve")
@@ -8699,7 +9465,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     except BrokenPipeError:     # `nimproxy models | head`
         sys.stdout = None
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Leave):
         return 130
 
 
@@ -8726,7 +9492,7 @@ def split_arguments(argv: List[str]) -> Tuple[List[str], List[str]]:
             own.insert(0, word)
         else:
             own.append(word)
-            takes = OPTIONS.get("--port" if name == "-p" else name, ("", ""))[0]
+            takes = OPTIONS.get(SHORT.get(name, name), ("", ""))[0]
             if takes and name == word and waiting:
                 own.append(waiting.pop(0))
     return own, rest
@@ -8744,7 +9510,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("command", nargs="?", default="serve", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     for name, (takes, text) in OPTIONS.items():
-        names = ["-p", name] if name == "--port" else [name]
+        names = [*(short for short, long in SHORT.items() if long == name), name]
         if takes:
             parser.add_argument(*names, metavar=takes, help=text)
         else:
@@ -8761,7 +9527,8 @@ def known_command(word: str) -> str:
     return name
 
 
-def make_context(options: argparse.Namespace, arguments: List[str]) -> Context:
+def make_context(options: argparse.Namespace, arguments: List[str],
+                 store: Store) -> Context:
     environ = dict(os.environ)
     dotenv = dotenv_values(read_text(".env")) if os.path.isfile(".env") else {}
     named = options.config or environ.get("PROXY_CONFIG") or ""
@@ -8771,10 +9538,19 @@ def make_context(options: argparse.Namespace, arguments: List[str]) -> Context:
     flags["default_model"] = options.model
     if options.demo:
         flags["default_model"] = DEMO_MODEL
-    config, sources = resolve_config(flags, environ, dotenv, file)
-    home = os.path.expanduser(config.home or os.path.join("~", ".nimproxy"))
-    config = config._replace(home="" if home.startswith("~") else home)
-    return Context(options, config, sources, arguments, environ)
+    config, sources = resolve_config(flags, environ, dotenv, file, store.saved())
+    config = config._replace(home=store.home)
+    return Context(options, config, sources, arguments, environ, store)
+
+
+def home_folders(environ: Mapping[str, str]) -> Tuple[str, str]:
+    """Our folder and claude-adapter's, "" where the home is not known."""
+    named = environ.get("NIMPROXY_HOME") or os.path.join("~", ".nimproxy")
+    places = (named, os.path.join("~", ".claude-adapter"))
+    known = environ.get("HOME") != ""       # else the root folder would be it
+    home, old = (os.path.expanduser(place) if known or place[0] != "~" else "~"
+                 for place in places)
+    return "" if home[0] == "~" else home, "" if old[0] == "~" else old
 
 
 def read_text(path: str) -> str:
@@ -8842,6 +9618,9 @@ class LogLines:
 
 def run_serve(context: Context) -> int:
     config = context.config
+    if missing_key(config) and config.default_model != DEMO_MODEL and at_terminal():
+        say(f"nimproxy {__version__}: no provider is set up yet.")
+        return run_setup(context)
     check_config(config)
     given = ""
     for name in HINTED:
@@ -8850,6 +9629,147 @@ def run_serve(context: Context) -> int:
             given += f" {name}" + ("" if value is True else f" {shlex.quote(value)}")
     raise_descriptor_limit()
     return asyncio.run(serve_forever(config, given))
+
+
+def at_terminal() -> bool:
+    """Whether there is somebody to ask."""
+    return all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout))
+
+
+def run_setup(context: Context) -> int:
+    """The wizard; then what was set up is put to use."""
+    options, store = context.options, context.store
+    if not at_terminal():
+        raise ProxyError(400, "setup asks questions, and there is no terminal to ask "
+                              f"at: set {PROVIDERS['nvidia'].key_variable}, or write a "
+                              "config.yaml")
+    if not store.home:
+        raise ProxyError(400, "there is no home to keep it in: set NIMPROXY_HOME")
+    again = store.active if options.reconfigure else ""
+    draft = Draft(provider=options.provider or again, again=bool(again),
+                  unasked=bool(options.no_claude_settings),
+                  claude=store.settings.get("claude_settings") is True)
+    if draft.provider and draft.provider not in PROVIDERS:
+        raise ProxyError(400, f"--provider: expected one of {', '.join(PROVIDERS)}, "
+                              f"found {draft.provider!r}")
+    terminal = Terminal(context.environ)
+    upstream = (listed_models, probed_model)
+    draft = Wizard(terminal, store, context.environ, upstream).run(draft)
+    try:
+        store.keep(draft)
+    except OSError as error:
+        complain(f"cannot keep it in {store.home} ({error.strerror}): it is used now, "
+                 "and forgotten then")
+    return start_after_setup(context, terminal)
+
+
+def start_after_setup(context: Context, terminal: Terminal) -> int:
+    """Serve, or ask what to start if no more than `setup` was said."""
+    options, start = context.options, "serve"
+    if known_command(options.command) == "setup":
+        rows = [Choice("code", "Launch Claude Code", f"{program()} code"),
+                Choice("serve", "Start the proxy", program())]
+        try:
+            start = terminal.choose("It is set up. Start now?", rows)
+        except (Back, Leave):
+            return 0
+    options.reconfigure = None
+    context = make_context(options, [], context.store)
+    start_log(context, quiet=start != "serve")
+    return globals()[COMMANDS[start].run](context)
+
+
+def listed_models(config: Config) -> List[str]:
+    """The models that upstream lists; [] if it does not say within some seconds."""
+    try:
+        return asyncio.run(asyncio.wait_for(live_list(config), LIST_SECONDS))
+    except (ProxyError, asyncio.TimeoutError):
+        return []
+
+
+def probed_model(config: Config, model: str) -> str:
+    """What is wrong with a model, by one tiny request to it; "" if it answers."""
+    body = {"model": model, "max_tokens": PROBE_TOKENS, "stream": True,
+            "messages": [{"role": "user", "content": "Say ok."}]}
+    config = config._replace(port=0, host="127.0.0.1", proxy_key="", retries=0, home="",
+                             model_aliases={model: model})
+    try:
+        with Background(config) as url:
+            fold(list(streamed_events(config, url, body)))
+    except (ProxyError, OSError) as error:
+        return getattr(error, "message", "") or str(error)
+    return ""
+
+
+LIST_SECONDS = 4.0          # for a list of models, while somebody waits at a question
+PROBE_TOKENS = 256          # enough to think a little and say ok
+
+
+def run_ls(context: Context) -> int:
+    """The providers that are set up, as claude-adapter's columns."""
+    store = context.store
+    rows = []
+    for name in store.records:
+        config, _ = resolve_config({"provider": name}, {}, {}, File(), store.saved())
+        rows.append({"provider": name, "type": "proxy" if config.api == APIS[0]
+                     else "relay", "base_url": config.base_url,
+                     "models": {tier: getattr(config, tier) for tier in TIERS},
+                     "active": name == store.active, "path": store.paths[name]})
+    if context.options.json:
+        say(json.dumps(rows, indent=1))
+        return 0
+    if not rows:
+        say(f"no provider is set up; `{program()} setup` does it")
+    for row in rows:
+        models = ", ".join(dict.fromkeys(row["models"].values()))
+        say(f"{'*' if row['active'] else ' '} {row['provider']:10}{row['type']:7}"
+            f"{row['base_url']}")
+        say(cut_to(f"  {'':17}{models}", 79))
+    return 0
+
+
+def run_use(context: Context) -> int:
+    store = context.store
+    name = named_provider(context, [*store.records, *KEYLESS])
+    try:
+        store.activate(name)
+    except OSError as error:
+        complain(f"cannot write {store.home}: {error.strerror}")
+        return 1
+    say(f"{PROVIDERS[name].label} is the active provider")
+    return 0
+
+
+def run_rm(context: Context) -> int:
+    store = context.store
+    name = named_provider(context, store.records)
+    path = store.paths[name]
+    if not path.startswith(store.home):
+        complain(f"{path} is another program's: delete it there")
+        return 1
+    if not context.options.force:
+        if not at_terminal():
+            raise ProxyError(400, "rm: there is no terminal to ask at; add -f")
+        Terminal(context.environ).choose(f"Forget {name}, with its key?",
+                                         [Choice(0, "Forget it", path)])
+    try:
+        store.remove(name)
+    except OSError as error:
+        complain(f"cannot remove {path}: {error.strerror}")
+        return 1
+    say(f"{name} is forgotten")
+    return 0
+
+
+def named_provider(context: Context, names: Iterable[str]) -> str:
+    """The provider that a command is given; ProxyError if it is none of the names."""
+    found, known = " ".join(context.arguments), list(dict.fromkeys(names))
+    if found not in known:
+        what = f"found {found!r}{nearest(found, known)}" if found else "found nothing"
+        listed = ", ".join(known) or f"nothing yet: `{program()} setup`"
+        raise ProxyError(400, f"expected one of the providers that are set up "
+                              f"({listed}), {what}")
+    return found
 
 
 def raise_descriptor_limit() -> None:

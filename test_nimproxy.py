@@ -26,6 +26,7 @@ import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -356,8 +357,8 @@ USES = {            # part: the other parts it may use
     "Client": "Models Configuration",
     "Saved": "Numbers Errors Models Files Configuration Memory",
     "Settings": "Numbers Errors Files Memory",
-    "Terminal": "Numbers Errors",
-    "Setup": "Errors Models Files Configuration Saved Terminal",
+    "Terminal": "Errors Journal",
+    "Setup": "Errors Models Files Configuration Journal Saved Terminal",
     "Doctor": " ".join(PARTS[:PARTS.index("Setup")]),
     "Command": " ".join(PARTS[:-1]),
 }
@@ -809,7 +810,7 @@ def test_other_providers_have_their_own_key_and_models():
                "DEFAULT_NVIDIA_MODEL": "nvidia/x"}
     config = resolved(environ=environ, provider="deepseek")[0]
     assert (config.api_key, config.opus) == ("d", "deepseek-v4-pro")
-    assert config.base_url == "https://api.deepseek.com/v1"
+    assert config.base_url == "https://api.deepseek.com/anthropic"
 
 
 def test_a_missing_key_says_where_to_get_one():
@@ -7764,6 +7765,534 @@ def test_sh_reads_back_what_is_exported():
     added = {"A": "it's $x `y` \"z\" \\"}
     script = "\n".join(np.export_lines(added, "sh")) + '\nprintf %s "$A"'
     assert subprocess.check_output(["sh", "-c", script]).decode() == added["A"]
+
+
+# ---- 27. Saved: providers as they were set up --------------------------------
+# Both programs' files, by what they lead to.
+
+PROXIED = {"provider": "ollama", "base_url": "http://localhost:11434/v1",
+           "api_key": "ollama", "models": {"opus": "a:32b", "sonnet": "a:14b",
+                                           "haiku": "a:7b"},
+           "tool_format": "xml", "port": 3080, "max_context_window": 16384}
+DIRECT = {"provider": "kimi", "api_key": "sk-kimi", "port": 9000,
+          "base_url": "https://api.moonshot.cn/anthropic", "created_at": "2026-02-10",
+          "last_updated": "2026-02-10", "preset_label": "Kimi",
+          "default_models": {"opus": "k1", "sonnet": "k2", "haiku": "k3"}}
+FLAT = {"provider": "deepseek", "api_key": "sk-d", "opus_model": "d1",
+        "sonnet_model": "d2", "haiku_model": "d3"}
+CAMEL = {"baseUrl": "http://localhost:1234/v1", "apiKey": "none", "toolFormat": "xml",
+         "models": {"opus": "l1", "sonnet": "l2", "haiku": "l3"}, "port": 3081}
+
+
+def put_files(folder, **files):
+    for name, content in files.items():
+        path = folder / (name.replace("__", "/") + ".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def facts_of(config):
+    return {"provider": config.provider, "base_url": config.base_url,
+            "key": config.api_key, "opus": config.opus, "haiku": config.haiku,
+            "port": config.port, "format": config.tool_format,
+            "window": config.context_window}
+
+
+SAVED_FILES = named([
+    ("ours", {".nimproxy/settings": {"active_provider": "ollama"},
+              ".nimproxy/providers/ollama": PROXIED},
+     dict(provider="ollama", key="ollama", opus="a:32b", haiku="a:7b", port=3080,
+          format="xml", window=16384, base_url="http://localhost:11434/v1")),
+    ("ours, relayed", {".nimproxy/settings": {"active_provider": "kimi"},
+                       ".nimproxy/providers/kimi": DIRECT},
+     dict(provider="kimi", key="sk-kimi", opus="k1", haiku="k3", port=9000,
+          base_url="https://api.moonshot.cn/anthropic")),
+    ("theirs", {".claude-adapter/settings": {"active_provider": "ollama"},
+                ".claude-adapter/providers/ollama": PROXIED},
+     dict(provider="ollama", port=3080, window=16384)),
+    ("theirs, with the window that they guess",
+     {".claude-adapter/settings": {"active_provider": "ollama"},
+      ".claude-adapter/providers/ollama": {**PROXIED, "max_context_window": 8192}},
+     dict(provider="ollama", window=0)),
+    ("theirs, in the first version's shape",
+     {".claude-adapter/settings": {"active_provider": "deepseek"},
+      ".claude-adapter/providers/deepseek": FLAT},
+     dict(provider="deepseek", key="sk-d", opus="d1", haiku="d3",
+          base_url="https://api.deepseek.com/anthropic")),
+    ("the TypeScript program's one", {".claude-adapter/config": CAMEL},
+     dict(provider="lmstudio", key="none", opus="l1", haiku="l3", port=3081,
+          format="xml", base_url="http://localhost:1234/v1")),
+    ("ours before theirs", {".nimproxy/settings": {"active_provider": "ollama"},
+                            ".nimproxy/providers/ollama": PROXIED,
+                            ".claude-adapter/settings": {"active_provider": "kimi"},
+                            ".claude-adapter/providers/ollama": {
+                                **PROXIED, "port": 1},
+                            ".claude-adapter/providers/kimi": DIRECT},
+     dict(provider="ollama", port=3080)),
+    ("an active one that is gone", {".nimproxy/settings": {"active_provider": "kimi"}},
+     dict(provider="nvidia", key="")),
+    ("nothing", {}, dict(provider="nvidia", port=8787)),
+])
+
+
+@pytest.mark.parametrize("files, wanted", SAVED_FILES)
+def test_saved_providers_lead_to(tmp_path, files, wanted):
+    put_files(tmp_path, **files)
+    store = np.Store(str(tmp_path / ".nimproxy"), str(tmp_path / ".claude-adapter"))
+    config, sources = np.resolve_config({}, {}, {}, np.File(), store.saved())
+    assert {**facts_of(config), **wanted} == facts_of(config)
+    assert not store.troubles
+
+
+OLLAMA_SAVED = np.SavedProviders("ollama", {
+    "ollama": np.saved_entries(PROXIED, "ollama.json", ""),
+    "kimi": np.saved_entries(DIRECT, "kimi.json", "")})
+LAYERS = named([        # flags, environment, file: what is resolved with ollama active
+    ("nothing else", {}, {}, "", dict(provider="ollama", key="ollama", port=3080)),
+    ("a flag for the port", {"port": "99"}, {}, "", dict(port=99, key="ollama")),
+    ("the environment's port", {}, {"PROXY_PORT": "98"}, "", dict(port=98)),
+    ("the file's port", {}, {}, "server:\n  port: 97\n",
+     dict(port=97, provider="ollama")),
+    ("NVIDIA's variables are not its own",
+     {}, {"NVIDIA_API_KEY": "nvapi-x", "NVIDIA_BASE_URL": "http://n/v1"}, "",
+     dict(provider="ollama", key="ollama", base_url="http://localhost:11434/v1")),
+    ("another provider", {"provider": "kimi"}, {}, "", dict(key="sk-kimi", opus="k1")),
+    ("its key in the environment", {"provider": "kimi"}, {"MOONSHOT_API_KEY": "sk-e"},
+     "", dict(key="sk-e", opus="k1")),
+    ("one that is not saved", {"provider": "glm"}, {}, "",
+     dict(key="", base_url="https://api.z.ai/api/anthropic", port=8787)),
+    ("a server of one's own gets no saved key", {"base_url": "http://own:8000/v1"}, {},
+     "", dict(provider="nvidia", key="", base_url="http://own:8000/v1")),
+    ("nor with the provider named",
+     {"provider": "kimi", "base_url": "http://own:8000/v1"}, {}, "",
+     dict(provider="kimi", key="", opus="kimi-k3")),
+    ("another path of the same host",
+     {"provider": "kimi", "base_url": "https://api.moonshot.cn/v1"}, {}, "",
+     dict(key="sk-kimi", base_url="https://api.moonshot.cn/v1")),
+    ("a file with its own upstream", {}, {}, "nvidia:\n  api_key: nvapi-f\n",
+     dict(provider="nvidia", key="nvapi-f", port=8787)),
+    ("one model for all tiers", {"default_model": "m"}, {}, "",
+     dict(provider="ollama", opus="m", haiku="m", key="ollama")),
+])
+
+
+@pytest.mark.parametrize("flags, environ, file, wanted", LAYERS)
+def test_what_is_saved_comes_last_but_for_the_preset(flags, environ, file, wanted):
+    config, _ = np.resolve_config(flags, environ, {}, np.File("c.yaml", file),
+                                  OLLAMA_SAVED)
+    assert {**facts_of(config), **wanted} == facts_of(config)
+
+
+DAMAGED = named([
+    ("no JSON", '{"provider": ', "cannot be read"),
+    ("another type", "[]", "no JSON object"),
+    ("nested too deep", "[" * 100000, "cannot be read"),
+    ("not UTF-8", None, "cannot be read"),
+])
+
+
+@pytest.mark.parametrize("text, words", DAMAGED)
+def test_a_damaged_file_is_named_and_does_no_harm(shell, capsys, text, words):
+    put_files(shell, **{".nimproxy/settings": {"active_provider": "ollama"},
+                        ".nimproxy/providers/ollama": PROXIED,
+                        ".nimproxy/providers/kimi": text or ""})
+    if text is None:
+        (shell / ".nimproxy/providers/kimi.json").write_bytes(b"\xff\xfe")
+    code, out, err = run(capsys, "ls")
+    assert code == 0 and "ollama" in out and "kimi" not in out
+    assert "providers/kimi.json" in err and words in err and err.count("\n") == 1
+
+
+def test_a_wrong_value_in_a_saved_provider_names_file_and_field(shell, capsys):
+    put_files(shell, **{".nimproxy/settings": {"active_provider": "ollama"},
+                        ".nimproxy/providers/ollama": {**PROXIED, "port": "lots"}})
+    code, _, err = run(capsys, "serve", "--show-config")
+    assert code == 2 and "ollama.json: port: expected a port" in err
+
+
+def test_show_config_says_that_it_was_saved(shell, capsys):
+    put_files(shell, **{".nimproxy/settings": {"active_provider": "kimi"},
+                        ".nimproxy/providers/kimi": DIRECT})
+    code, out, _ = run(capsys, "serve", "--show-config")
+    assert code == 0 and "sk-kimi" not in out
+    assert re.search(r"api_key +\*\*\* .*providers/kimi.json: api_key", out)
+
+
+# ---- ls, use, rm
+
+def with_two(folder):
+    put_files(folder, **{".nimproxy/settings": {"active_provider": "ollama"},
+                         ".nimproxy/providers/ollama": PROXIED,
+                         ".nimproxy/providers/kimi": DIRECT,
+                         ".claude-adapter/providers/deepseek": FLAT})
+    return folder / ".nimproxy"
+
+
+def test_ls_lists_what_is_set_up(shell, capsys):
+    with_two(shell)
+    code, out, _ = run(capsys, "ls")
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+    for words in ("* ollama    proxy  http://localhost:11434/v1", "a:32b, a:14b, a:7b",
+                  "  kimi      relay  https://api.moonshot.cn/anthropic", "deepseek"):
+        assert words in out
+    rows = {row["provider"]: row for row in json.loads(run(capsys, "ls", "--json")[1])}
+    assert rows["ollama"]["active"] and not rows["kimi"]["active"]
+    assert rows["kimi"]["models"] == {"opus": "k1", "sonnet": "k2", "haiku": "k3"}
+    assert "sk-kimi" not in json.dumps(rows)
+
+
+def test_ls_of_nothing_says_how_to_begin(shell, capsys):
+    code, out, _ = run(capsys, "ls")
+    assert code == 0 and "setup" in out
+
+
+def test_use_makes_active_what_is_set_up(shell, capsys):
+    home = with_two(shell)
+    assert run(capsys, "use", "kimi")[0] == 0
+    settings = json.loads((home / "settings.json").read_text())
+    assert settings["active_provider"] == "kimi"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", settings["last_used"])
+    assert "kimi-k" not in run(capsys, "ls")[1]
+    assert run(capsys, "use", "lmstudio")[0] == 0   # which needs no setting up
+
+
+@pytest.mark.parametrize("argv, words", named([
+    ("unknown", ["use", "olama"], "did you mean 'ollama'"),
+    ("not set up", ["use", "glm"], "found 'glm'"),
+    ("nothing", ["use"], "found nothing"),
+    ("rm of an unknown one", ["rm", "glm", "-f"], "kimi"),
+    ("rm without a terminal", ["rm", "kimi"], "add -f"),
+]))
+def test_use_and_rm_say_what_is_wrong(shell, capsys, argv, words):
+    with_two(shell)
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and words in err
+
+
+def test_rm_forgets_and_leaves_nothing_active(shell, capsys):
+    home = with_two(shell)
+    assert run(capsys, "rm", "ollama", "-f")[0] == 0
+    assert not (home / "providers/ollama.json").exists()
+    settings = json.loads((home / "settings.json").read_text())
+    assert settings["active_provider"] is None
+    assert (home / "providers/kimi.json").exists()
+    code, _, err = run(capsys, "rm", "deepseek", "-f")
+    assert code == 1 and ".claude-adapter" in err       # another program's file
+
+
+def test_use_on_a_read_only_home_fails_in_words(shell, capsys, monkeypatch):
+    with_two(shell)
+
+    def refused(*_, **__):
+        raise OSError(30, "Read-only file system")
+    monkeypatch.setattr(np.os, "open", refused)
+    code, _, err = run(capsys, "use", "kimi")
+    assert code == 1 and "Read-only file system" in err
+
+
+# ---- 30. Setup: the wizard ---------------------------------------------------
+# A person at a pseudo-terminal, who reads before typing.
+
+class Person:
+    """Somebody at the terminal of a process."""
+
+    def __init__(self, folder, *argv, **environ):
+        import pty
+        self.said = ""
+        self.pid, self.terminal = pty.fork()
+        if self.pid == 0:
+            command = [sys.executable, "-c", "import sys, nimproxy\n"
+                       "sys.argv[0] = 'nimproxy'; sys.exit(nimproxy.main())", *argv]
+            os.chdir(str(folder))
+            os.execve(sys.executable, command, {
+                "HOME": str(folder), "TERM": "xterm", "LANG": "C.UTF-8",
+                "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(HERE),
+                "PATH": os.environ["PATH"], **environ})
+
+    def reads(self, words, seconds=20):
+        """All that is said until the words come, which are to be new."""
+        until, before = time.monotonic() + seconds, len(self.said)
+        while words not in self.said:
+            left = until - time.monotonic()
+            assert left > 0, f"no {words!r} in {self.said[-2000:]!r}"
+            if select.select([self.terminal], [], [], left)[0]:
+                try:
+                    data = os.read(self.terminal, 65536)
+                    self.said += data.decode("utf-8", "replace")
+                except OSError:             # its end, on Linux
+                    assert words in self.said, self.said[-2000:]
+        told, self.said = self.said.split(words, 1)
+        return told
+
+    def types(self, keys):
+        os.write(self.terminal, keys.encode())
+
+    def answers(self, *pairs):
+        """For each pair: what is read first, and the keys that are typed then."""
+        for words, keys in pairs:
+            self.reads(words)
+            self.types(keys)
+
+    def ends(self, seconds=20):
+        """The exit code, None if it has none so soon; what is still said is kept."""
+        until = time.monotonic() + seconds
+        with contextlib.suppress(OSError):              # its end, on Linux
+            while True:
+                left = max(until - time.monotonic(), 0)
+                if not select.select([self.terminal], [], [], left)[0]:
+                    return None
+                data = os.read(self.terminal, 65536)
+                if not data:
+                    break
+                self.said += data.decode("utf-8", "replace")
+        status = os.waitpid(self.pid, 0)[1]
+        os.close(self.terminal)
+        self.pid, self.code = 0, os.WEXITSTATUS(status)
+        return self.code
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            assert self.ends() is not None
+
+
+on_a_terminal = pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+ENTER, UP, DOWN, ESCAPE = "\r", "\x1b[A", "\x1b[B", "\x1b"
+KEY = "nvapi-0123456789abcdef0123"
+MODELS = {"data": [{"id": "big/one"}, {"id": "mid/one"}, {"id": "wee/one"}]}
+
+
+def models_fake(*answers):
+    """An upstream that lists its models, and gives the answers to chats in turn."""
+    left = list(answers)
+
+    def answer(chat):
+        if chat is None:
+            return response(json.dumps(MODELS).encode())
+        return left.pop(0)
+    return FakeNim(answer)
+
+
+def to_nvidia(url):
+    """Question and keys, up to the last question, for NVIDIA's row."""
+    return [("provider type", ENTER), ("Choose provider", ENTER), ("action", ENTER),
+            ("? NVIDIA NIM", ENTER), ("API key", KEY + ENTER),
+            ("Base URL [", url + ENTER), ("Port [", "9191" + ENTER),
+            ("Opus [", "big/one" + ENTER), ("Sonnet [", "mid/one" + ENTER),
+            ("Haiku [", "wee/one" + ENTER), ("Tool format", ENTER),
+            ("Window [", "128k" + ENTER), ("settings?", ENTER)]
+
+
+def saved_file(folder, name):
+    return json.loads((folder / ".nimproxy" / (name + ".json")).read_text())
+
+
+@on_a_terminal
+def test_the_wizard_saves_what_is_answered(tmp_path):
+    with models_fake() as nim, Person(tmp_path, "setup") as person:
+        person.answers(*to_nvidia(nim.url), ("All right?", "2"), ("Start now?", "4"))
+        assert person.ends() == 0
+    assert KEY not in person.said
+    record = {"provider": "nvidia", "base_url": nim.url, "api_key": KEY, "models": {
+        "opus": "big/one", "sonnet": "mid/one", "haiku": "wee/one"},
+        "tool_format": "native", "port": 9191, "max_context_window": 131072}
+    assert saved_file(tmp_path, "providers/nvidia") == record
+    assert list(saved_file(tmp_path, "providers/nvidia")) == list(record)
+    assert saved_file(tmp_path, "settings")["active_provider"] == "nvidia"
+    about = saved_file(tmp_path, "metadata")
+    assert re.fullmatch("[0-9a-f]{32}", about["user_id"]) and list(about) == [
+        "user_id", "platform", "platform_release", "current_version", "latest_version",
+        "latest_version_timestamp", "created_at"]
+    for path, mode in ((".nimproxy", 0o700), (".nimproxy/providers", 0o700),
+                       (".nimproxy/providers/nvidia.json", 0o600),
+                       (".nimproxy/settings.json", 0o600)):
+        assert (tmp_path / path).stat().st_mode & 0o777 == mode, path
+
+
+@on_a_terminal
+def test_the_wizard_by_numbers_and_without_chinese(tmp_path):
+    with models_fake() as nim:
+        with Person(tmp_path, "init", TERM="dumb", PYTHONIOENCODING="ascii") as person:
+            heard = person.reads("1-5 [1]")
+            assert heard.isascii() and heard.count("?") == 1 and "Go back" in heard
+            person.types("9" + ENTER)
+            person.answers(
+                ("expected a number from 1 to 5", "free" + ENTER),
+                ("Ollama", "2" + ENTER), ("Configure", ENTER), ("Continue", ENTER),
+                ("Base URL [http://localhost:11434/v1]", nim.url + ENTER),
+                ("Port [8787]", ENTER), ("big/one, mid/one", ENTER),
+                ("Sonnet [big/one]", ENTER), ("Haiku [big/one]", "wee/one" + ENTER),
+                ("Tool format", "xml" + ENTER), ("Window [auto]", ENTER),
+                ("settings?", ENTER), ("All right?", "2" + ENTER),
+                ("Start now?", "4" + ENTER))
+            assert person.ends() == 0
+    record = saved_file(tmp_path, "providers/ollama")
+    assert record["models"] == {"opus": "big/one", "sonnet": "big/one",
+                                "haiku": "wee/one"}
+    assert (record["tool_format"], record["max_context_window"]) == ("xml", None)
+
+
+@on_a_terminal
+def test_the_wizard_saves_a_relayed_provider_in_its_own_shape(tmp_path):
+    argv = ["setup", "--provider", "kimi"]
+    with models_fake() as nim, Person(tmp_path, *argv) as person:
+        person.answers(
+            ("No config for Kimi", ENTER), ("? Kimi", ENTER),
+            ("API key sk-...", "sk-0123456789" + ENTER),
+            ("Base URL [https://api.moonshot.cn/anthropic]",
+             nim.url.replace("/v1", "/anthropic/v1/messages") + ENTER),
+            ("Port [", ENTER), ("Opus [", "big/one" + ENTER),
+            ("Sonnet [", "kimi-k2.7-code" + ENTER),
+            ("the same again", "kimi-k2.7-code" + ENTER),
+            ("Haiku [", "wee/one" + ENTER),
+            ("settings?", ENTER), ("relayed", ""), ("All right?", "2"),
+            ("Start now?", "4"))
+        assert person.ends() == 0
+    record = saved_file(tmp_path, "providers/kimi")
+    assert list(record) == ["provider", "base_url", "api_key", "created_at",
+                            "last_updated", "default_models", "preset_label", "port"]
+    assert record["base_url"] == nim.url.replace("/v1", "/anthropic")
+    assert record["default_models"]["sonnet"] == "kimi-k2.7-code"
+
+
+QUESTIONS = [words for words, _ in to_nvidia("")] + ["All right?"]
+LEAVING = named([(f"{how} at {words}", words, keys) for words in QUESTIONS
+                 for how, keys in (("Ctrl-C", "\x03"), ("end of input", "\x04"))])
+
+
+@on_a_terminal
+@pytest.mark.parametrize("question, keys", LEAVING)
+def test_whoever_leaves_the_wizard_leaves_all_as_it_was(tmp_path, question, keys):
+    with models_fake() as nim, Person(tmp_path, "setup") as person:
+        way = to_nvidia(nim.url)
+        person.answers(*way[:QUESTIONS.index(question)], (question, keys))
+        while person.ends(2) is None:       # a signal may come just before the read
+            person.types(keys)
+        assert person.code == 130
+    assert "Traceback" not in person.said and not (tmp_path / ".nimproxy").exists()
+
+
+@on_a_terminal
+def test_every_question_can_be_gone_back_from(tmp_path):
+    """Back from each one to the first, and then on to the end."""
+    with models_fake() as nim, Person(tmp_path, "setup") as person:
+        way = to_nvidia(nim.url)
+        for at, (question, _) in reversed(list(enumerate(way))):
+            if at:
+                ahead = way[:at] if at == len(way) - 1 else way[at - 1:at]
+                person.answers(*ahead)
+                person.reads(question)
+                typed = question.endswith("[") or question == "API key"
+                person.types("<" + ENTER if typed else ESCAPE)
+                person.reads(way[at - 1][0])
+                person.types("<" + ENTER if way[at - 1][0].endswith("[")
+                             or way[at - 1][0] == "API key" else ESCAPE)
+        person.answers(*way, ("All right?", "2"), ("Start now?", "4"))
+        assert person.ends() == 0
+    assert saved_file(tmp_path, "providers/nvidia")["port"] == 9191
+
+
+WRONG = named([         # a question, what is typed, what is said of it
+    ("key with quotes", "API key", f"'{KEY}'", "without spaces or quotes"),
+    ("key of another shape", "API key", "sk-0123456789abcdef", "not the shape"),
+    ("no key", "API key", "", "needs a key: https://build.nvidia.com"),
+    ("URL without scheme", "Base URL [", "host:8000", "such as https://host/v1"),
+    ("port that is none", "Port [", "http", "a port from 0 to 65535, found 'http'"),
+    ("port out of range", "Port [", "70000", "a port from 0 to 65535"),
+    ("model with a space", "Opus [", "big one", "a model's id"),
+    ("model that is not there", "Opus [", "big/two", "did you mean 'big/one'"),
+    ("window", "Window [", "lots", "such as 32768, 128k or 1m, found 'lots'"),
+    ("window too small", "Window [", "12", "such as 32768"),
+])
+
+
+@on_a_terminal
+@pytest.mark.parametrize("question, typed, said", WRONG)
+def test_the_wizard_says_what_is_wrong_and_asks_again(tmp_path, question, typed, said):
+    with models_fake() as nim, Person(tmp_path, "setup") as person:
+        way = to_nvidia(nim.url)
+        at = [words for words, _ in way].index(question)
+        person.answers(*way[:at], (question, typed + ENTER), (said, ""), *way[at:],
+                       ("All right?", "2"), ("Start now?", "4"))
+        assert person.ends() == 0
+    assert saved_file(tmp_path, "providers/nvidia")["models"]["opus"] == "big/one"
+
+
+@on_a_terminal
+def test_the_wizard_checks_key_and_models(tmp_path):
+    fine, bad = streams(says("ok")), refuses(401, "invalid key")
+    with models_fake(fine, bad, fine) as nim, Person(tmp_path, "setup") as person:
+        person.answers(*to_nvidia(nim.url), ("All right?", "1"), ("big/one: ok", ""),
+                       ("mid/one: ", ""), ("invalid key", ""), ("wee/one: ok", ""),
+                       ("as it should", "2"),               # Go back
+                       ("settings?", ENTER), ("All right?", "2"), ("Start now?", "4"))
+        assert person.ends() == 0
+    assert [chat["model"] for chat in nim.asked] == ["big/one", "mid/one", "wee/one"]
+    assert {headers["Authorization"] for _, _, headers in nim.requests} == {
+        f"Bearer {KEY}"}
+
+
+@on_a_terminal
+def test_a_saved_provider_is_used_or_set_up_anew(tmp_path):
+    with models_fake() as nim:
+        record = {**PROXIED, "provider": "nvidia", "base_url": nim.url, "port": 0,
+                  "api_key": KEY, "max_context_window": None}
+        put_files(tmp_path, **{".nimproxy/providers/nvidia": record})
+        with Person(tmp_path, "setup") as person:
+            person.answers(("provider type", ENTER), ("Choose provider", ENTER),
+                           ("NVIDIA NIM found", ENTER), ("Start now?", "4"))
+            assert person.ends() == 0
+        assert saved_file(tmp_path, "providers/nvidia") == record
+        with Person(tmp_path, "-r") as person:          # then it serves
+            person.answers(
+                ("? NVIDIA NIM", ENTER), ("[the saved one]", ENTER),
+                ("Base URL [" + nim.url, ENTER), ("Port [0]", ENTER),
+                ("Opus [", "a:1" + ENTER), ("not listed", "a:1" + ENTER),
+                ("Sonnet [", "a:14b" + ENTER), ("not listed", "a:14b" + ENTER),
+                ("Haiku [", "wee/one" + ENTER), ("Tool format", UP + DOWN + ENTER),
+                ("Window [auto]", "32k" + ENTER), ("settings?", ENTER),
+                ("All right?", "2"), ("listening on http://127.0.0.1:", "\x03"))
+            assert person.ends() == 0
+    record = saved_file(tmp_path, "providers/nvidia")
+    assert record["api_key"] == KEY and record["max_context_window"] == 32768
+    assert record["models"] == {"opus": "a:1", "sonnet": "a:14b", "haiku": "wee/one"}
+
+
+@on_a_terminal
+def test_the_first_run_sets_up_and_serves(tmp_path):
+    nim = models_fake(completes("hello"))
+    with nim, Person(tmp_path, "-p", "0") as person:
+        person.answers(("no provider is set up", ""), *to_nvidia(nim.url),
+                       ("All right?", "2"), ("listening on ", ""))
+        url = person.reads("upstream").split()[0]
+        assert Client(url).message()["content"][0]["text"] == "hello"
+        person.types("\x03")
+        assert person.ends() == 0
+
+
+@on_a_terminal
+def test_without_a_home_the_wizard_says_so(tmp_path):
+    with Person(tmp_path, "setup", HOME="") as person:
+        assert person.ends() == 2
+    assert "NIMPROXY_HOME" in person.said
+
+
+@on_a_terminal
+def test_a_home_that_cannot_be_written_is_said_and_the_proxy_serves(tmp_path):
+    (tmp_path / "home").write_text("a file, not a folder")
+    with models_fake() as nim, Person(
+            tmp_path, "-p", "0", NIMPROXY_HOME=str(tmp_path / "home")) as person:
+        person.answers(*to_nvidia(nim.url), ("All right?", "2"),
+                       ("cannot keep it", ""), ("listening on ", "\x03"))
+        assert person.ends() == 0
+
+
+def test_setup_needs_somebody_to_ask(shell, capsys):
+    code, _, err = run(capsys, "setup")
+    assert code == 2 and "no terminal" in err and "NVIDIA_API_KEY" in err
 
 
 # ---- 32. Command line --------------------------------------------------------
