@@ -25,7 +25,7 @@ The parts; each uses only parts above it, and the first eighteen do no I/O:
     1. Numbers
     2. Errors and JSON
     3. Models and providers
-    4. Files: YAML, JSON and .env
+    4. Files: YAML, JSON5 and .env
     5. Configuration
     6. Documents: text from PDF
     7. Requests: body to chat
@@ -300,6 +300,11 @@ class Model(NamedTuple):
     vision: bool            # takes images
     retired: bool           # answers 404 or 410 at its provider's by now
     sure: bool = True       # known, or told by the server; else nothing is cut for it
+    capped: bool = False    # the output was told, and holds even where nothing is sure
+    thinks: Optional[bool] = None   # whether it can; None: as its family does
+    label: str = ""         # for people
+    cost: Tuple[float, ...] = (0, 0, 0, 0)  # dollars for a million tokens: input,
+                                            # output, read from cache, written to it
 
 
 UNKNOWN_MODEL = Model(131072, 16384, vision=True, retired=False, sure=False)
@@ -701,7 +706,7 @@ def effort_word(wanted: str, efforts: Iterable[str]) -> str:
     return strong[0] if strong else list(efforts)[-1]
 
 
-# ---- 4. Files: YAML, JSON and .env -------------------------------------------
+# ---- 4. Files: YAML, JSON5 and .env ------------------------------------------
 # Texts of configuration files to their settings, each with the line it stands in.
 # What is not understood is an error with line and column, never a guess.
 
@@ -723,22 +728,229 @@ def expanded(value: str, environ: Mapping[str, str], where: str) -> str:
     return re.sub(r"\$\{(\w+)\}", variable, value)
 
 
-def json_entries(file: File) -> Entries:
-    try:
-        tree = json.loads(file.text.lstrip("\ufeff"))
-    except (ValueError, RecursionError) as error:
-        raise ProxyError(400, f"{file.name}: not JSON: {error}") from None
+class Node(NamedTuple):
+    """A value of a JSON5 file: a scalar, a list of nodes, or nodes by key."""
+    value: Any
+    where: str              # "file:line"
 
-    def walk(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[Any, Any]]:
-        if isinstance(value, dict):
-            for key, item in value.items():
+
+def json_entries(tree: Node) -> Entries:
+    """What a tree of maps holds, by path; a list is one value."""
+    def walk(node: Node, path: Tuple[str, ...]) -> Iterator[Tuple[Any, Any]]:
+        if isinstance(node.value, dict):
+            for key, item in node.value.items():
                 yield from walk(item, path + (key,))
         else:
-            quoted = re.escape(json.dumps(path[-1]))
-            before = re.split(quoted + r"\s*:", file.text)[0]
-            yield path, (value, f"{file.name}:{before.count(chr(10)) + 1}")
+            yield path, (plain_value(node), node.where)
 
     return dict(walk(tree, ()))
+
+
+def plain_value(node: Node) -> Any:
+    """The value alone, as json.loads gives it."""
+    if isinstance(node.value, list):
+        return [plain_value(item) for item in node.value]
+    if isinstance(node.value, dict):
+        return {key: plain_value(item) for key, item in node.value.items()}
+    return node.value
+
+
+def is_json5(file: File) -> bool:
+    """Whether a file is a JSON5 object, comments first or not; no line of ours in YAML
+    begins so."""
+    return re.match(r"\s*(\{|//|/\*)", file.text.lstrip("\ufeff")) is not None
+
+
+# https://spec.json5.org; a name's letters are checked when it is used.
+JSON5_TOKEN = re.compile(r"""
+    (?P<blank>[\t\n\v\f\r\ \xa0\u1680\u2000-\u200a]+
+      | [\u2028\u2029\u202f\u205f\u3000\ufeff]+
+      | //[^\n\r\u2028\u2029]* | /\*(?:[^*]|\*(?!/))*\*/)
+  | (?P<mark>[{}\[\]:,])
+  | (?P<string>"(?:[^"\\\n\r]|\\(?:\r\n|[\s\S]))*"
+             |'(?:[^'\\\n\r]|\\(?:\r\n|[\s\S]))*')
+  | (?P<number>(?:[+-]?(?:0[xX][0-9a-fA-F]+
+        |(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)
+        |[+-](?:Infinity|NaN))(?![\w$.\\]))
+  | (?P<name>(?:[$\w]|\\u[0-9a-fA-F]{4})(?:[$\w\u200c\u200d]|\\u[0-9a-fA-F]{4})*)
+    """, re.VERBOSE)
+# What is missing where no token can be read, by its first character.
+JSON5_OPEN = {'"': 'a closing " on the same line', "'": "a closing ' on the same line",
+              "/": "a // or /* comment */"}
+JSON5_WORDS = {"null": None, "true": True, "false": False,
+               "Infinity": math.inf, "NaN": math.nan}
+JSON5_ESCAPE = re.compile(
+    r"\\(?:(?P<hex>x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})"
+    r"|(?P<joined>\r\n|[\n\r\u2028\u2029])|(?P<bad>[xu1-9]|0[0-9])|(?P<sign>[\s\S]))")
+JSON5_SIGNS = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v",
+               "0": "\0"}
+MAX_FILE_DEPTH = 64         # maps and lists in each other; OpenClaw's own use ten
+MAX_NUMBER_CHARS = 1000     # of a number in a file: Python would print no 4300 digits
+
+
+class Token(NamedTuple):
+    kind: str               # group of JSON5_TOKEN; "end" after the last
+    text: str
+    line: int               # where it begins, both from 1
+    column: int
+
+
+class Json5:
+    """Reads one JSON5 text: `token` is what comes next, and has not been used."""
+
+    def __init__(self, file: File) -> None:
+        self.name = file.name
+        self.text = file.text.lstrip("\ufeff")
+        self.tokens = self.scan()
+        self.token = next(self.tokens)
+
+    def scan(self) -> Iterator[Token]:
+        at, line, begins = 0, 1, 0          # begins: where the line does
+        while at < len(self.text):
+            match = JSON5_TOKEN.match(self.text, at)
+            found = match[0] if match else self.text[at]
+            token = Token(match.lastgroup if match else "none", found, line,
+                          at - begins + 1)
+            if not match:
+                raise self.error(JSON5_OPEN.get(found, "JSON5"), token)
+            if token.kind != "blank":
+                yield token
+            at = match.end()
+            if "\n" in found:
+                line += found.count("\n")
+                begins = match.start() + found.rindex("\n") + 1
+        yield Token("end", "", line, at - begins + 1)
+
+    def error(self, wanted: str, token: Optional[Token] = None) -> ProxyError:
+        """What stands there may be half a secret: a string is not quoted."""
+        token = token or self.token
+        shown = {"end": "the end of the file", "string": "a string"}.get(
+            token.kind, ascii(token.text[:20]))
+        return ProxyError(400, f"{self.name}:{token.line}:{token.column}: expected "
+                               f"{wanted}, found {shown}")
+
+    def take(self, mark: str, wanted: str = "") -> None:
+        if self.token.kind not in ("mark", "end") or self.token.text != mark:
+            raise self.error(wanted or repr(mark))
+        if mark:
+            self.token = next(self.tokens)
+
+    def node(self, depth: int) -> Node:
+        token, where = self.token, f"{self.name}:{self.token.line}"
+        if depth > MAX_FILE_DEPTH:
+            raise self.error(f"at most {MAX_FILE_DEPTH} maps and lists in each other")
+        if token.text == "{":
+            return Node(self.members(depth), where)
+        if token.text == "[":
+            return Node(self.items(depth), where)
+        if token.kind == "string":
+            value = self.unquoted(token)
+        elif token.kind == "number":
+            value = self.number(token)
+        elif token.text in JSON5_WORDS:
+            value = JSON5_WORDS[token.text]
+        else:
+            raise self.error("a value")
+        self.token = next(self.tokens)
+        return Node(value, where)
+
+    def members(self, depth: int) -> Dict[str, Node]:
+        members: Dict[str, Node] = {}
+        self.take("{")
+        while self.token.text != "}":
+            key = self.key()
+            if key in members:
+                raise self.error("each key once")
+            self.token = next(self.tokens)
+            self.take(":")
+            members[key] = self.node(depth + 1)
+            if self.token.text != "}":
+                self.take(",", "',' or '}'")
+        self.take("}")
+        return members
+
+    def items(self, depth: int) -> List[Node]:
+        items = []
+        self.take("[")
+        while self.token.text != "]":
+            items.append(self.node(depth + 1))
+            if self.token.text != "]":
+                self.take(",", "',' or ']'")
+        self.take("]")
+        return items
+
+    def key(self) -> str:
+        """A string, or an identifier of ECMAScript's; escapes are allowed in both."""
+        if self.token.kind == "string":
+            return self.unquoted(self.token)
+        name = self.token.text
+        if self.token.kind == "name":
+            name = JSON5_ESCAPE.sub(self.escape, name)
+        spelled = re.sub("[$\u200c\u200d]", "_", name)
+        if self.token.kind != "name" or not spelled.isidentifier():
+            raise self.error("a key or '}'")
+        return name
+
+    def unquoted(self, token: Token) -> str:
+        text = JSON5_ESCAPE.sub(self.escape, token.text[1:-1])
+        try:                                # two escapes may be one character
+            return text.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            raise self.error("whole characters, not half of one", token) from None
+
+    def escape(self, match: Any) -> str:
+        if match["hex"]:
+            return chr(int(match["hex"][1:], 16))
+        if match["bad"]:
+            raise self.error("escapes as in JSON5")
+        if match["joined"]:
+            return ""
+        return JSON5_SIGNS.get(match["sign"], match["sign"])
+
+    def number(self, token: Token) -> Any:
+        """An int where it is written as one; math.inf and math.nan are numbers, too."""
+        if len(token.text) > MAX_NUMBER_CHARS:
+            raise self.error(f"a number of at most {MAX_NUMBER_CHARS} characters")
+        if re.fullmatch("[+-]?0[xX].*", token.text):
+            return int(token.text, 16)
+        if re.fullmatch("[+-]?[0-9]+", token.text):
+            return int(token.text)
+        return float(token.text)
+
+
+def json5_tree(file: File) -> Node:
+    """The value of a JSON5 text; ProxyError(400) with line and column."""
+    reader = Json5(file)
+    tree = reader.node(0)
+    reader.take("", "the end of the file")
+    return tree
+
+
+def json5_text(value: Any, indent: str = "") -> str:
+    """A value as JSON5 in lines of 80 columns, as far as its strings allow: keys
+    without quotes where they need none, and short members side by side."""
+    if not isinstance(value, (dict, list)) or not value:
+        return json.dumps(value)
+    deeper = indent + "  "
+    if isinstance(value, dict):
+        pieces = [(key if re.fullmatch("[A-Za-z_$][\\w$]*", key, re.ASCII)
+                   else json.dumps(key)) + ": " + json5_text(item, deeper)
+                  for key, item in value.items()]
+    else:
+        pieces = [json5_text(item, deeper) for item in value]
+    opens, closes = ("{ ", " }") if isinstance(value, dict) else ("[", "]")
+    short = opens + ", ".join(pieces) + closes
+    if "\n" not in short and len(short) <= 60:
+        return short
+    lines: List[str] = []
+    for piece in pieces:
+        if lines and "\n" not in lines[-1] + piece and len(
+                deeper + lines[-1] + piece) <= 78:
+            lines[-1] += f" {piece},"
+        else:
+            lines.append(piece + ",")
+    return "\n".join([opens[0], *(deeper + line for line in lines),
+                      indent + closes[-1]])
 
 
 YAML_KEY = re.compile(r"""( *)("[^"]*"|'[^']*'|[^\s#&*!|>%@`{}\[\],"'-].*?)\s*:"""
@@ -859,6 +1071,8 @@ class Config(NamedTuple):
     fallbacks: Mapping[str, Tuple[str, ...]] = {}   # by model or tier, in order
     home: str = ""                  # folder for what is remembered; "": nowhere
     model_aliases: Mapping[str, str] = {}
+    prefix: str = ""                # OpenClaw's name of the provider, before its ids
+    models: Mapping[str, Model] = {}    # as the file tells them; 0 tokens: not told
     http_proxy: str = ""
     https_proxy: str = ""
     no_proxy: str = ""
@@ -875,6 +1089,7 @@ class Config(NamedTuple):
             values[name] = values[name] and "***"
         for name in ("http_proxy", "https_proxy"):
             values[name] = masked(values[name])
+        values["models"] = list(self.models)
         return values
 
 
@@ -941,7 +1156,7 @@ def resolve_config(flags: Json, environ: Mapping[str, str], dotenv: Mapping[str,
 
     Raises ProxyError(400) that names source, setting, what was found and wanted.
     """
-    entries = file_entries(file, {**dotenv, **environ})
+    entries, flags = file_entries(file, {**dotenv, **environ}, flags)
     own_place = flags.get("base_url") or any(
         path[0] in ("nvidia", "upstream") for path in entries)
     active = "" if own_place else saved.active
@@ -957,10 +1172,12 @@ def resolve_config(flags: Json, environ: Mapping[str, str], dotenv: Mapping[str,
     found["base_url"] = clean_base_url(found["base_url"], found["api"])
     found[ALIASES] = model_aliases(entries, {**dotenv, **environ})
     found[FALLBACKS] = model_fallbacks(entries)
+    found.update(openclaw_facts(entries))
     network = network_settings(environ)
     sources.update({name: source for name, source, value in (
         (ALIASES, "environment or file", found[ALIASES]),
         (FALLBACKS, "file", found[FALLBACKS]),
+        ("prefix", file.name, found["prefix"]), ("models", file.name, found["models"]),
         *((name, "environment", value) for name, value in network.items())) if value})
     config = Config(**found, **network)
     return config._replace(requests_per_minute=requests_a_minute(config),
@@ -994,6 +1211,8 @@ def asked_for(flags: Json, environs: List[Mapping[str, str]], entries: Entries,
             continue
         if setting.key == "upstream.api_key":
             setting = setting._replace(variable=PROVIDERS[provider].key_variable)
+        if setting.field == "api_key" and KEPT_KEY in entries:
+            setting = setting._replace(variable="")
         for raw, source in candidates(setting, flags, environs, entries):
             if raw not in (None, "") and setting.field not in found:
                 found[setting.field] = convert(setting.kind, raw, source)
@@ -1105,6 +1324,38 @@ def as_switch(raw: Any) -> bool:
     return raw
 
 
+def as_tokens(raw: Any) -> int:
+    """A number of tokens, as JSON has it."""
+    if isinstance(raw, bool) or not isinstance(raw, (int, float)):
+        raise TypeError
+    if raw != raw or not 1 <= raw <= 1 << 27 or raw != int(raw):
+        raise ValueError
+    return int(raw)
+
+
+def as_input(raw: Any) -> bool:
+    """Whether images are among what a model takes."""
+    if not isinstance(raw, list) or not all(isinstance(word, str) for word in raw):
+        raise TypeError
+    return "image" in raw
+
+
+def as_cost(raw: Any) -> Tuple[float, ...]:
+    """Model.cost from OpenClaw's map; what is not there costs nothing."""
+    if not isinstance(raw, dict):
+        raise TypeError
+    costs = tuple(raw.get(name, 0) for name in COSTS)
+    for cost in costs:
+        if isinstance(cost, bool) or not isinstance(cost, (int, float)):
+            raise TypeError
+        if not 0 <= cost < math.inf:        # nor NaN
+            raise ValueError
+    return costs
+
+
+COSTS = ("input", "output", "cacheRead", "cacheWrite")
+
+
 def as_window(raw: Any) -> int:
     """A number of tokens, of 1024 if it ends in k, of 1024 * 1024 if in m."""
     match = re.fullmatch("([0-9]{1,9})([km]?)", str(raw).strip().lower(), re.ASCII)
@@ -1129,6 +1380,9 @@ KINDS = {
     "level": ("one of " + ", ".join(LEVELS), as_level),
     "api": (" or ".join(APIS), one_of(APIS)),
     "format": ("native or xml", one_of(("native", "xml"))),
+    "tokens": ("a whole number of tokens, 1 to 134217728", as_tokens),
+    "input": ('a list of "text" and "image"', as_input),
+    "cost": ("dollars for a million tokens, as in {input: 0, output: 0}", as_cost),
     "window": ("tokens such as 32768, 128k or 1m", as_window),
     "model": ("a model's id, without spaces", as_model),
 }
@@ -1210,12 +1464,20 @@ def ca_paths(variable: str, value: str) -> List[str]:
     return [path for path in value.split(":") if path]
 
 
-def file_entries(file: File, environ: Mapping[str, str]) -> Entries:
-    """The file's settings by path, ${VAR} expanded, every key known."""
-    if file.text.lstrip("\ufeff \t\r\n").startswith("{"):
-        entries = json_entries(file)
-    else:
-        entries = yaml_entries(file)
+def file_entries(file: File, environ: Mapping[str, str],
+                 flags: Json) -> Tuple[Entries, Json]:
+    """The file's settings by path, ${VAR} expanded, every key known; and the flags
+    that are left, for an OpenClaw file has providers of its own."""
+    if not is_json5(file):
+        return own_entries(yaml_entries(file), environ), flags
+    tree = json5_tree(file)
+    if openclaw_section(tree):
+        entries = openclaw_entries(tree, environ, flags.get("provider") or "")
+        return entries, {**flags, "provider": None}
+    return own_entries(json_entries(tree), environ), flags
+
+
+def own_entries(entries: Entries, environ: Mapping[str, str]) -> Entries:
     known = [*filter(None, (setting.key for setting in SETTINGS)), ALIASES, FALLBACKS]
     for path, (value, where) in entries.items():
         key, free = ".".join(path), path[0] in (ALIASES, FALLBACKS)
@@ -1236,11 +1498,228 @@ def file_entries(file: File, environ: Mapping[str, str]) -> Entries:
     return entries
 
 
+# OpenClaw's configuration: https://docs.openclaw.ai/gateway/configuration.  Of
+#
+#     {env: {X: "..", vars: {X: ".."}},
+#      agents: {defaults: {model: {primary: "name/id", fallbacks: ["name/id"]}}},
+#      models: {providers: {name: {baseUrl, apiKey, api, models: [{id, ...}]}}}}
+#
+# one provider is taken; everything else is OpenClaw's own business.
+
+PRIMARY = ("agents", "defaults", "model")
+MODEL_KINDS = {             # key of a model there: (field of Model, row of KINDS)
+    "name": ("label", "text"),
+    "reasoning": ("thinks", "switch"),
+    "input": ("vision", "input"),
+    "contextWindow": ("window", "tokens"),
+    "maxTokens": ("output", "tokens"),
+    "cost": ("cost", "cost"),
+}
+KEPT_KEY = ("openclaw", "key")      # set: no variable takes the place of the file's key
+FACTS = "openclaw models"           # the section of what is told of models
+
+
+def openclaw_section(tree: Node) -> Optional[Node]:
+    """The node that holds `providers`, by which such a file is known; it may be the
+    file itself, as the section that is shown in many guides."""
+    section = beneath(tree, "models") or tree
+    return section if isinstance(tree.value, dict) and beneath(
+        section, "providers") else None
+
+
+def beneath(node: Optional[Node], *path: str) -> Optional[Node]:
+    """What stands under a path of keys, None if nothing does."""
+    for key in path:
+        if node is None or not isinstance(node.value, dict):
+            return None
+        node = node.value.get(key)
+    return node
+
+
+def openclaw_entries(tree: Node, environ: Mapping[str, str], wanted: str) -> Entries:
+    """The settings of ours that an OpenClaw file amounts to, with its lines.
+
+    `wanted` is the provider's name there, "" for the one of the primary model.
+    """
+    block = env_block(tree)
+    told = OpenclawValues({**environ, **block,
+                 **{name: value for name, value in environ.items() if value}})
+    primary = beneath(tree, *PRIMARY, "primary") or beneath(tree, *PRIMARY)
+    ref = told.text(primary, "agents.defaults.model.primary")
+    name, node = openclaw_provider(tree, wanted, ref.partition("/")[0])
+    at = f"models.providers.{name}"
+    base_url = told.value("url", beneath(node, "baseUrl"), f"{at}.baseUrl") or ""
+    row = openclaw_row(name, base_url)
+    if not (base_url or row.base_url):
+        raise ProxyError(400, f"{node.where}: {at}: expected a baseUrl, found none")
+    rows = told.models(beneath(node, "models"), f"{at}.models")
+    mine = ref.startswith(name + "/")
+    default = openclaw_id(name, rows, ref) if mine else next(iter(rows), "")
+    key = told.key(beneath(node, "apiKey"), f"{at}.apiKey")
+    found = {
+        "provider": (row.name, node),
+        "upstream.base_url": (base_url, beneath(node, "baseUrl")),
+        "upstream.api_key": (key or block.get(row.key_variable, ""),
+                             beneath(node, "apiKey")),
+        "upstream.api": (told.value("api", beneath(node, "api"), f"{at}.api"),
+                         beneath(node, "api")),
+        "upstream.default_model": (
+            default, primary if mine else beneath(node, "models"))}
+    entries: Entries = {tuple(path.split(".")): (value, (there or node).where)
+                        for path, (value, there) in found.items()}
+    own = not base_url or re.fullmatch(row.hosts or "-", urlsplit(base_url).netloc)
+    if key and not own:
+        entries[KEPT_KEY] = True, node.where
+    others = told.ids(beneath(tree, *PRIMARY, "fallbacks"), name, rows)
+    for model in {default, SUCCESSORS.get(default, default)} if others else ():
+        entries[FALLBACKS, model] = others, node.where
+    entries[FACTS, ""] = (name, rows), node.where
+    return entries
+
+
+def openclaw_facts(entries: Entries) -> Json:
+    prefix, models = entries.get((FACTS, ""), (("", {}), ""))[0]
+    return {"prefix": prefix, "models": models}
+
+
+def openclaw_provider(tree: Node, wanted: str, primary: str) -> Tuple[str, Node]:
+    """The provider that is asked for, or the primary model's, or the only one."""
+    node = beneath(openclaw_section(tree), "providers") or tree
+    if not isinstance(node.value, dict) or not node.value:
+        raise ProxyError(400, f"{node.where}: models.providers: expected a map of "
+                              f"providers, found {json_kind(plain_value(node))}")
+    rows = node.value
+    names = [wanted] if wanted else [primary] * (primary in rows) + list(rows)
+    name = names[0]
+    if name not in rows or len(rows) > 1 and name not in (wanted, primary):
+        found = f"{wanted!r}{nearest(wanted, rows)}" if wanted else (
+            "no primary model that names it")
+        raise ProxyError(400, f"{node.where}: models.providers: expected --provider "
+                              f"with one of {', '.join(rows)}, found {found}")
+    if not isinstance(rows[name].value, dict):
+        raise ProxyError(400, f"{rows[name].where}: models.providers.{name}: expected "
+                              f"a map, found {json_kind(plain_value(rows[name]))}")
+    return name, rows[name]
+
+
+def openclaw_row(name: str, base_url: str) -> Provider:
+    """Our row for a provider: by its host, or by its name."""
+    host = urlsplit(base_url).netloc.lower()
+    return next((row for row in PROVIDERS.values()
+                 if row.hosts and re.fullmatch(row.hosts, host)),
+                PROVIDERS.get(name, PROVIDERS["custom"]))
+
+
+def openclaw_id(name: str, ids: Iterable[str], ref: str) -> str:
+    """The id that a model goes by upstream: the provider's name is no part of it,
+    unless an id that is listed has it, or what remains is none of NVIDIA's."""
+    rest = ref[len(name) + 1:] if ref.startswith(name + "/") else ref
+    if rest not in ids and (ref in ids or name == "nvidia" and "/" not in rest):
+        return ref
+    return rest
+
+
+def env_block(tree: Node) -> Dict[str, str]:
+    """The variables that the file itself sets."""
+    found: Dict[str, str] = {}
+    for path in (("env",), ("env", "vars")):
+        node = beneath(tree, *path)
+        items = node.value if node and isinstance(node.value, dict) else {}
+        found.update({name: str(item.value) for name, item in items.items()
+                      if isinstance(item.value, (str, int, float))})
+    return found
+
+
+class OpenclawValues:
+    """Values of an OpenClaw file, checked; `environ` is what ${VAR} stands for."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.environ = environ
+
+    def value(self, kind: str, node: Optional[Node], at: str) -> Any:
+        """A value of a row of KINDS; None if it is not there, null or empty."""
+        if node is None or node.value in (None, ""):
+            return None
+        value = plain_value(node)
+        if isinstance(value, str):
+            value = expanded(value, self.environ, node.where)
+        return convert(kind, value, f"{node.where}: {at}")
+
+    def text(self, node: Optional[Node], at: str) -> str:
+        if node and isinstance(node.value, dict):
+            return ""                       # fallbacks without a primary
+        return self.value("text", node, at) or ""
+
+    def key(self, node: Optional[Node], at: str) -> str:
+        """An API key: text, or OpenClaw's {source: "env", provider, id: "VARIABLE"}."""
+        if node is None or not isinstance(node.value, dict):
+            return self.value("secret", node, at) or ""
+        source, name = beneath(node, "source"), beneath(node, "id")
+        if source is None or name is None or source.value != "env":
+            raise ProxyError(400, f"{node.where}: {at}: expected text or "
+                                  '{source: "env", id: "VARIABLE"}, found another '
+                                  "reference, which only OpenClaw can follow")
+        variable = self.text(name, f"{at}.id")
+        where = f"{node.where}: {at}"
+        value = expanded("${%s}" % variable, self.environ, where)
+        return convert("secret", value, where)
+
+    def models(self, node: Optional[Node], at: str) -> Dict[str, Model]:
+        """What is told of each model, by id."""
+        rows = {}
+        for number, item in enumerate(self.listed(node, at)):
+            name = self.text(beneath(item, "id"), f"{at}[{number}].id")
+            if not name:
+                found = json_kind(plain_value(item))
+                raise ProxyError(400, f"{item.where}: {at}[{number}]: expected a map "
+                                      f"with an id, found {found} without")
+            facts = known_model(name)._replace(window=0, output=0, sure=False)
+            for key, (field, kind) in MODEL_KINDS.items():
+                value = self.value(kind, beneath(item, key), f"{at}[{number}].{key}")
+                if value is not None:
+                    facts = facts._replace(**{field: value})
+            rows[name] = facts
+        return rows
+
+    def listed(self, node: Optional[Node], at: str) -> List[Node]:
+        if node is None or node.value is None:
+            return []
+        if not isinstance(node.value, list):
+            raise ProxyError(400, f"{node.where}: {at}: expected a list, found "
+                                  f"{json_kind(node.value)}")
+        return node.value
+
+    def ids(self, node: Optional[Node], name: str, rows: Iterable[str]) -> List[str]:
+        """The fallbacks of this provider; no other's can be asked."""
+        refs = [self.text(item, "agents.defaults.model.fallbacks")
+                for item in self.listed(node, "agents.defaults.model.fallbacks")]
+        return [openclaw_id(name, rows, ref) for ref in refs
+                if ref.startswith(name + "/")]
+
+
+def model_facts(config: Config, name: str) -> Model:
+    """What is known of a model: the file's words, what they leave open from the
+    catalog."""
+    known, told = known_model(name), config.models.get(name)
+    if told is None:
+        return known
+    window, output = told.window or known.window, told.output or known.output
+    return told._replace(window=window, output=min(output, window),
+                         sure=told.window > 0 or known.sure, capped=told.output > 0)
+
+
+def told_window(config: Config, name: str) -> int:
+    """The window that the settings give a model, tokens; 0 if they do not."""
+    told = config.models.get(name)
+    return config.context_window or (told.window if told else 0)
+
+
 def upstream_model(config: Config, asked: str) -> str:
     """The upstream's id for the model that the client asked for.
 
-    An alias; a tier of Claude's; `nvidia/` off where a catalog id remains; else as
-    it is.  `anthropic/` and `[1m]` are the client's own decoration.
+    An alias; a tier of Claude's; `nvidia/`, or OpenClaw's name of the provider, off
+    where an id remains; else as it is.  `anthropic/` and `[1m]` are the client's own
+    decoration.
     """
     if asked in config.model_aliases:
         return config.model_aliases[asked]
@@ -1248,10 +1727,14 @@ def upstream_model(config: Config, asked: str) -> str:
     name = name[len("anthropic/"):] if name.startswith("anthropic/") else name
     if name in config.model_aliases:
         return config.model_aliases[name]
+    if name in config.models:
+        return name
     if name.startswith("claude") or name in TIERS:
         tier = next((tier for tier in TIERS if tier in name), "default_model")
         return getattr(config, tier)
-    if re.match(r"nvidia/.+/", name):
+    if config.prefix and name:
+        name = openclaw_id(config.prefix, config.models, name)
+    if name not in config.models and re.match(r"nvidia/.+/", name):
         return name[len("nvidia/"):]
     return name or config.default_model
 
@@ -1865,7 +2348,7 @@ def chat_body(body: Json, model: str, provider: Provider = PROVIDERS["custom"],
         raise thread_error()
     facts = facts or known_model(model)
     family = model_family(model)
-    thinks = wants_thinking(body, family)
+    thinks = facts.thinks is not False and wants_thinking(body, family)
     switch = reasoning_switch(body, family, provider, thinks)
     around = switch.pop("first", ""), switch.pop("last", "")
     tools = tool_fields(body)
@@ -1920,7 +2403,8 @@ def max_tokens(body: Json, facts: Model, family: Family, prompt_tokens: int) -> 
     if family.always_thinks():
         wanted = max(wanted or facts.output, LEAST_THINKING_TOKENS)
     if not facts.sure:
-        return wanted or facts.output
+        wanted = wanted or facts.output
+        return min(wanted, facts.output) if facts.capped else wanted
     room = facts.window - prompt_tokens - WINDOW_MARGIN_TOKENS
     return min(wanted or facts.output, facts.output, max(room, LEAST_OUTPUT_TOKENS))
 
@@ -2666,7 +3150,8 @@ def overflow(asked: Asked, text: str) -> Optional[ProxyError]:
 
 def overflow_words(asked: Asked, found: Dict[str, int]) -> str:
     """What Claude Code's own patterns look for, in the figures of an overflow."""
-    window = found.get("n") or asked.window or known_model(asked.model).window
+    window = (found.get("n") or asked.window
+              or model_facts(asked.config, asked.model).window)
     prompt = found.get("p") or window + found.get("over", 0)
     if "o" in found and prompt < window:
         return (f"input length and `max_tokens` exceed context limit: {prompt} + "
@@ -7330,6 +7815,7 @@ class Asker:
         family = model_family(model)
         always = family.always_thinks()
         own = not upstream_api(self.config).hosts
+        own = own and self.facts(model).thinks is not False
         thinks = always or own and wants_thinking(body, family)
         return family.opens if thinks and model not in self.fielded else ""
 
@@ -7338,8 +7824,8 @@ class Asker:
     def facts(self, model: str) -> Model:
         """What is known of a model: as configured, learned, told by the server, or in
         the catalog."""
-        facts = known_model(model)
-        window = (self.config.context_window
+        facts = model_facts(self.config, model)
+        window = (told_window(self.config, model)
                   or self.windows.get(model, 0)
                   or self.learned.window(self.config.base_url, model))
         if not window:
@@ -7992,7 +8478,8 @@ class Proxy:
         if ids and time.monotonic() - when < MODELS_FRESH_SECONDS:
             return ids
         own = list(dict.fromkeys([self.config.default_model, self.config.opus,
-                                  self.config.sonnet, self.config.haiku]))
+                                  self.config.sonnet, self.config.haiku,
+                                  *self.config.models]))
         live = asyncio.ensure_future(self.live_models())
         live.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
@@ -8588,7 +9075,8 @@ def client_environment(config: Config, url: str, one_model: bool,
     `one_model`: one was asked for, so subagents get it too.  Ids that begin with
     `claude-` would lose the window variables, ours do not.
     """
-    tokens = str(config.context_window or known_model(config.default_model).window)
+    tokens = str(config.context_window
+                 or model_facts(config, config.default_model).window)
     wanted = {
         "ANTHROPIC_MODEL": config.default_model,
         "ANTHROPIC_DEFAULT_OPUS_MODEL": config.opus,
@@ -8693,6 +9181,60 @@ def hand_on(children: List[subprocess.Popen]) -> Callable[[int, Any], None]:
             if number != signal.SIGINT and child.poll() is None:
                 child.send_signal(number)
     return handler
+
+
+OPENCLAW = "nimproxy", "nimproxy-openai"    # what the proxy is called there: asked in
+                                            # Anthropic's words, and in OpenAI's
+
+
+def openclaw_config(config: Config, url: str) -> Json:
+    """What makes OpenClaw use the proxy at `url` by either API, or its upstream itself.
+
+    {"agents": .., "models": {"mode": "merge", "providers": {name: provider}}}, with
+    references to keys and no key.  https://docs.openclaw.ai/gateway/config-tools
+    """
+    models = [openclaw_model(config, name) for name in openclaw_ids(config)]
+    key = "${PROXY_API_KEY}" if config.proxy_key else "unused"
+    blocks = {OPENCLAW[0]: (url, key, APIS[1]),
+              OPENCLAW[1]: (url + "/v1", key, APIS[0])}
+    variable = PROVIDERS[config.provider].key_variable
+    if config.default_model != DEMO_MODEL:
+        key = "${%s}" % variable if variable else "local"
+        blocks[config.prefix or config.provider] = config.base_url, key, config.api
+    return {
+        "agents": {"defaults": {"model": {
+            "primary": f"{OPENCLAW[0]}/{models[0]['id']}"}}},
+        "models": {"mode": "merge", "providers": {
+            name: {"baseUrl": base_url, "apiKey": key, "api": api, "models": models}
+            for name, (base_url, key, api) in blocks.items()}},
+    }
+
+
+def openclaw_ids(config: Config) -> List[str]:
+    """The default, the tiers, the file's own, and what lives of NVIDIA's catalog."""
+    hosted = config.base_url == PROVIDERS["nvidia"].base_url
+    ids = [config.default_model, *(getattr(config, tier) for tier in TIERS),
+           *config.models]
+    if hosted and config.default_model != DEMO_MODEL:
+        ids = [SUCCESSORS.get(name, name) if known_model(name).retired else name
+               for name in ids]
+        ids += [name for name, row in MODELS.items()
+                if "/" in name and not row.retired and name not in SUCCESSORS
+                and name not in HOSTED_ELSEWHERE]
+    return list(dict.fromkeys(ids))
+
+
+HOSTED_ELSEWHERE = [getattr(row, tier) for row in PROVIDERS.values() for tier in TIERS
+                    if row.name != "nvidia"]
+
+
+def openclaw_model(config: Config, name: str) -> Json:
+    facts, family = model_facts(config, name), model_family(name)
+    thinks = family != NO_FAMILY if facts.thinks is None else facts.thinks
+    return {"id": name, "name": facts.label or name.rpartition("/")[2],
+            "reasoning": thinks, "input": ["text"] + ["image"] * facts.vision,
+            "contextWindow": config.context_window or facts.window,
+            "maxTokens": facts.output, "cost": dict(zip(COSTS, facts.cost))}
 
 
 # ---- 27. Saved: providers as they were set up --------------------------------
@@ -9404,13 +9946,14 @@ COMMANDS = {
     "test": Command("run_test", "one request, streamed to the terminal: test [PROMPT]"),
     "models": Command("run_models", "what the provider offers (--live: ask it)"),
     "status": Command("run_status", "is a proxy up here, for which upstream"),
+    "openclaw": Command("run_openclaw", "OpenClaw's configuration for this proxy"),
     "version": Command("run_version", "version, Python, file"),
 }
 OTHER_NAMES = {"proxy": "serve", "init": "setup"}
 SHORT = {"-p": "--port", "-f": "--force", "-r": "--reconfigure"}
 
 OPTIONS = {                 # name: (what it takes, or "" for a switch; help)
-    "--config": ("FILE", "config.yaml or JSON (default: ./config.yaml)"),
+    "--config": ("FILE", "YAML, JSON5 or OpenClaw's (default: ./config.yaml)"),
     "--provider": ("NAME", ", ".join(PROVIDERS)),
     "--model": ("ID", "the one model to use"),
     "--base-url": ("URL", "a Chat Completions server, such as http://host:8000/v1"),
@@ -9421,7 +9964,7 @@ OPTIONS = {                 # name: (what it takes, or "" for a switch; help)
     "--demo": ("", "use the built-in upstream"),
     "--show-config": ("", "print each setting with its source, and exit"),
     "--live": ("", "models: ask the provider"),
-    "--json": ("", "models, status: as JSON"),
+    "--json": ("", "models, status, openclaw: as JSON"),
     "--shell": ("SHELL", "env: sh, fish or powershell"),
     "--reconfigure": ("", "set the active provider up anew, then serve"),
     "--force": ("", "rm: without asking"),
@@ -10160,18 +10703,21 @@ def running_status(config: Config, path: str = "/status") -> Json:
 def run_models(context: Context) -> int:
     """The catalog, or the provider's own list; marks what is retired."""
     config = context.config
-    if config.provider != "nvidia" and not context.options.live:
+    ids = list(config.models)
+    if config.provider != "nvidia" and not context.options.live and not ids:
         raise ProxyError(400, f"there is no catalog for {config.provider}: add --live")
-    ids = [name for name in MODELS if "/" in name]
+    if config.provider == "nvidia":
+        ids += [name for name in MODELS if "/" in name and name not in ids]
     try:
         if context.options.live:
             ids = asyncio.run(live_list(context.config))
     except ProxyError as error:
         return gave_up(error)
-    rows = [{"id": name, "retired": known_model(name).retired,
-             "window": known_model(name).window if name in MODELS else None,
-             "images": known_model(name).vision if name in MODELS else None,
-             "instead": SUCCESSORS.get(name)} for name in ids]
+    rows = [{"id": name, "retired": facts.retired,
+             "window": facts.window if facts.sure else None,
+             "images": facts.vision if facts.sure else None,
+             "instead": SUCCESSORS.get(name)}
+            for name in ids for facts in [model_facts(config, name)]]
     if context.options.json:
         say(json.dumps(rows, indent=1))
         return 0
@@ -10239,6 +10785,31 @@ def limits_line(limits: Json) -> str:
     words += [f"{model} pauses {seconds:.0f} s"
               for model, seconds in limits["pauses"].items()]
     return ", ".join(words)
+
+
+OPENCLAW_NOTE = """\
+// For ~/.openclaw/openclaw.json; keep of the providers what you want.
+// {0}: this proxy in Anthropic's words; {1}: in OpenAI's;
+// any other: that server itself.  Keys are taken from the environment.
+"""
+
+
+def run_openclaw(context: Context) -> int:
+    """Print OpenClaw's configuration; with a provider's name, for that one alone."""
+    tree = openclaw_config(context.config, config_url(context.config))
+    providers = tree["models"]["providers"]
+    for name in context.arguments[:1]:
+        if name not in providers:
+            raise ProxyError(400, f"openclaw: expected one of {', '.join(providers)}, "
+                                  f"found {name!r}{nearest(name, providers)}")
+        first = providers[name]["models"][0]["id"]
+        tree["agents"]["defaults"]["model"]["primary"] = f"{name}/{first}"
+        tree["models"]["providers"] = {name: providers[name]}
+    if context.options.json:
+        say(json.dumps(tree, indent=1))
+        return 0
+    say(OPENCLAW_NOTE.format(*OPENCLAW) * (not context.arguments) + json5_text(tree))
+    return 0
 
 
 def run_version() -> int:

@@ -551,6 +551,108 @@ def test_effort_words(asked, three, low_high_max):
     assert np.effort_word(asked, np.LOW_HIGH_MAX) == low_high_max
 
 
+# ---- 4. Files: YAML, JSON5 and .env ------------------------------------------
+
+def json5(text):
+    return np.plain_value(np.json5_tree(np.File("f", text)))
+
+
+JSON5_VALUES = [
+    ("the specification's own example", """{
+  // comments
+  unquoted: 'and you can quote me on that',
+  singleQuotes: 'I can use "double quotes" here',
+  lineBreaks: "Look, Mom! \\
+No \\\\n's!",
+  hexadecimal: 0xdecaf,
+  leadingDecimalPoint: .8675309, andTrailing: 8675309.,
+  positiveSign: +1,
+  trailingComma: 'in objects', andIn: ['arrays',],
+  "backwardsCompatible": "with JSON",
+}""", {"unquoted": "and you can quote me on that",
+       "singleQuotes": 'I can use "double quotes" here',
+       "lineBreaks": "Look, Mom! No \\n's!", "hexadecimal": 0xdecaf,
+       "leadingDecimalPoint": .8675309, "andTrailing": 8675309.0, "positiveSign": 1,
+       "trailingComma": "in objects", "andIn": ["arrays"],
+       "backwardsCompatible": "with JSON"}),
+    ("keys", "{width: 1, $a_1: 2, \u00fcber: 3, \\u0061b: 4, '': 5, null: 6, NaN: 7}",
+     {"width": 1, "$a_1": 2, "\u00fcber": 3, "ab": 4, "": 5, "null": 6, "NaN": 7}),
+    ("numbers", "[0, -0x1F, +0xC8, 1e3, 1.5E-1, -.5, 5., 0.0]",
+     [0, -31, 200, 1000.0, .15, -.5, 5.0, 0.0]),
+    ("infinities", "[Infinity, -Infinity, +Infinity]", [float("inf"), -float("inf"),
+                                                        float("inf")]),
+    ("escapes", r"""'\b\f\n\r\t\v\0\\\'\"\x41\u0042\a\/\ud83d\ude00'""",
+     "\b\f\n\r\t\v\0\\'\"ABa/\U0001f600"),
+    ("continued lines", "'a\\\r\nb\\\rc\\\u2028d'", "abcd"),
+    ("comments", "/**/ [ // x\n 1 /* , 2\n*/ /***/ ] //", [1]),
+    ("blanks", "\ufeff\u00a0\t\v\f[\u20281,\u3000]\u2029", [1]),
+    ("plain JSON", '{"a": [1, -2.5e3, "\\u00e9\\n", true, false, null, {}, []]}',
+     {"a": [1, -2500.0, "\u00e9\n", True, False, None, {}, []]}),
+    ("as deep as it may be", "[" * 65 + "]" * 65, json.loads("[" * 65 + "]" * 65)),
+]
+
+
+@pytest.mark.parametrize("text, value", named(JSON5_VALUES))
+def test_json5_values(text, value):
+    assert json5(text) == value
+
+
+BAD_JSON5 = [       # (case, text, line:column and what was expected and found)
+    ("nothing", "", "1:1: expected a value, found the end of the file"),
+    ("no value", "{a:}", "1:4: expected a value, found '}'"),
+    ("no comma", "{a: 1\n b: 2}", "2:2: expected ',' or '}', found 'b'"),
+    ("two commas", "[1,,]", "1:4: expected a value, found ','"),
+    ("only a comma", "{,}", "1:2: expected a key or '}', found ','"),
+    ("no colon", "{a 1}", "1:4: expected ':', found '1'"),
+    ("another bracket", "[1}", "1:3: expected ',' or ']', found '}'"),
+    ("more behind it", "{} x", "1:4: expected the end of the file, found 'x'"),
+    ("an open string", "{a: 'x\n'}", "1:5: expected a closing ' on the same line"),
+    ("an open comment", "{}\n /* x", "2:2: expected a // or /* comment */"),
+    ("an octal", "[010]", "1:2: expected a value, found '010'"),
+    ("a bad escape", "['\\x4']", "1:2: expected escapes as in JSON5, found a string"),
+    ("a digit escaped", r"['\1']", "1:2: expected escapes as in JSON5"),
+    ("half a character", r"['\ud800']", "1:2: expected whole characters"),
+    ("a key twice", "{a: 1,\n 'a': 2}", "2:2: expected each key once"),
+    ("a key that is none", "{1a: 1}", "1:2: expected a key or '}', found '1a'"),
+    ("a sign alone", "[#]", "1:2: expected JSON5, found '#'"),
+    ("a key in the clear", "{apiKey: nvapi-12345}", "found 'nvapi'"),
+    ("too deep", "[" * 100000, "1:66: expected at most 64 maps and lists"),
+    ("5000 digits", "[" + "9" * 5000 + "]", "expected a number of at most 1000"),
+    ("5000 hex digits", "[0x" + "f" * 5000 + "]", "expected a number of at most 1000"),
+]
+
+
+@pytest.mark.parametrize("text, message", named(BAD_JSON5))
+def test_bad_json5_is_named(text, message):
+    with pytest.raises(np.ProxyError) as caught:
+        json5(text)
+    assert caught.value.status == 400 and "f:" in caught.value.message
+    assert message in caught.value.message and "12345" not in caught.value.message
+
+
+def test_json5_that_ends_anywhere_is_an_error():
+    for _, text, _ in JSON5_VALUES[:2] + JSON5_VALUES[4:5]:
+        for end in range(len(text)):
+            with pytest.raises(np.ProxyError):
+                json5(text[:end])
+
+
+def test_json5_knows_the_line_of_each_value():
+    tree = np.json5_tree(np.File("f", "// x\n{a: [1,\n'b\\\nc'],\n/*\n*/d: {e: 2}}"))
+    assert tree.where == "f:2" and tree.value["a"].value[1].where == "f:3"
+    assert np.json_entries(tree) == {("a",): ([1, "bc"], "f:2"), ("d", "e"): (2, "f:6")}
+
+
+def test_json5_takes_linear_time():
+    long = 20000
+    for text in ("[" + "1,\n" * long + "]", "/*" + "*" * long, "'" + "\\" * long,
+                 "{" + "".join("a%d: 1,\n" % number for number in range(long)) + "}"):
+        began = time.monotonic()
+        with contextlib.suppress(np.ProxyError):
+            json5(text)
+        assert time.monotonic() - began < 2
+
+
 # ---- 5. Configuration --------------------------------------------------------
 
 S1_FILE = """\
@@ -626,6 +728,14 @@ def test_the_same_as_json():
     assert sources["port"] == "config.yaml:3: server.port"
 
 
+def test_the_same_as_json5():
+    config, sources = resolved("""// ours
+        {server: {port: 0x2254}, limits: {max_wait: .5},
+         models: {opus: 'a/b'}, model_aliases: {'x': "y/z",}}""")
+    assert (config.port, config.max_wait, config.opus) == (8788, .5, "a/b")
+    assert sources["port"] == "config.yaml:2: server.port"
+
+
 PORTS = [
     ("default", {}, 8787),
     ("file", {"file": "server:\n  port: 1\n"}, 1),
@@ -675,14 +785,19 @@ BAD_CONFIGS = [
     ("unset variable", "provider: ${NOPE}\n", "config.yaml:1: ${NOPE} is not set"),
     ("custom without a URL", "provider: custom\n",
      "config.yaml:1: provider: 'custom' needs --base-url URL"),
-    ("bad JSON", '{"server": }', "config.yaml: not JSON"),
+    ("bad JSON", '{"server": }', "config.yaml:1:12: expected a value, found '}'"),
     ("JSON, wrong type", '{"server":\n {"port": "x"}}', "config.yaml:2: server.port"),
     ("unknown provider", "provider: nvida\n", "did you mean 'nvidia'?"),
     ("list for text", "models:\n  opus: [a, b]\n", "expected text, found ['a', 'b']"),
     ("bad escape", 'provider: "\\q"\n', "expected escapes as in JSON"),
     ("aliases that are no map", "model_aliases: foo\n", "expected a map of names"),
     ("aliases too deep", "model_aliases:\n  a:\n    b: c\n", "expected a map of names"),
-    ("deep JSON", '{"a":' * 100000, "config.yaml: not JSON"),
+    ("deep JSON", '{"a":' * 100000, "expected at most 64 maps and lists in each other"),
+    ("infinite seconds", "{limits: {max_wait: Infinity}}", "expected seconds"),
+    ("no number of tokens", "{max_context_window: NaN}", "found nan"),
+    ("an unknown key in JSON5", "{server: {port: 1},\n modles: {opus: 'a'}}",
+     "config.yaml:2: expected a known key, found 'modles.opus'"),
+    ("a key twice in JSON5", "{provider: 'nvidia', provider: 'x'}", "each key once"),
     ("boolean for seconds", "streaming:\n  eager_after: true\n", "expected seconds"),
     ("a window of lots", "max_context_window: lots\n",
      "expected tokens such as 32768, 128k or 1m, found 'lots'"),
@@ -857,6 +972,169 @@ def test_folders_of_authorities_are_split_as_openssl_does():
     config = resolved(environ={"SSL_CERT_DIR": "/a:/b", "SSL_CERT_FILE": "/c:d"})[0]
     assert config.ca_files == (("SSL_CERT_FILE", "/c:d"), ("SSL_CERT_DIR", "/a"),
                                ("SSL_CERT_DIR", "/b"))
+
+
+# ---- OpenClaw's own file
+
+NIM_FILE = """{
+  env: { NVIDIA_API_KEY: "nvapi-1" },
+  agents: { defaults: { model: { primary: "nvidia/meta/llama-3.3-70b-instruct",
+    fallbacks: ["nvidia/nvidia/nemotron-3-super-120b-a12b", "openai/gpt-9"] } } },
+  channels: { telegram: { botToken: "${NOT_SET}" } }, gateway: { port: 1 },
+  models: {
+    mode: "merge",
+    providers: {
+      nvidia: {
+        baseUrl: "https://integrate.api.nvidia.com/v1",
+        apiKey: "${NVIDIA_API_KEY}",
+        api: "openai-completions",
+        models: [
+          { id: "meta/llama-3.3-70b-instruct", name: "Llama 3.3 70B Instruct",
+            reasoning: false, input: ["text"], contextWindow: 65536, maxTokens: 8192,
+            cost: { input: 0.5, output: 1, cacheRead: 0, cacheWrite: 0 } },
+          { id: "nvidia/llama-3.1-nemotron-70b-instruct", name: "Nemotron 70B" },
+        ]
+      }
+    }
+  }
+}"""
+OWN_NIM = """{ models: { mode: "merge", providers: { nvidia: {
+    baseUrl: "http://nim.example:8000/v1", apiKey: "local", api: "openai-completions",
+    models: [ { id: "meta/llama-3.3-70b-instruct", name: "Llama 3.3 70B" } ] } } } }"""
+
+
+def two_providers(primary="", **more):
+    """An OpenClaw file of two providers, as plain JSON."""
+    rows = {name: {"baseUrl": "http://%s.example/v1" % name, "apiKey": "sk-" + name,
+                   "models": [{"id": "foo", "input": ["text", "image"]}, {"id": "a/b"}],
+                   **more} for name in ("one", "two")}
+    return json.dumps({"agents": {"defaults": {"model": {"primary": primary}}},
+                       "models": {"providers": rows}})
+
+
+def test_openclaws_own_file():
+    config, sources = resolved(NIM_FILE)
+    assert (config.provider, config.api_key) == ("nvidia", "nvapi-1")
+    assert config.base_url == np.Config().base_url
+    assert {config.default_model, config.opus, config.sonnet, config.haiku} == {
+        "meta/llama-3.3-70b-instruct"}
+    told = np.model_facts(config, "meta/llama-3.3-70b-instruct")
+    assert told[:3] == (65536, 8192, False) and told.cost == (.5, 1, 0, 0)
+    assert (told.thinks, told.label) == (False, "Llama 3.3 70B Instruct")
+    left = np.model_facts(config, "nvidia/llama-3.1-nemotron-70b-instruct")
+    assert left.window == np.MODELS["nvidia/llama-3.1-nemotron-70b-instruct"].window
+    assert sources["base_url"] == "config.yaml:10: upstream.base_url"
+    assert config.fallbacks["meta/llama-3.3-70b-instruct"] == (
+        "nvidia/nemotron-3-super-120b-a12b",)
+    assert resolved(NIM_FILE, {"NVIDIA_API_KEY": "nvapi-2"})[0].api_key == "nvapi-2"
+
+
+OPENCLAW_FORMS = [  # (case, file, what of the config is expected, flags)
+    ("the models section alone", '{mode: "merge", providers: {nvidia: {apiKey: "k"}}}',
+     {"api_key": "k", "base_url": np.Config().base_url, "prefix": "nvidia"}, {}),
+    ("a server of one's own", OWN_NIM,
+     {"api_key": "local", "base_url": "http://nim.example:8000/v1", "prefix": "nvidia",
+      "provider": "nvidia", "opus": "meta/llama-3.3-70b-instruct",
+      "requests_per_minute": 0}, {}),
+    ("variables under env.vars", '{env: {vars: {K: "k"}}, models: {providers: {x: '
+     '{baseUrl: "http://h/v1", apiKey: "${K}"}}}}', {"api_key": "k"}, {}),
+    ("a reference to a variable", '{env: {K: "k"}, models: {providers: {x: {baseUrl: '
+     '"http://h/v1", apiKey: {source: "env", provider: "default", id: "K"}}}}}',
+     {"api_key": "k", "provider": "custom"}, {}),
+    ("a key in env alone", '{env: {NVIDIA_API_KEY: "k"}, models: {providers: {nvidia: '
+     '{api: "openai-completions"}}}}', {"api_key": "k"}, {}),
+    ("Anthropic's API", '{models: {providers: {x: {baseUrl: "http://h/v1", api: '
+     '"anthropic-messages"}}}}', {"api": np.APIS[1], "base_url": "http://h"}, {}),
+    ("the primary model's provider", two_providers("two/foo"),
+     {"api_key": "sk-two", "default_model": "foo"}, {}),
+    ("the provider that is asked for", two_providers("two/foo"),
+     {"api_key": "sk-one", "default_model": "foo"}, {"provider": "one"}),
+    ("another model", two_providers("two/a/b"), {"default_model": "z"},
+     {"default_model": "z"}),
+    ("a primary model as text", '{agents: {defaults: {model: "x/m/n"}}, models: '
+     '{providers: {x: {baseUrl: "http://h/v1"}}}}', {"default_model": "m/n"}, {}),
+]
+
+
+@pytest.mark.parametrize("file, wanted, flags", named(OPENCLAW_FORMS))
+def test_forms_of_openclaws_file(file, wanted, flags):
+    config, _ = resolved(file, **flags)
+    assert {name: getattr(config, name) for name in wanted} == wanted
+
+
+def test_a_key_of_openclaws_file_stays_with_its_server():
+    environ = {"NVIDIA_API_KEY": "nvapi-1", "OPENAI_API_KEY": "sk-mine"}
+    assert resolved(OWN_NIM, environ)[0].api_key == "local"
+    assert resolved(two_providers("one/foo"), environ)[0].api_key == "sk-one"
+
+
+BAD_OPENCLAW = [
+    ("two providers", two_providers(),
+     "config.yaml:1: models.providers: expected --provider with one of one, two"),
+    ("another primary", two_providers("three/foo"), "with one of one, two"),
+    ("no providers", "{models: {providers: {}}}", "expected a map of providers"),
+    ("a provider that is text", "{models: {providers: {x: 'y'}}}",
+     "models.providers.x: expected a map, found a string"),
+    ("another API", two_providers("one/foo", api="openai-responses"),
+     "models.providers.one.api: expected openai-completions or anthropic-messages, "
+     "found 'openai-responses'"),
+    ("no base URL", "{models: {providers: {x: {}}}}", "expected a baseUrl, found none"),
+    ("a base URL that is none", two_providers("one/foo", baseUrl="h/v1"),
+     "models.providers.one.baseUrl: expected a base URL"),
+    ("an unset variable", two_providers("one/foo", apiKey="${NOPE}"),
+     "config.yaml:1: ${NOPE} is not set"),
+    ("a reference to a file", two_providers("one/foo", apiKey={"source": "file"}),
+     'expected text or {source: "env", id: "VARIABLE"}'),
+    ("a window of lots", two_providers("one/foo", models=[
+        {"id": "a", "contextWindow": "lots"}]),
+     "models[0].contextWindow: expected a whole number of tokens"),
+    ("no tokens", two_providers("one/foo", models=[{"id": "a", "maxTokens": 0}]),
+     "models[0].maxTokens: expected a whole number of tokens"),
+    ("a model without an id", two_providers("one/foo", models=[{"name": "a"}]),
+     "models[0]: expected a map with an id"),
+    ("models that are a map", two_providers("one/foo", models={}),
+     "models.providers.one.models: expected a list, found an object"),
+    ("input as text", two_providers("one/foo", models=[{"id": "a", "input": "text"}]),
+     'expected a list of "text" and "image"'),
+    ("a cost below nothing", two_providers("one/foo", models=[
+        {"id": "a", "cost": {"input": -1}}]), "expected dollars for a million tokens"),
+]
+
+
+@pytest.mark.parametrize("file, message", named(BAD_OPENCLAW))
+def test_a_bad_openclaw_file_is_named(file, message):
+    with pytest.raises(np.ProxyError) as caught:
+        resolved(file)
+    assert message in caught.value.message
+
+
+def test_an_unknown_provider_of_openclaws_file_names_the_known():
+    with pytest.raises(np.ProxyError) as caught:
+        resolved(two_providers("one/foo"), provider="tow")
+    assert "one of one, two, found 'tow'; did you mean 'two'?" in caught.value.message
+
+
+OPENCLAW_NAMES = [  # (provider there, ids that are listed, asked, upstream's id)
+    ("nvidia", ["meta/l"], "nvidia/meta/l", "meta/l"),
+    ("nvidia", ["nvidia/l"], "nvidia/l", "nvidia/l"),
+    ("nvidia", [], "nvidia/l", "nvidia/l"),
+    ("nvidia", ["nvidia/l"], "nvidia/nvidia/l", "nvidia/l"),
+    ("nvidia", [], "nvidia/nvidia/l", "nvidia/l"),
+    ("custom", ["foo"], "custom/foo", "foo"), ("custom", [], "custom/foo", "foo"),
+    ("custom", ["foo"], "foo", "foo"), ("custom", ["custom/foo"], "custom/foo",
+                                        "custom/foo"),
+    ("custom", ["custom/foo"], "custom/custom/foo", "custom/foo"),
+    ("custom", ["nvidia/a/b"], "custom/nvidia/a/b", "nvidia/a/b"),
+    ("custom", ["claude-x"], "claude-x", "claude-x"),
+    ("custom", ["foo"], "claude-opus-4", "d/d"),
+]
+
+
+@pytest.mark.parametrize("name, ids, asked, upstream", OPENCLAW_NAMES)
+def test_model_names_in_openclaws_words(name, ids, asked, upstream):
+    config = np.Config(prefix=name, models={each: np.UNKNOWN_MODEL for each in ids},
+                       **{**TIERS, "opus": "d/d"})
+    assert np.upstream_model(config, asked) == upstream
 
 
 # ---- 6. Documents: text from PDF ---------------------------------------------
@@ -5955,6 +6233,49 @@ def test_stop_sequences_beyond_the_fourth_are_enforced():
     assert message["content"] == [said("a ")] and message["stop_sequence"] == "five"
 
 
+# ---- models as OpenClaw's file tells them
+
+TOLD = np.Model(32768, 2048, vision=False, retired=False, sure=False, thinks=False)
+MAY_THINK = {"thinking": {"type": "enabled", "budget_tokens": 2048}}
+
+
+def test_what_the_file_tells_of_a_model_holds():
+    image = {"type": "image", "source": {"type": "base64", "data": "QUJD",
+                                         "media_type": "image/png"}}
+    with both(completes("ok"), models={"qwen3-x": TOLD}, prefix="mine",
+              context_window=0, provider="custom") as (nim, client):
+        turn = {"role": "user", "content": [image, {"type": "text", "text": "hi"}]}
+        for model in ("mine/qwen3-x", "qwen3-y"):
+            assert client.ask(model=model, max_tokens=9000, messages=[turn],
+                              **MAY_THINK)[0] == 200
+        listed = client.request("GET", "/v1/models/qwen3-x")[2]
+        rows = client.request("GET", "/v1/models")[2]["data"]
+    chats = [chat for chat in nim.asked if "messages" in chat]
+    told, other = chats
+    assert (told["model"], told["max_tokens"], other["max_tokens"]) == (
+        "qwen3-x", 2048, 9000)
+    assert "QUJD" not in str(told) and "QUJD" in str(other)
+    on = [chat["chat_template_kwargs"]["enable_thinking"] for chat in chats]
+    assert on == [False, True]
+    assert listed["max_input_tokens"] == 32768
+    assert "qwen3-x" in [row["id"] for row in rows]
+
+
+OUTPUTS = [     # (case, what the file tells, the output that upstream is asked for)
+    ("nothing", TOLD._replace(window=0, output=0), 9000),
+    ("output alone", TOLD._replace(window=0), 2048),
+    ("a window alone", TOLD._replace(output=0), 9000),
+    ("a window that is small", TOLD._replace(window=4096, output=0), 3500),
+]
+
+
+@pytest.mark.parametrize("told, most", named(OUTPUTS))
+def test_output_as_the_file_tells_it(told, most):
+    facts = np.model_facts(np.Config(models={"m": told}), "m")
+    chat = np.chat_body({**ASK, "max_tokens": 9000}, "m", prompt_tokens=50, facts=facts)
+    assert abs(chat["max_tokens"] - most) < 50
+
+
 # ---- asking again
 
 LOADED = refuses(503, {"error": {"message": "ResourceExhausted: Worker local total "
@@ -7767,6 +8088,12 @@ def test_sh_reads_back_what_is_exported():
     assert subprocess.check_output(["sh", "-c", script]).decode() == added["A"]
 
 
+def test_the_window_that_the_file_tells_is_the_clients():
+    config = np.Config(models={"m": TOLD}, default_model="m")
+    added = np.client_environment(config, "http://h", False, {})
+    assert added["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "32768"
+
+
 # ---- 27. Saved: providers as they were set up --------------------------------
 # Both programs' files, by what they lead to.
 
@@ -8893,6 +9220,82 @@ def test_a_name_that_is_being_resolved_does_not_hold_the_end_up(shell):
         assert child.wait(5) == 0
 
 
+# ---- openclaw
+
+def test_openclaw_prints_providers_for_the_proxy_and_for_nim(shell, capsys,
+                                                              monkeypatch):
+    code, out, _ = run(capsys, "openclaw", "--port", "8790")
+    assert code == 0 and out.isascii() and max(map(len, out.splitlines())) <= 80
+    tree = json5(out)
+    providers = tree["models"]["providers"]
+    got = {name: (row["baseUrl"], row["apiKey"], row["api"])
+           for name, row in providers.items()}
+    assert got == {
+        "nimproxy": ("http://127.0.0.1:8790", "unused", np.APIS[1]),
+        "nimproxy-openai": ("http://127.0.0.1:8790/v1", "unused", np.APIS[0]),
+        "nvidia": (np.Config().base_url, "${NVIDIA_API_KEY}", np.APIS[0])}
+    assert tree["models"]["mode"] == "merge"
+    rows = {row["id"]: row for row in providers["nvidia"]["models"]}
+    config = np.Config()
+    assert {config.opus, config.sonnet, config.haiku} < set(rows)
+    assert not any(np.MODELS[name].retired for name in rows)
+    assert "glm-4.7-flash" not in str(list(rows))       # of other providers
+    assert rows["z-ai/glm-5.3-flash"] == {
+        "id": "z-ai/glm-5.3-flash", "name": "glm-5.3-flash", "reasoning": True,
+        "input": ["text", "image"], "contextWindow": 1000000, "maxTokens": 32768,
+        "cost": {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0}}
+    assert tree["agents"]["defaults"]["model"]["primary"] == "nimproxy/" + config.sonnet
+    monkeypatch.setenv("PROXY_API_KEY", "hush-hush-hush-hush")
+    code, out, _ = run(capsys, "openclaw", "nimproxy", "--json")
+    assert json.loads(out)["models"]["providers"]["nimproxy"]["apiKey"] == (
+        "${PROXY_API_KEY}") and "hush" not in out
+
+
+def test_what_openclaw_prints_is_a_configuration_of_ours(shell, capsys, monkeypatch):
+    monkeypatch.setenv("NVIDIA_API_KEY", "nvapi-1")
+    (shell / "printed.json").write_text(run(capsys, "openclaw", "nvidia")[1])
+    code, out, _ = run(capsys, "openclaw", "nvidia", "--config", "printed.json")
+    assert code == 0 and out == (shell / "printed.json").read_text()
+    config, _ = np.resolve_config({}, os.environ, {}, np.File("printed.json", out))
+    assert config.default_model == np.Config().default_model
+    assert (config.base_url, config.api_key) == (np.Config().base_url, "nvapi-1")
+    for name, facts in config.models.items():
+        assert np.model_facts(config, name)[:3] == np.MODELS[name][:3]
+
+
+def test_openclaw_keeps_what_its_file_tells(shell, capsys):
+    (shell / "own.json").write_text(NIM_FILE)
+    code, out, _ = run(capsys, "openclaw", "nvidia", "--config", "own.json")
+    row = json5(out)["models"]["providers"]["nvidia"]["models"][-1]
+    assert code == 0 and "nvapi-1" not in out
+    (shell / "own.json").write_text(two_providers("two/foo", models=[
+        {"id": "foo", "name": "Foo", "contextWindow": 4096, "cost": {"output": 1.5}}]))
+    code, out, _ = run(capsys, "openclaw", "two", "--config", "own.json")
+    [row] = json5(out)["models"]["providers"]["two"]["models"]
+    assert (row["name"], row["contextWindow"], row["maxTokens"]) == ("Foo", 4096, 4096)
+    assert row["cost"] == {"input": 0, "output": 1.5, "cacheRead": 0, "cacheWrite": 0}
+
+
+def test_openclaw_of_an_unknown_provider(shell, capsys):
+    code, _, err = run(capsys, "openclaw", "nvida")
+    assert code == 2 and "expected one of nimproxy, nimproxy-openai, nvidia" in err
+    code, out, _ = run(capsys, "openclaw", "--demo")
+    assert list(json5(out)["models"]["providers"]) == ["nimproxy", "nimproxy-openai"]
+
+
+def test_serve_with_openclaws_file(shell):
+    with FakeNim(streams(*HELLO)) as nim:
+        row = {"baseUrl": nim.url, "apiKey": "local", "models": [{"id": "acme/one"}]}
+        (shell / "openclaw.json").write_text("// mine\n" + json.dumps(
+            {"models": {"providers": {"box": row}}, "tools": {"x": "${NOT_SET}"}}))
+        with serving("--config", "openclaw.json") as (_, url):
+            for asked in ("claude-sonnet-5", "box/acme/one"):
+                assert Client(url).ask(model=asked, stream=True)[0] == 200
+    chats = [chat["model"] for chat in nim.asked]
+    assert chats == ["acme/one"] * 2
+    assert nim.requests[-1][2]["Authorization"] == "Bearer local"
+
+
 # ---- Faults: what upstream does, and when ------------------------------------
 # Every fault in every phase: nothing hangs, nothing is told twice, a call is told whole
 # or not at all, and the next request is answered.  What the client sees (early: no byte
@@ -9998,7 +10401,8 @@ streaming:
 GOOD_FILES = [S1_FILE, FULL_FILE, json.dumps(
     {"provider": "custom", "upstream": {"base_url": "http://[::1]:1/v1"},
      "server": {"port": 8788, "host": "${MY_KEY}"}, "model_aliases": {"x": "y/z"},
-     "streaming": {"ping_interval": 7.5}, "max_context_window": 4096}, indent=1)]
+     "streaming": {"ping_interval": 7.5}, "max_context_window": 4096}, indent=1),
+    NIM_FILE, two_providers("one/foo"), "{a: 1, /* x */ server: {port: +0x10,},} // y"]
 FILE_SIGNS = [
     ":", ": ", " ", "  ", "\n", "\t", "#", " #", "'", '"', "\\", "[", "]", "{", "}",
     ",", "-", "- ", "&", "*", "!", "|", ">", "%", "@", "~", "${MY_KEY}", "${NO}", "0",
@@ -10010,7 +10414,7 @@ FILE_SIGNS = [
 def odd_file(dice):
     text = dice.choice(GOOD_FILES)
     if text[0] == "{" and dice.randrange(2):
-        tree = misshapen(dice, json.loads(text))
+        tree = misshapen(dice, json5(text))
         with contextlib.suppress(RecursionError):
             return json.dumps(tree, indent=dice.choice((None, 1)))
     return mutated(dice, text, FILE_SIGNS, dice.choice(GOOD_FILES))
