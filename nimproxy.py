@@ -77,14 +77,17 @@ import shlex
 import signal
 import socket
 import ssl
+import stat
 import subprocess
 import sys
 import threading
 import time
 import zlib
 from http import HTTPStatus
-from typing import (Any, AsyncIterator, Awaitable, Callable, Dict, Generator, Iterable,
-                    Iterator, List, Mapping, NamedTuple, Optional, Set, Tuple, Union)
+from json.decoder import scanstring
+from typing import (Any, AsyncIterator, Awaitable, Callable, ContextManager, Dict,
+                    Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+                    Set, Tuple, Union)
 from urllib.parse import quote, unquote, urlsplit
 
 # difflib, hmac, http.client and shutil are imported where they are used: few runs need
@@ -9060,9 +9063,10 @@ class Background:
 # running them: terminal, signals and exit code are theirs.
 
 # What would lead the client around the proxy, or hand it a key it does not need.
-REMOVED = ("ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_UNIX_SOCKET",
-           "CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX",
-           "CLAUDE_CODE_USE_FOUNDRY", "ANTHROPIC_CUSTOM_HEADERS",
+BYPASSES = ("ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_UNIX_SOCKET",
+            "CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX",
+            "CLAUDE_CODE_USE_FOUNDRY", "ANTHROPIC_CUSTOM_HEADERS")
+REMOVED = (*BYPASSES,
            *(row.key_variable for row in PROVIDERS.values() if row.key_variable))
 
 
@@ -9422,7 +9426,733 @@ def indented(value: Json) -> str:
 
 
 # ---- 28. Settings: Claude Code's own files -----------------------------------
-# Changed key by key, with a receipt that puts everything back.
+# `env` in settings.json and a flag in .claude.json, set key by key; every other byte
+# stays.  A receipt beside them says what was there and who holds the change: the last
+# holder to leave puts it back, or the next start, if that one crashed.
+
+MAX_SETTINGS_BYTES = 64 << 20   # of one file; a .claude.json of years has some MB
+MAX_RECEIPT_BYTES = 4 << 20     # some hundred bytes for a key, and its old value
+EDIT_TRIES = 5                  # while Claude Code itself writes; it takes milliseconds
+LOCK_SECONDS = 5.0              # for another nimproxy, which takes milliseconds, too
+LOCK_POLL_SECONDS = 0.02        # between looks whether it has done
+KEPT_OURS = 8                   # values of ours for a key: one for each port of late
+
+Path = Tuple[str, ...]          # of a value: the keys from the top to it
+
+
+class ClaudePaths(NamedTuple):
+    """Where Claude Code keeps what is changed here, and where we say what was."""
+    settings: str       # its `env` goes over the shell's own variables
+    profile: str        # .claude.json; .config.json, of older times, if it is there
+    receipt: str
+
+
+def claude_paths(environ: Mapping[str, str]) -> ClaudePaths:
+    home = environ.get("HOME") or os.path.expanduser("~")
+    folder = environ.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
+    if not os.path.isabs(folder):
+        raise ProxyError(400, "Claude Code's settings: expected a whole path in HOME "
+                              f"or CLAUDE_CONFIG_DIR, found {folder!r}")
+    profile = os.path.join(folder, ".config.json")
+    if not os.path.exists(profile):
+        profile = os.path.join(environ.get("CLAUDE_CONFIG_DIR") or home, ".claude.json")
+    settings = os.path.join(folder, "settings.json")
+    return ClaudePaths(settings, profile, settings + ".nimproxy-receipt")
+
+
+@contextlib.contextmanager
+def claude_settings(paths: ClaudePaths, env: Mapping[str, str],
+                    tell: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Lead Claude Code here for as long as this lasts.
+
+    Gives a function that puts everything back at once; calling it twice does no harm.
+    What fails is told in one line, and never stops anything.
+    """
+    mine = {"kind": "run", "id": os.urandom(4).hex(), "pid": os.getpid(),
+            "mark": start_mark(os.getpid()), "env": dict(env)}
+
+    def put_back() -> None:
+        if mine:
+            try:
+                if os.path.exists(paths.receipt):       # else `uninstall` came first
+                    change_settings(paths, lambda rows: all_but(rows, mine), tell)
+            except ProxyError as error:
+                tell(f"Claude Code's settings are not put back: {error.message}")
+            mine.clear()
+
+    try:
+        change_settings(paths, lambda rows: all_but(rows, mine) + [mine], tell, True)
+    except ProxyError as error:
+        tell(f"{error.message}; left alone. To lead Claude Code here, "
+             f"set ANTHROPIC_BASE_URL to {env.get('ANTHROPIC_BASE_URL')} by hand")
+        mine.clear()
+    try:
+        yield put_back
+    finally:
+        put_back()
+
+
+def all_but(holders: List[Json], mine: Json) -> List[Json]:
+    return [row for row in holders if row["id"] != mine["id"]]
+
+
+def install_settings(paths: ClaudePaths, env: Mapping[str, str],
+                     tell: Callable[[str], None]) -> None:
+    """Lead Claude Code to where `env` says until `uninstall_settings`."""
+    change_settings(paths, with_install(env), tell, True)
+
+
+def with_install(env: Mapping[str, str]) -> Callable[[List[Json]], List[Json]]:
+    row = {"kind": "install", "id": "install", "pid": 0, "mark": "", "env": dict(env)}
+    return lambda rows: [row] + all_but(rows, row)      # runs go over it
+
+
+def uninstall_settings(paths: ClaudePaths, tell: Callable[[str], None]) -> bool:
+    """Put back what was there, whoever holds the change; False if there is nothing."""
+    if not os.path.exists(paths.receipt):
+        return False
+    change_settings(paths, lambda rows: [], tell)
+    return True
+
+
+def mend_settings(paths: ClaudePaths, tell: Callable[[str], None]) -> None:
+    """Put back what a crashed run has left; one line if there was something."""
+    try:
+        receipt = read_receipt(paths) if os.path.exists(paths.receipt) else {}
+        gone = [row for row in receipt.get("holders", ()) if not is_holding(row)]
+        if not receipt or receipt["holders"] and not gone:
+            return
+        change_settings(paths, list, tell)
+        numbers = "".join(f" (pid {row['pid']})" for row in gone)
+        tell("put back what a crashed run had left in Claude's settings" + numbers)
+    except ProxyError as error:
+        tell(f"Claude Code's settings are not put back: {error.message}")
+
+
+def installed_env(paths: ClaudePaths) -> Optional[Dict[str, str]]:
+    """What `install` has set; None without it, or if nobody can tell."""
+    try:
+        holders = read_receipt(paths)["holders"]
+    except ProxyError:
+        return None
+    return next((row["env"] for row in holders if row["kind"] == "install"), None)
+
+
+def settings_env(paths: ClaudePaths) -> Json:
+    """`env` in settings.json as it is; ProxyError for a file that cannot be read."""
+    text = read_settings(paths.settings)
+    check_settings(text, paths.settings, {"env"})
+    return env_in(text)
+
+
+def own_env(paths: ClaudePaths) -> Json:
+    """`env` in settings.json as it is without us: its values, numbers as strings.
+
+    ProxyError for a file that is not to be touched.
+    """
+    edit = file_edit(paths.settings, read_receipt(paths)["files"].get("settings", {}),
+                     {}, False)
+    if edit.trouble:
+        raise ProxyError(400, edit.trouble)
+    return env_in(edit.after)
+
+
+def env_in(text: Optional[str]) -> Json:
+    row = member_at(text, ("env",)) if text and text.strip(" \t\r\n") else None
+    return row.value if row else {}
+
+
+# ---- the two files, and the receipt
+
+class Edit(NamedTuple):
+    """One file's way from what it holds to what is wanted there."""
+    name: str                   # its name in the receipt
+    path: str
+    before: Optional[str]       # None: there is no such file
+    after: Optional[str]
+    record: Json                # what undoes it; {} if there is nothing to undo
+    kept: List[str]             # keys of ours that someone else has changed since
+    trouble: str = ""           # why it is left alone
+
+
+def change_settings(paths: ClaudePaths, change: Callable[[List[Json]], List[Json]],
+                    tell: Callable[[str], None], entering: bool = False) -> None:
+    """Change who holds the settings, and what they say by it.
+
+    The last holder's values are there; without holders, what was there before any.
+    Whoever enters sets what it wants; after one has left, what the user has changed
+    stays.  The receipt is written before the files, with all that undoes either state.
+    ProxyError if settings.json is not to be touched.
+    """
+    with the_folder(paths) as existed:
+        receipt = read_receipt(paths)
+        previous = dict(receipt)
+        receipt.setdefault("folder", existed)
+        receipt["holders"] = change(list(filter(is_holding, receipt["holders"])))
+        kept: Set[str] = set()
+        edits = carried_out(paths, receipt, entering, kept)
+        if entering and edits[0].trouble:
+            write_receipt(paths, previous)
+            raise ProxyError(400, edits[0].trouble)
+        receipt["files"] = {edit.name: edit.record for edit in edits if edit.record}
+        write_receipt(paths, receipt)
+    for words in sorted(kept):
+        tell(words + ": changed since, and left as found")
+    troubles = [edit.trouble for edit in edits if edit.trouble]
+    if troubles and not entering:
+        raise ProxyError(400, "; ".join(troubles))
+    for words in troubles:
+        tell(words + "; left alone")
+
+
+def carried_out(paths: ClaudePaths, receipt: Json, entering: bool, kept: Set[str]
+                ) -> List[Edit]:
+    """The edits that were made; the receipt holds what undoes both states meanwhile.
+
+    `kept` gets what someone else has changed since.
+    """
+    for _ in range(EDIT_TRIES):
+        edits = settings_edits(paths, receipt, entering)
+        kept.update(f"{edit.path}: {', '.join(edit.kept)}" for edit in edits
+                    if edit.kept)
+        if entering and edits[0].trouble:
+            return edits
+        old = receipt["files"]
+        receipt["files"] = {
+            edit.name: joint_record(edit.record, old.get(edit.name, {}))
+            for edit in edits}
+        write_receipt(paths, receipt)
+        for number, edit in enumerate(edits):
+            why = write_edit(edit)
+            if why == OVERTAKEN:
+                break
+            if why:
+                undo = receipt["files"][edit.name]
+                edits[number] = edit._replace(trouble=why, record=undo)
+            if entering and edits[0].trouble:
+                return edits            # the other file is not touched, either
+        else:
+            return edits
+    raise ProxyError(400, f"{paths.settings}: another program keeps writing it")
+
+
+def settings_edits(paths: ClaudePaths, receipt: Json, entering: bool) -> List[Edit]:
+    """What has to change in the two files, settings.json first."""
+    wanted: Dict[str, Dict[Path, Any]] = {"settings": {}, "profile": {}}
+    if receipt["holders"]:
+        env = receipt["holders"][-1]["env"]
+        wanted["settings"] = {("env", name): value for name, value in env.items()}
+        wanted["profile"] = {("hasCompletedOnboarding",): True}
+    files = {"settings": paths.settings, "profile": paths.profile}
+    return [file_edit(path, receipt["files"].get(name, {}), wanted[name], entering)
+            ._replace(name=name) for name, path in files.items()]
+
+
+def install_edits(paths: ClaudePaths, env: Mapping[str, str]) -> List[Edit]:
+    """What `install_settings` would do now."""
+    receipt = read_receipt(paths)
+    holders = with_install(env)(list(filter(is_holding, receipt["holders"])))
+    return settings_edits(paths, {**receipt, "holders": holders}, True)
+
+
+def file_edit(path: str, record: Json, wanted: Dict[Path, Any], entering: bool) -> Edit:
+    """Undo what was done, then do what is wanted; `trouble` if that cannot be."""
+    try:
+        before = read_settings(path)
+        changes = [tuple(row["path"]) for row in record.get("changes", ())]
+        check_settings(before, path, {keys[0] for keys in [*changes, *wanted]
+                                      if len(keys) > 1})
+        base, kept = restored(before, record)
+        names = [keys[-1] for keys in kept]
+        if not entering:
+            wanted = {keys: value for keys, value in wanted.items() if keys not in kept}
+        after, fresh = imposed(base, wanted)
+        if after != before:
+            check_writable(path)
+    except ProxyError as error:
+        words = error.message
+        if record and not entering:
+            names = [row["path"][-1] for row in record["changes"]]
+            words += f"; take out by hand: {', '.join(names)}"
+        return Edit("", path, None, None, record, [], words)
+    for row in fresh.get("changes", ()):
+        ours = [value for old in record.get("changes", ()) for value in old["ours"]
+                if old["path"] == row["path"] and value not in row["ours"]]
+        row["ours"] = (row["ours"] + ours)[:KEPT_OURS]
+    return Edit("", path, before, after, fresh, [] if entering else names)
+
+
+def joint_record(record: Json, old: Json) -> Json:
+    """What undoes a file in either state, before a change and after it."""
+    if not record or not old:
+        return record or old
+    paths = [row["path"] for row in record["changes"]]
+    rest = [row for row in old["changes"] if row["path"] not in paths]
+    return {**record, **old, "hollow": {**record["hollow"], **old["hollow"]},
+            "changes": record["changes"] + rest}
+
+
+def read_settings(path: str) -> Optional[str]:
+    """A file's text, None if there is none; ProxyError if it is not to be touched."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ProxyError(400, f"{path}: expected a file")
+        if status.st_size > MAX_SETTINGS_BYTES:
+            raise ProxyError(400, f"{path}: expected {MAX_SETTINGS_BYTES >> 20} MB at "
+                                  f"most, found {status.st_size >> 20} MB")
+        with open(path, "rb") as file:
+            return file.read().decode()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ProxyError(400, f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ProxyError(400, f"{path}: expected UTF-8, found something else at byte "
+                              f"{error.start}") from None
+
+
+def check_writable(path: str) -> None:
+    """A file without a write bit is meant so, even where we could replace it."""
+    try:
+        writable = os.stat(path).st_mode & 0o222 and os.access(path, os.W_OK)
+    except FileNotFoundError:
+        return
+    if not writable:
+        raise ProxyError(400, f"{path}: it is read-only")
+
+
+OVERTAKEN = "another program has written it meanwhile"
+
+
+def write_edit(edit: Edit) -> str:
+    """Write an edit's file; why it could not be, or OVERTAKEN."""
+    if edit.after == edit.before or edit.trouble:
+        return edit.trouble
+    target = os.path.realpath(edit.path)        # a link stays one
+    fresh = f"{target}.{os.urandom(4).hex()}"
+    try:
+        if edit.after is not None:
+            write_fresh(fresh, edit.after, target)
+        if read_settings(edit.path) != edit.before:
+            return OVERTAKEN
+        if edit.after is None:
+            os.unlink(target)
+        else:
+            os.replace(fresh, target)
+    except OSError as error:
+        return f"{edit.path}: cannot be written: {error.strerror}"
+    except ProxyError as error:
+        return error.message
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(fresh)
+    return ""
+
+
+def write_fresh(fresh: str, text: str, like: str) -> None:
+    """A new file with the mode and owner of another; 0600 if that is not there."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with open(os.open(fresh, flags, 0o600), "wb") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    with contextlib.suppress(FileNotFoundError):
+        there, ours = os.stat(like), os.stat(fresh)
+        if (there.st_uid, there.st_gid) != (ours.st_uid, ours.st_gid):
+            os.chown(fresh, there.st_uid, there.st_gid)
+        os.chmod(fresh, stat.S_IMODE(there.st_mode))
+
+
+def read_receipt(paths: ClaudePaths) -> Json:
+    """The receipt, empty if there is none; a damaged one is set aside, and an error.
+
+        {"folder": bool,                           whether it was there before us
+         "files": {"settings": record, ...},       see `imposed`
+         "holders": [{"kind": "run", "id": "5e1f", "pid": 7, "mark": "812", "env": {}}]}
+    """
+    receipt: Json = {"files": {}, "holders": []}
+    try:
+        with open(paths.receipt, encoding="utf-8") as file:
+            receipt = decode_json(file.read(MAX_RECEIPT_BYTES))
+        check_receipt(receipt)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ProxyError(400, f"{paths.receipt}: cannot be read: {error.strerror}"
+                         ) from None
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        with contextlib.suppress(OSError):
+            os.replace(paths.receipt, paths.receipt + ".bad")
+        raise ProxyError(400, f"{paths.receipt} is damaged, and set aside with .bad at "
+                              "its end: what was changed cannot be told") from None
+    return receipt
+
+
+def check_receipt(receipt: Json) -> None:
+    """Any usual exception if a receipt has not the shape that is relied on."""
+    rows = [(row, {"kind": str, "id": str, "pid": int, "mark": str,
+                   "env": dict})
+            for row in receipt["holders"]]
+    for record in receipt["files"].values():
+        rows.append((record, {"existed": bool, "hollow": dict, "changes": list}))
+        rows += [(row, {"path": list, "ours": list}) for row in record["changes"]]
+        texts = [record["blank"], *(row["old"] for row in record["changes"]),
+                 *record["hollow"].values()]
+        rows.append(({"": [text for text in texts if text is not None
+                           and not isinstance(text, str)] == []}, {"": bool}))
+    for row, kinds in rows:
+        if not all(isinstance(row[name], kind) for name, kind in kinds.items()):
+            raise ValueError("another shape")
+
+
+def write_receipt(paths: ClaudePaths, receipt: Json) -> None:
+    """Write a receipt, or take it away if there is nothing to put back any more."""
+    fresh = f"{paths.receipt}.{os.urandom(4).hex()}"
+    about = "what nimproxy has changed here; `uninstall` puts it back"
+    try:
+        if not receipt["holders"] and not any(receipt["files"].values()):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(paths.receipt)
+            return
+        write_fresh(fresh, json.dumps({"about": about, **receipt}, indent=1) + "\n",
+                    fresh)
+        os.replace(fresh, paths.receipt)
+    except OSError as error:
+        raise ProxyError(400, f"{paths.receipt}: cannot be written: {error.strerror}"
+                         ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(fresh)
+
+
+@contextlib.contextmanager
+def the_folder(paths: ClaudePaths) -> Iterator[bool]:
+    """Claude Code's folder, for one nimproxy at a time: whether it was there.
+
+    It is made if need be, and taken away if that leaves it empty.
+    """
+    folder = os.path.dirname(paths.receipt)
+    existed = os.path.isdir(folder)
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+        lock = folder_lock(folder)
+    except OSError as error:
+        raise ProxyError(400, f"{folder}: cannot be used: {error.strerror}") from None
+    made = not existed
+    try:
+        made = not read_receipt(paths).get("folder", existed)
+        yield existed
+    finally:
+        if made and not os.path.exists(paths.receipt):
+            with contextlib.suppress(OSError):      # something else is in it
+                os.rmdir(folder)
+        if lock >= 0:
+            os.close(lock)
+
+
+def folder_lock(folder: str) -> int:
+    """A descriptor that holds the lock; -1 where there are none (Windows).
+
+    The kernel lets go of it when a process ends, however it ends.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return -1
+    last = time.monotonic() + LOCK_SECONDS
+    while time.monotonic() < last:
+        os.makedirs(folder, 0o700, exist_ok=True)   # its last user may have removed it
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(number), os.stat(folder)):
+                return number
+        except BlockingIOError:
+            time.sleep(LOCK_POLL_SECONDS)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return number           # a network disk without locks
+        os.close(number)
+    raise ProxyError(400, f"{folder}: another nimproxy holds it locked")
+
+
+def is_holding(row: Json) -> bool:
+    """Whether a holder is still one: `install` until `uninstall`, a run as it lives."""
+    mark = start_mark(row["pid"]) if row["pid"] else ""
+    if row["kind"] == "install" or mark and row["mark"]:
+        return row["kind"] == "install" or mark == row["mark"]
+    return process_lives(row["pid"])
+
+
+def start_mark(pid: int) -> str:
+    """When a process began, in the system's words; "" if it has ended or none tells.
+
+    Process ids are used again, above all after the machine was started anew.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    if os.name == "nt" or os.path.exists("/proc/self/stat"):
+        return ""
+    environ = {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}
+    try:
+        done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], env=environ,
+                              stdin=subprocess.DEVNULL, capture_output=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.decode("ascii", "replace").strip()
+
+
+PROCESS_SYNCHRONIZE = 0x100000      # Windows: the right to wait for a process
+WAIT_TIMEOUT = 0x102                # Windows: it has not ended yet
+
+
+def process_lives(pid: int) -> bool:
+    if os.path.exists("/proc/self/stat"):
+        return bool(start_mark(pid))
+    if os.name != "nt":
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:
+            return True             # another user's
+        return True
+    import ctypes
+    kernel = getattr(ctypes, "windll").kernel32     # os.kill would end it there
+    handle = kernel.OpenProcess(PROCESS_SYNCHRONIZE, False, pid)
+    if not handle:
+        return False
+    lives = kernel.WaitForSingleObject(handle, 0) == WAIT_TIMEOUT
+    kernel.CloseHandle(handle)
+    return lives
+
+
+# ---- surgery on JSON text
+
+JSON_BLANKS = re.compile(r"[ \t\r\n]*")
+NEW_LINE = re.compile(r"(?:\r\n|\r|\n)[ \t]*\Z")    # the last one, and the indent
+WORD_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?Infinity|NaN)')
+# Values are only compared: digits stay digits, and cost nothing.
+SPANS = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=refuse_constant)
+
+
+class Member(NamedTuple):
+    """A member of an object in a text: `lead "name" colon value`."""
+    name: str
+    value: Any
+    lead: str       # blanks before the name
+    start: int      # of the name's quote
+    colon: str      # from the name's end to the value
+    at: int         # where the value begins
+    end: int        # where it ends
+
+
+def imposed(text: Optional[str], wanted: Dict[Path, Any]) -> Tuple[Optional[str], Json]:
+    """The text with what is wanted in it, and a record for `restored`; {} if none.
+
+        {"existed": bool, "blank": its whole text if that was blank, else None,
+         "hollow": {"env": raw text of an empty object, None if it was not there},
+         "changes": [{"path": ["env", "X"], "old": raw text or None, "ours": [value]}]}
+    """
+    blank = text if text is None or not text.strip(" \t\r\n") else None
+    record: Json = {"existed": text is not None, "blank": blank, "hollow": {},
+                    "changes": []}
+    draft = "{}\n" if text is None or blank is not None else text
+    for path, value in wanted.items():
+        row = member_at(draft, path)
+        if row and (row.value == value or value is True and row.value):
+            continue                    # so it is anyway: nothing of ours
+        if not record["changes"]:
+            record["hollow"] = hollow_objects(draft, path)
+        old = draft[row.at:row.end] if row else None
+        record["changes"].append({"path": list(path), "old": old, "ours": [value]})
+        draft = text_with(draft, path, json.dumps(value))
+    return (draft, record) if record["changes"] else (text, {})
+
+
+def hollow_objects(text: str, path: Path) -> Dict[str, Optional[str]]:
+    """The objects on the way to a value that are empty, or not there yet."""
+    found: Dict[str, Optional[str]] = {}
+    start = object_start(text)
+    rows, close = object_members(text, start)
+    if not rows:
+        found[""] = text[start:close + 1]
+    for key in path[:-1]:
+        row = member_at(text, (key,))
+        if not row or not row.value:
+            found[key] = text[row.at:row.end] if row else None
+    return found
+
+
+def restored(text: Optional[str], record: Json) -> Tuple[Optional[str], List[Path]]:
+    """The text before `imposed`, and the paths where others have changed it: they stay.
+
+    Byte for byte, if nobody else has touched it.
+    """
+    if text is None or not text.strip(" \t\r\n") or not record:
+        return text, []                 # no file any more: whoever took it, knows
+    kept: List[Path] = []
+    for change in reversed(record["changes"]):
+        path, old = tuple(change["path"]), change["old"]
+        row = member_at(text, path)
+        if row is None or row.value not in change["ours"]:
+            if (text[row.at:row.end] if row else None) != old:
+                kept.insert(0, path)
+        else:
+            text = (text_without(text, path) if old is None
+                    else text_with(text, path, old))
+    for key in sorted(record["hollow"], reverse=True):
+        text = hollow_again(text, key, record["hollow"][key])
+    start = object_start(text)
+    rows, close = object_members(text, start)
+    if not rows and not record["existed"]:
+        return None, kept
+    return (record["blank"] if not rows and record["blank"] is not None else text), kept
+
+
+def hollow_again(text: str, key: str, raw: Optional[str]) -> str:
+    """An object that has become empty gets its old text back; None: it goes."""
+    start = object_start(text)
+    close = object_members(text, start)[1]
+    if not key:
+        empty = not object_members(text, start)[0]
+        return text[:start] + (raw or "{}") + text[close + 1:] if empty else text
+    row = member_at(text, (key,))
+    if not row or row.value != {}:
+        return text
+    return text_without(text, (key,)) if raw is None else text_with(text, (key,), raw)
+
+
+def check_settings(text: Optional[str], name: str, objects: Set[str]) -> None:
+    """ProxyError with line and column if a text is no JSON object, nor blank.
+
+    `objects`: members that have to be objects, too, if they are there.
+    """
+    if text is None or not text.strip(" \t\r\n"):
+        return
+    start = object_start(text)
+    try:
+        value, end = SPANS.raw_decode(text, start)
+        end = past_blanks(text, end)
+        if end < len(text):
+            raise json.JSONDecodeError("Expecting the end", text, end)
+    except json.JSONDecodeError as error:
+        found = text[error.pos:error.pos + 1]
+        what = f"found {found!r}" if found else "found its end"
+        words = f"not JSON: {error.msg}, {what}"
+        raise unfit_text(text, error.pos, name, words) from None
+    except ValueError as error:
+        spots = [match.start() for match in WORD_OR_CONSTANT.finditer(text) if match[1]]
+        raise unfit_text(text, spots[0] if spots else 0, name, str(error)) from None
+    except RecursionError:
+        raise unfit_text(text, start, name, "it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise unfit_text(text, start, name,
+                         f"expected an object, found {text[start]!r}")
+    for key in objects & set(value):
+        if not isinstance(value[key], dict):
+            at = [row.at for row in object_members(text, start)[0] if row.name == key]
+            raise unfit_text(text, at[-1], name, f"{key}: expected an object, found "
+                                            f"{text[at[-1]]!r}")
+
+
+def unfit_text(text: str, at: int, name: str, why: str) -> ProxyError:
+    line = text.count("\n", 0, at) + 1
+    return ProxyError(400, f"{name}:{line}:{at - text.rfind(chr(10), 0, at)}: {why}")
+
+
+def past_blanks(text: str, at: int) -> int:
+    found = JSON_BLANKS.match(text, at)
+    return found.end() if found else at
+
+
+def object_start(text: str) -> int:
+    return past_blanks(text, text.startswith("\ufeff"))
+
+
+def object_members(text: str, start: int) -> Tuple[List[Member], int]:
+    """The members of the object whose brace is at `start`, and where it closes."""
+    rows: List[Member] = []
+    before = start + 1
+    while True:
+        at = past_blanks(text, before)
+        if text[at] == "}":
+            return rows, at
+        name, end = scanstring(text, at + 1)
+        value_at = past_blanks(text, text.index(":", end) + 1)
+        value, close = SPANS.raw_decode(text, value_at)
+        rows.append(Member(name, value, text[before:at], at, text[end:value_at],
+                           value_at, close))
+        before = past_blanks(text, close)
+        if text[before] == "}":
+            return rows, before
+        before += 1                                     # a comma
+
+
+def member_at(text: str, path: Path) -> Optional[Member]:
+    """The member at a path, of equal names the last, as for the client; or None."""
+    at, row = object_start(text), None
+    for key in path:
+        rows = object_members(text, at)[0]
+        row = next((row for row in reversed(rows) if row.name == key), None)
+        if row is None:
+            return None
+        at = row.at
+    return row
+
+
+def text_with(text: str, path: Path, raw: str) -> str:
+    """The text with `raw` as the value at a path, in the manner of its neighbours."""
+    row = member_at(text, path)
+    if row:
+        return text[:row.at] + raw + text[row.end:]
+    holder = member_at(text, path[:-1])
+    if path[:-1] and not holder:
+        text = text_with(text, path[:-1], "{}")
+        holder = member_at(text, path[:-1])
+    start = holder.at if holder else object_start(text)
+    rows, close = object_members(text, start)
+    lead, colon, tail = neighbours_manner(text, rows, holder)
+    words = lead + json.dumps(path[-1]) + colon + raw
+    if rows:
+        end = rows[-1].end
+        return text[:end] + "," + words + text[end:]
+    return text[:start + 1] + words + tail + text[close:]
+
+
+def neighbours_manner(text: str, rows: List[Member], holder: Optional[Member]
+           ) -> Tuple[str, str, str]:
+    """What goes before a new member's name, after it, and after a first member."""
+    like = rows[-1] if rows else holder
+    if not like:
+        line = "\r\n" if "\r\n" in text else "\n"
+        return line + "  ", ": ", line
+    indent = NEW_LINE.search(like.lead)
+    colon = ": " if NEW_LINE.search(like.colon) else like.colon
+    if rows:
+        alone = len(rows) == 1 and not like.lead and colon.endswith(" ")
+        return indent[0] if indent else " " if alone else like.lead, colon, ""
+    if not indent:
+        return "", colon, ""
+    return indent[0] + indent[0].lstrip("\r\n"), colon, indent[0]
+
+
+def text_without(text: str, path: Path) -> str:
+    """The text without the member at a path, and without its comma."""
+    holder = member_at(text, path[:-1])
+    start = holder.at if holder else object_start(text)
+    rows, close = object_members(text, start)
+    at = max(number for number, row in enumerate(rows) if row.name == path[-1])
+    if at:
+        return text[:rows[at - 1].end] + text[rows[at].end:]
+    if len(rows) > 1:
+        return text[:rows[0].start] + text[rows[1].start:]
+    return text[:start + 1] + text[close:]
+
 
 # ---- 29. Terminal: what is said and asked ------------------------------------
 # Lines for people, in what their terminal can show, and menus by keys or numbers.
@@ -9443,6 +10173,17 @@ def say(text: str = "", end: str = "\n") -> None:
 
 def complain(text: str) -> None:
     print("nimproxy: " + printable_long(text), file=sys.stderr, flush=True)
+
+
+def agreed(question: str) -> bool:
+    """Whether the user says yes; ProxyError if there is nobody to ask."""
+    if not sys.stdin.isatty():
+        raise ProxyError(400, f"{question} Nobody can be asked here: add --yes")
+    say(f"{question} [y/N] ", end="")
+    try:
+        return input().strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def printable_long(text: str) -> str:
@@ -9951,10 +10692,12 @@ COMMANDS = {
     "models": Command("run_models", "what the provider offers (--live: ask it)"),
     "status": Command("run_status", "is a proxy up here, for which upstream"),
     "openclaw": Command("run_openclaw", "OpenClaw's configuration for this proxy"),
+    "install": Command("run_install", "lead every Claude Code here, in its settings"),
+    "uninstall": Command("run_uninstall", "put Claude Code's settings back"),
     "version": Command("run_version", "version, Python, file"),
 }
 OTHER_NAMES = {"proxy": "serve", "init": "setup"}
-SHORT = {"-p": "--port", "-f": "--force", "-r": "--reconfigure"}
+SHORT = {"-p": "--port", "-f": "--force", "-r": "--reconfigure", "-y": "--yes"}
 
 OPTIONS = {                 # name: (what it takes, or "" for a switch; help)
     "--config": ("FILE", "YAML, JSON5 or OpenClaw's (default: ./config.yaml)"),
@@ -9971,8 +10714,9 @@ OPTIONS = {                 # name: (what it takes, or "" for a switch; help)
     "--json": ("", "models, status, openclaw: as JSON"),
     "--shell": ("SHELL", "env: sh, fish or powershell"),
     "--reconfigure": ("", "set the active provider up anew, then serve"),
-    "--force": ("", "rm: without asking"),
-    "--no-claude-settings": ("", "leave ~/.claude/settings.json alone"),
+    "--force": ("", "rm: without a question"),
+    "--yes": ("", "install: without a question"),
+    "--no-claude-settings": ("", "leave Claude Code's own settings as they are"),
 }
 CHILD_COMMANDS = ("code", "run")
 PLAIN_COMMANDS = ("demo", "version")    # of no concern to any setting
@@ -10175,7 +10919,9 @@ def run_serve(context: Context) -> int:
         if value:
             given += f" {name}" + ("" if value is True else f" {shlex.quote(value)}")
     raise_descriptor_limit()
-    return asyncio.run(serve_forever(config, given))
+    mend_claude(context)
+    return asyncio.run(serve_forever(config, given,
+                                     lambda url: clients_led(context, url)))
 
 
 def at_terminal() -> bool:
@@ -10342,10 +11088,11 @@ def check_config(config: Config) -> None:
             raise ProxyError(400, f"{variable}={path}: no such file")
 
 
-async def serve_forever(config: Config, given: str) -> int:
+async def serve_forever(config: Config, given: str,
+                        lead: Callable[[str], ContextManager]) -> int:
     """Serve until a signal; the first drains, the second stops at once.
 
-    `given` is the options for the printed hint.
+    `given` is the options for the printed hint; `lead` leads clients to a URL.
     """
     try:
         server = await serve(config)
@@ -10358,7 +11105,8 @@ async def serve_forever(config: Config, given: str) -> int:
     say(f"nimproxy {__version__} listening on {server.url}")
     say(f"  upstream {described_upstream(config)}")
     say(f"  Claude Code: eval \"$({program()} env{given})\" && claude")
-    await stopping.wait()
+    with lead(server.url):
+        await stopping.wait()
     count = server.drain()
     if count:
         with contextlib.suppress(OSError):      # the terminal may have gone
@@ -10387,7 +11135,9 @@ def heed_signals(stopping: asyncio.Event) -> bool:
 
     def stop(name: str) -> None:
         if stopping.is_set() and name != "SIGHUP":
-            os._exit(130)       # threads that resolve names would hold a plain exit up
+            # Threads that resolve names would hold a plain exit up.  Not at once: what
+            # waits for the first signal may not have heard of it yet.
+            loop.call_soon(os._exit, 130)
         stopping.set()
 
     wakes = True
@@ -10509,6 +11259,7 @@ def run_program(context: Context) -> int:
 
 def launch(context: Context, command: List[str]) -> int:
     """Run a client on a proxy of its own: a free port, a key that lives as long."""
+    mend_claude(context)
     config = context.config
     if "port" not in context.sources:
         config = config._replace(port=0)
@@ -10539,10 +11290,48 @@ def run_client(context: Context, config: Config, url: str, command: List[str]) -
           file=sys.stderr, flush=True)
     piped = sys.argv[:1] == ["-"]       # python3 - code < nimproxy.py
     try:
-        return run_child(command, child_environment(added, context.environ), piped)
+        with settings_over(context, added) as flags:
+            command = [command[0], *flags, *command[1:]]
+            return run_child(command, child_environment(added, context.environ), piped)
     except OSError as error:
         complain(f"cannot run {command[0]}: {error.strerror or error}")
         return 126
+
+
+@contextlib.contextmanager
+def settings_over(context: Context, added: Mapping[str, str]) -> Iterator[List[str]]:
+    """Flags for Claude Code where its settings.json would lead it elsewhere.
+
+    What stands there goes over the environment; what --settings names goes over both.
+    A file, because others may read a command line, and it holds the proxy's key.
+    """
+    led = {}
+    if context.options.command == "code":
+        with contextlib.suppress(ProxyError):
+            paths = claude_paths(context.environ)
+            led = led_elsewhere(settings_env(paths), own_env(paths), added)
+    if not led or any(word.startswith("--settings") for word in context.arguments):
+        yield []
+        return
+    from tempfile import TemporaryDirectory
+    with TemporaryDirectory(prefix="nimproxy-") as folder:
+        path = os.path.join(folder, "settings.json")
+        with open(path, "w", encoding="ascii") as file:
+            json.dump({"env": led}, file)
+        yield ["--settings", path]
+
+
+def led_elsewhere(there: Json, own: Json, added: Mapping[str, str]) -> Dict[str, str]:
+    """What has to go over `there`, the env of settings.json, for a client of ours.
+
+    `own` is what the user alone has there: models and the like, which win.
+    """
+    led = {name: "" for name in BYPASSES if there.get(name)}
+    for name, value in added.items():
+        ours = name in there and there[name] != own.get(name)
+        if ours or name in there and name in LEADS:
+            led[name] = value
+    return {name: value for name, value in led.items() if there[name] != value}
 
 
 def ask_window(config: Config, url: str) -> int:
@@ -10555,6 +11344,110 @@ def ask_window(config: Config, url: str) -> int:
     except (OSError, ValueError):
         return 0
     return whole(row.get("max_input_tokens")) if isinstance(row, dict) else 0
+
+
+# What decides where a client goes; all else in settings.json is the user's to choose.
+LEADS = ("ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN")
+
+
+def mend_claude(context: Context) -> None:
+    """Put back what a crashed run has left in Claude Code's settings."""
+    if not context.options.no_claude_settings:
+        with contextlib.suppress(ProxyError):       # no home: nothing is left there
+            mend_settings(claude_paths(context.environ), log.warning)
+
+
+@contextlib.contextmanager
+def clients_led(context: Context, url: str) -> Iterator[None]:
+    """Lead Claude Code to `url` in its settings, if the user has once said yes."""
+    with contextlib.ExitStack() as stack:
+        try:
+            if not context.options.no_claude_settings:
+                stack.enter_context(led_by_settings(context, url))
+        except ProxyError as error:
+            log.warning("%s; Claude Code's settings are left alone", error.message)
+        yield
+
+
+def led_by_settings(context: Context, url: str) -> ContextManager:
+    paths = claude_paths(context.environ)
+    there = (installed_env(paths) or {"ANTHROPIC_BASE_URL": url})["ANTHROPIC_BASE_URL"]
+    if there == url:
+        return contextlib.nullcontext()
+    log.warning("Claude Code's settings say %s: %s while this runs", there, url)
+    return claude_settings(paths, settings_wish(context, paths, url), log.warning)
+
+
+def settings_wish(context: Context, paths: ClaudePaths, url: str) -> Dict[str, str]:
+    """What `env` in settings.json should hold; the user's own wins, but for models and
+    what leads elsewhere.  ProxyError for a file that is not to be touched.
+
+    Not NO_PROXY: settings go over the shell's variables, and there it may be longer.
+    """
+    own = own_env(paths)
+    wishes = {name: context.environ.get(name, "") for name in DEFEATED}
+    wishes.update((name, str(value)) for name, value in own.items()
+                  if value and not name.startswith("ANTHROPIC_"))
+    one_model = context.sources.get("default_model", "").startswith("--")
+    wish = client_environment(context.config, url, one_model, wishes)
+    del wish["NO_PROXY"], wish["no_proxy"]
+    return {**wish, **{name: "" for name in BYPASSES if own.get(name)}}
+
+
+def run_install(context: Context) -> int:
+    """Lead every Claude Code of this user here, until `uninstall`."""
+    config = context.config
+    if not config.port:
+        raise ProxyError(400, "install: expected the port that `serve` will listen at")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    url = config_url(config._replace(host=host))
+    mend_claude(context)
+    paths = claude_paths(context.environ)
+    try:
+        wish = settings_wish(context, paths, url)
+        edits = install_edits(paths, wish)
+        if edits[0].trouble:
+            raise ProxyError(400, edits[0].trouble)
+    except ProxyError as error:
+        raise ProxyError(400, f"{error.message}; nothing was changed. What `{program()}"
+                              " env` prints may go into its \"env\" by hand") from None
+    changes = [edit for edit in edits if edit.after != edit.before]
+    for edit in changes:
+        say("\n".join(diff_lines(edit)))
+    if changes and not context.options.yes and not agreed("Write this?"):
+        complain("nothing was changed")
+        return 1
+    install_settings(paths, wish, complain)
+    say(f"Claude Code goes to {url}, once `{program()}` serves there; "
+        f"`{program()} uninstall` undoes it")
+    return 0
+
+
+MAX_DIFF_CHARS = 79         # of a line: some files have but one
+SECRET_MEMBER = re.compile(  # not ..._TOKENS
+    r'("[^"]*(?:KEY|TOKEN|SECRET|PASSWORD|HEADERS)"\s*:\s*")(?:[^"\\]|\\.)+')
+
+
+def diff_lines(edit: Edit) -> List[str]:
+    """What an edit does, as a unified diff without secrets."""
+    import difflib
+    texts = [[SECRET_MEMBER.sub(r"\1***", line) for line in (text or "").splitlines()]
+             for text in (edit.before, edit.after)]
+    names = [edit.path if edit.before is not None else os.devnull, edit.path]
+    return [line[:MAX_DIFF_CHARS] for line in difflib.unified_diff(*texts, *names,
+                                                                   lineterm="")]
+
+
+def run_uninstall(context: Context) -> int:
+    paths = claude_paths(context.environ)
+    try:
+        found = uninstall_settings(paths, complain)
+    except ProxyError as error:
+        complain(f"not put back: {error.message}")
+        return 1
+    say(f"Claude Code's settings are put back: {paths.settings}" if found else
+        f"nothing to undo: nimproxy has changed nothing in {paths.settings}")
+    return 0
 
 
 def run_env(context: Context) -> int:

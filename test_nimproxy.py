@@ -367,7 +367,8 @@ WAIT = ["Upstream", "Memory", "Journal", "Asking", "Page", "Proxy", "Server", "C
 KEPT = {            # names that only some parts may use
     "asyncio": WAIT, "time": WAIT, "socket": ["Upstream", "Server", "Doctor"],
     "open": ["Memory", "Client", "Saved", "Settings", "Terminal", "Command"],
-    "subprocess": ["Client"], "os": WAIT, "sys": ["Terminal", "Setup", "Command"],
+    "subprocess": ["Client", "Settings"], "os": WAIT,
+    "sys": ["Terminal", "Setup", "Command"],
     "print": ["Terminal", "Command"], "input": ["Terminal"],
     "threading": ["Server"], "logging": ["Memory", "Command"],
 }
