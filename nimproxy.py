@@ -9487,6 +9487,9 @@ def claude_settings(paths: ClaudePaths, env: Mapping[str, str],
              f"set ANTHROPIC_BASE_URL to {env.get('ANTHROPIC_BASE_URL')} by hand")
         mine.clear()
     try:
+        if mine:
+            tell("Claude Code's settings lead to "
+                 f"{env.get('ANTHROPIC_BASE_URL')} while this runs")
         yield put_back
     finally:
         put_back()
@@ -9550,11 +9553,9 @@ def own_env(paths: ClaudePaths) -> Json:
 
     ProxyError for a file that is not to be touched.
     """
-    edit = file_edit(paths.settings, read_receipt(paths)["files"].get("settings", {}),
-                     {}, False)
-    if edit.trouble:
-        raise ProxyError(400, edit.trouble)
-    return env_in(edit.after)
+    text = read_settings(paths.settings)
+    check_settings(text, paths.settings, {"env"})
+    return env_in(restored(text, read_receipt(paths)["files"].get("settings", {}))[0])
 
 
 def env_in(text: Optional[str]) -> Json:
@@ -9624,16 +9625,14 @@ def carried_out(paths: ClaudePaths, receipt: Json, entering: bool, kept: Set[str
         write_receipt(paths, receipt)
         for number, edit in enumerate(edits):
             why = write_edit(edit)
-            if why == OVERTAKEN:
-                break
             if why:
                 undo = receipt["files"][edit.name]
                 edits[number] = edit._replace(trouble=why, record=undo)
-            if entering and edits[0].trouble:
-                return edits            # the other file is not touched, either
-        else:
+            if why and entering:
+                break                   # the other file is not touched, either
+        if not any(edit.trouble.endswith(OVERTAKEN) for edit in edits):
             return edits
-    raise ProxyError(400, f"{paths.settings}: another program keeps writing it")
+    return edits
 
 
 def settings_edits(paths: ClaudePaths, receipt: Json, entering: bool) -> List[Edit]:
@@ -9657,6 +9656,8 @@ def install_edits(paths: ClaudePaths, env: Mapping[str, str]) -> List[Edit]:
 
 def file_edit(path: str, record: Json, wanted: Dict[Path, Any], entering: bool) -> Edit:
     """Undo what was done, then do what is wanted; `trouble` if that cannot be."""
+    if not record and not wanted:
+        return Edit("", path, None, None, {}, [])
     try:
         before = read_settings(path)
         changes = [tuple(row["path"]) for row in record.get("changes", ())]
@@ -9722,7 +9723,7 @@ def check_writable(path: str) -> None:
         raise ProxyError(400, f"{path}: it is read-only")
 
 
-OVERTAKEN = "another program has written it meanwhile"
+OVERTAKEN = "another program keeps writing it"
 
 
 def write_edit(edit: Edit) -> str:
@@ -9735,7 +9736,7 @@ def write_edit(edit: Edit) -> str:
         if edit.after is not None:
             write_fresh(fresh, edit.after, target)
         if read_settings(edit.path) != edit.before:
-            return OVERTAKEN
+            return f"{edit.path}: {OVERTAKEN}"
         if edit.after is None:
             os.unlink(target)
         else:
@@ -9799,8 +9800,7 @@ def check_receipt(receipt: Json) -> None:
         rows += [(row, {"path": list, "ours": list}) for row in record["changes"]]
         texts = [record["blank"], *(row["old"] for row in record["changes"]),
                  *record["hollow"].values()]
-        rows.append(({"": [text for text in texts if text is not None
-                           and not isinstance(text, str)] == []}, {"": bool}))
+        rows += [({"text": text or ""}, {"text": str}) for text in texts]
     for row, kinds in rows:
         if not all(isinstance(row[name], kind) for name, kind in kinds.items()):
             raise ValueError("another shape")
@@ -11354,7 +11354,8 @@ def mend_claude(context: Context) -> None:
     """Put back what a crashed run has left in Claude Code's settings."""
     if not context.options.no_claude_settings:
         with contextlib.suppress(ProxyError):       # no home: nothing is left there
-            mend_settings(claude_paths(context.environ), log.warning)
+            mend_settings(claude_paths(context.environ),
+                          lambda words: log.warning("%s", words))
 
 
 @contextlib.contextmanager
@@ -11371,11 +11372,11 @@ def clients_led(context: Context, url: str) -> Iterator[None]:
 
 def led_by_settings(context: Context, url: str) -> ContextManager:
     paths = claude_paths(context.environ)
-    there = (installed_env(paths) or {"ANTHROPIC_BASE_URL": url})["ANTHROPIC_BASE_URL"]
-    if there == url:
+    env = installed_env(paths)
+    if env is None or env.get("ANTHROPIC_BASE_URL") == url:
         return contextlib.nullcontext()
-    log.warning("Claude Code's settings say %s: %s while this runs", there, url)
-    return claude_settings(paths, settings_wish(context, paths, url), log.warning)
+    wish = settings_wish(context, paths, url)
+    return claude_settings(paths, wish, lambda words: log.warning("%s", words))
 
 
 def settings_wish(context: Context, paths: ClaudePaths, url: str) -> Dict[str, str]:
@@ -11418,8 +11419,8 @@ def run_install(context: Context) -> int:
         complain("nothing was changed")
         return 1
     install_settings(paths, wish, complain)
-    say(f"Claude Code goes to {url}, once `{program()}` serves there; "
-        f"`{program()} uninstall` undoes it")
+    say(f"Claude Code goes to {url}, where `{program()}` has to serve")
+    say(f"`{program()} uninstall` puts everything back")
     return 0
 
 

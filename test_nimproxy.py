@@ -8318,6 +8318,614 @@ def test_use_on_a_read_only_home_fails_in_words(shell, capsys, monkeypatch):
     assert code == 1 and "Read-only file system" in err
 
 
+# ---- 28. Settings: Claude Code's own files -----------------------------------
+
+DEEP_HOOKS = b'{"hooks": ' + b"[" * 200 + b"]" * 200 + b', "env": {"A": "1"}}'
+SHAPES = [      # what settings.json holds; None: there is no such file
+    ("absent", None),
+    ("empty", b""),
+    ("a blank line", b" \r\n"),
+    ("no members", b"{}"),
+    ("no members, but blanks", b"{ \n\t }\n\n"),
+    ("one line", b'{"model": "opus"}'),
+    ("one line, tight", b'{"a":1,"b":[2]}'),
+    ("one line, wide", b'{ "a": 1, "b": 2 }\n'),
+    ("one line with env", b'{"env":{"A":"1"},"b":2}'),
+    ("one line with an empty env", b'{"env": {}}'),
+    ("as Claude Code writes it", b'{\n  "env": {\n    "A": "1"\n  },\n  "b": []\n}\n'),
+    ("env missing", b'{\n  "permissions": {\n    "allow": ["Bash"]\n  }\n}\n'),
+    ("env empty", b'{\n  "a": 1,\n  "env": {}\n}\n'),
+    ("env empty, but blanks", b'{\n  "a": 1,\n  "env": {\n\n  },\n  "z": 2\n}\n'),
+    ("tabs", b'{\n\t"env": {\n\t\t"A": "1"\n\t}\n}'),
+    ("tabs, env missing", b'{\n\t"a": true\n}\n'),
+    ("seven blanks", b'{\n       "env": {\n              "A": "1"\n       }\n}\n'),
+    ("no indent", b'{\n"a": 1,\n"env": {\n"A": "1"\n}\n}\n'),
+    ("CRLF", b'{\r\n  "env": {\r\n    "A": "1"\r\n  }\r\n}\r\n'),
+    ("CRLF, env missing", b'{\r\n  "a": 1\r\n}\r\n'),
+    ("CR alone", b'{\r  "a": 1\r}\r'),
+    ("a byte order mark", b'\xef\xbb\xbf{\n  "a": 1\n}\n'),
+    ("no final newline", b'{\n  "a": 1\n}'),
+    ("five final newlines", b'{\n  "a": 1\n}\n\n\n\n\n'),
+    ("commas first", b'{ "a": 1\n, "env": { "A": "1"\n         , "B": "2" }\n}\n'),
+    ("colons apart", b'{\n  "env" : {\n    "A" : "1"\n  }\n}\n'),
+    ("a value on its own line", b'{\n  "env":\n  {\n    "A":\n      "1"\n  }\n}\n'),
+    ("mixed", b'{"a": 1,\n\n   "env": {"A": "1",\n\t"B": "2"}, "c": 3}\n'),
+    ("env first of many", b'{"env": {"Z": "1"},\n "a": {"env": {"A": "2"}}}'),
+    ("an env deeper down", b'{\n  "a": {\n    "env": {"ANTHROPIC_MODEL": "x"}\n  }\n}'),
+    ("two members of one name", b'{"a": 1, "a": 2, "env": {"A": "1", "A": "2"}}'),
+    ("two env", b'{"env": {"ANTHROPIC_MODEL": "x"}, "env": {"B": "2"}}'),
+    ("escapes", b'{"\\u0065nv": {"\\u0041": "\\ud800\\/\\u00e9"}, "\\"": "\\\\"}'),
+    ("UTF-8", '{\n  "language": "\u65e5\u672c\u8a9e \U0001f600 \u2028"\n}\n'.encode()),
+    ("numbers", b'{"a": 1e5, "b": -0.0, "c": 1E400, "d": 1.10, "e": ' + b"9" * 9999
+     + b"}"),
+    ("env without strings", b'{"env": {"A": 1, "B": true, "C": null, "D": {"E": []}}}'),
+    ("a base URL of another", b'{\n  "env": {\n    "ANTHROPIC_BASE_URL" : "h:\\/\\/x",'
+     b'\n    "ANTHROPIC_AUTH_TOKEN": "sk-\\u0061"\n  }\n}\n'),
+    ("models of another", b'{"env": {"ANTHROPIC_MODEL": null, "A": "1", '
+     b'"ANTHROPIC_DEFAULT_OPUS_MODEL": 7}}'),
+    ("what leads elsewhere", b'{"env": {"CLAUDE_CODE_USE_BEDROCK": 1, '
+     b'"ANTHROPIC_API_KEY": "sk-1", "HTTP_PROXY": "http://p"}}'),
+    ("deep", DEEP_HOOKS),
+    ("braces in strings", b'{"a": "}{\\"env\\": {", "env": {"A": "}"}}'),
+    ("a megabyte", b'{"a": "' + b"x" * (1 << 20) + b'",\n "env": {"A": "1"}}'),
+]
+
+UNFIT = [       # what settings.json holds; words of the message
+    ("a comment", b'{\n  // mine\n  "env": {}\n}', ":2:3: not JSON"),
+    ("a comment behind", b'{}\n/* x */', ":2:1: not JSON"),
+    ("a trailing comma", b'{\n  "env": {"A": "1",}\n}', ":2:"),
+    ("single quotes", b"{'env': {}}", ":1:2: not JSON"),
+    ("cut off", b'{"env": {"A": "1"', "not JSON"),
+    ("a list", b'[{"env": {}}]', ":1:1: expected an object"),
+    ("a number", b"7", ":1:1: expected an object"),
+    ("NaN", b'{"NaN": "NaN",\n "a": NaN}', ":2:7: NaN is not JSON"),
+    ("env is a list", b'{\n "env": []}', ":2:9: env: expected an object"),
+    ("env is null", b'{"env": null}', ":1:9: env: expected an object"),
+    ("the last env is a string", b'{"env": {}, "env": "x"}', ":1:20: env: expected"),
+    ("a raw newline in a string", b'{"a": "x\ny"}', ":1:9: not JSON"),
+    ("Latin-1", b'{"a": "\xe9"}', "expected UTF-8"),
+    ("UTF-16", '{"env": {}}'.encode("utf-16"), "expected UTF-8"),
+    ("zeros", b"\0" * 100, ":1:1: not JSON"),
+    ("too deep", b'{"a": ' + b"[" * 200000, ":1:1: it is nested too deeply"),
+]
+
+WISH = {"ANTHROPIC_BASE_URL": "http://127.0.0.1:8787", "ANTHROPIC_MODEL": "m"}
+
+
+def claude_home(folder, raw):
+    """A home whose settings.json holds some bytes: what Claude Code's files are."""
+    paths = np.claude_paths({"HOME": str(folder)})
+    if raw is not None:
+        Path(paths.settings).parent.mkdir(parents=True)
+        Path(paths.settings).write_bytes(raw)
+    return paths
+
+
+def tree(folder):
+    """Every file under a folder with its bytes and mode, every folder, every link."""
+    return {str(path.relative_to(folder)): (
+                os.readlink(str(path)) if path.is_symlink() else
+                (path.read_bytes(), path.stat().st_mode) if path.is_file() else "")
+            for path in Path(folder).rglob("*")}
+
+
+def env_of(paths):
+    text = Path(paths.settings).read_bytes().decode("utf-8-sig")
+    return json.loads(text, parse_int=str)["env"]
+
+
+@pytest.mark.parametrize("raw", named(SHAPES))
+def test_install_and_uninstall_leave_no_trace(shell, capsys, raw):
+    paths = claude_home(shell, raw)
+    before = tree(shell)
+    own = env_of(paths) if b"env\"" in (raw or b"") and b"a\": {" not in raw else {}
+    assert run(capsys, "install", "--yes")[0] == 0
+    env = env_of(paths)
+    assert env["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:8787"
+    assert env["ANTHROPIC_AUTH_TOKEN"] == "unused" and "NO_PROXY" not in env
+    assert env["ANTHROPIC_DEFAULT_OPUS_MODEL"] == "z-ai/glm-5.3"
+    kept = [name for name in own if not name.startswith(("ANTHROPIC_", "CLAUDE_"))]
+    assert {name: env[name] for name in kept} == {name: own[name] for name in kept}
+    assert not any(env.get(name) for name in np.BYPASSES)
+    assert run(capsys, "install", "--yes", "--port", "9000")[0] == 0
+    assert env_of(paths)["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:9000"
+    assert "put back" in run(capsys, "uninstall")[1]
+    assert tree(shell) == before
+
+
+@pytest.mark.parametrize("raw", named(SHAPES))
+def test_a_run_leaves_no_trace(tmp_path, raw):
+    paths = claude_home(tmp_path, raw)
+    before, told = tree(tmp_path), []
+    with np.claude_settings(paths, WISH, told.append):
+        assert env_of(paths)["ANTHROPIC_BASE_URL"] == WISH["ANTHROPIC_BASE_URL"]
+        assert json.loads(Path(paths.profile).read_text())["hasCompletedOnboarding"]
+        assert os.stat(paths.receipt).st_mode & 0o777 == 0o600
+    assert tree(tmp_path) == before
+    assert told == ["Claude Code's settings lead to http://127.0.0.1:8787 while this "
+                    "runs"]
+
+
+KILLED = """
+import contextlib, json, sys
+sys.path.insert(0, sys.argv[1])
+import nimproxy as np
+with contextlib.ExitStack() as stack:
+    for home in sys.argv[3:]:
+        paths = np.claude_paths({"HOME": home})
+        stack.enter_context(np.claude_settings(paths, json.loads(sys.argv[2]), print))
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def holder_process(wish, *homes):
+    """Another nimproxy that leads Claude Code elsewhere, until the end or a kill."""
+    command = [sys.executable, "-c", KILLED, str(HERE), json.dumps(wish), *homes]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                          ) as child:
+        try:
+            while child.stdout.readline() not in (b"ready\n", b""):
+                pass
+            yield child
+        finally:
+            child.kill()
+
+
+def test_what_a_killed_run_left_is_put_back_at_the_next_start(tmp_path):
+    all_paths = [claude_home(tmp_path / str(number), raw.values[0])
+                 for number, raw in enumerate(named(SHAPES))]
+    for number in range(len(SHAPES)):
+        (tmp_path / str(number)).mkdir(exist_ok=True)
+    before = tree(tmp_path)
+    homes = [str(tmp_path / str(number)) for number in range(len(SHAPES))]
+    with holder_process(WISH, *homes) as child:
+        told = []
+        for paths in all_paths:
+            np.mend_settings(paths, told.append)        # it lives
+            assert env_of(paths)["ANTHROPIC_MODEL"] == "m"
+        assert not told
+        child.kill()
+        child.wait()
+        for paths in all_paths:
+            np.mend_settings(paths, told.append)
+    assert tree(tmp_path) == before
+    assert told == ["put back what a crashed run had left in Claude's settings (pid %d)"
+                    % child.pid] * len(SHAPES)
+
+
+@pytest.mark.parametrize("raw, words", named(UNFIT))
+def test_what_cannot_be_read_is_left_alone(shell, capsys, raw, words):
+    paths = claude_home(shell, raw)
+    before, told = tree(shell), []
+    code, out, err = run(capsys, "install", "--yes")
+    assert code == 2 and not out and paths.settings in err and words in err
+    assert "by hand" in err and err.count("\n") == 1
+    with np.claude_settings(paths, WISH, told.append):
+        assert tree(shell) == before
+    assert len(told) == 1 and words in told[0] and "by hand" in told[0]
+    assert tree(shell) == before
+
+
+def test_one_that_is_read_only_or_no_file_or_huge_is_left_alone(tmp_path, monkeypatch):
+    paths = claude_home(tmp_path, b'{"a": 1}\n')
+    settings = Path(paths.settings)
+
+    def untouched(words):
+        before, told = tree(tmp_path), []
+        with np.claude_settings(paths, WISH, told.append):
+            assert tree(tmp_path) == before
+        assert len(told) == 1 and words in told[0] and paths.settings in told[0], told
+        assert tree(tmp_path) == before
+
+    settings.chmod(0o444)
+    untouched("it is read-only")
+    settings.chmod(0o644)
+    monkeypatch.setattr(np, "MAX_SETTINGS_BYTES", 5)
+    untouched("expected 0 MB at most")
+    monkeypatch.undo()
+    settings.unlink()
+    os.mkfifo(paths.settings)
+    untouched("expected a file")
+    settings.unlink()
+    settings.mkdir()
+    untouched("expected a file")
+    settings.rmdir()
+    settings.symlink_to(settings)
+    untouched("cannot be read")
+    settings.unlink()
+    settings.parent.rmdir()
+    settings.parent.write_text("no folder")
+    told = []
+    with np.claude_settings(paths, WISH, told.append):
+        pass
+    assert len(told) == 1 and "cannot be used" in told[0]
+    assert settings.parent.read_text() == "no folder"
+
+
+def test_when_nothing_can_be_written_nothing_is(tmp_path, monkeypatch):
+    paths = claude_home(tmp_path, b'{"a": 1}\n')
+    before, told, real = tree(tmp_path), [], np.write_fresh
+
+    def full(fresh, text, like):
+        if name in fresh:
+            raise OSError(28, "No space left on device")
+        real(fresh, text, like)
+    monkeypatch.setattr(np, "write_fresh", full)
+    for name in ("settings.json", "settings.json.nimproxy-receipt"):
+        with np.claude_settings(paths, WISH, told.append):
+            assert tree(tmp_path) == before
+    assert len(told) == 2 and all("No space left" in words for words in told)
+    name = ".claude.json"
+    with np.claude_settings(paths, WISH, told.append):
+        assert env_of(paths)["ANTHROPIC_MODEL"] == "m"      # the onboarding has to wait
+    assert len(told) == 4 and ".claude.json: cannot be written" in told[2]
+    assert tree(tmp_path) == before
+
+
+def test_links_stay_links_and_modes_modes(tmp_path):
+    paths = claude_home(tmp_path, None)
+    dotfiles = tmp_path / "dotfiles"
+    dotfiles.mkdir()
+    (dotfiles / "claude.json").write_bytes(b'{"env": {"A": "1"}}')
+    (dotfiles / "claude.json").chmod(0o640)
+    Path(paths.settings).parent.mkdir()
+    Path(paths.settings).symlink_to(os.path.join("..", "dotfiles", "claude.json"))
+    Path(paths.profile).symlink_to(dotfiles / "new.json")       # that is not there yet
+    before = tree(tmp_path)
+    with np.claude_settings(paths, WISH, print):
+        assert os.path.islink(paths.settings) and os.path.islink(paths.profile)
+        assert b"8787" in (dotfiles / "claude.json").read_bytes()
+        assert (dotfiles / "claude.json").stat().st_mode & 0o777 == 0o640
+        assert (dotfiles / "new.json").stat().st_mode & 0o777 == 0o600
+        assert sorted(os.listdir(str(dotfiles))) == ["claude.json", "new.json"]
+    assert tree(tmp_path) == before
+
+
+def test_a_folder_elsewhere(shell, capsys, monkeypatch):
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(shell / "cfg"))
+    assert run(capsys, "install", "-y")[0] == 0
+    assert sorted(tree(shell)) == ["cfg", "cfg/.claude.json", "cfg/settings.json",
+                                   "cfg/settings.json.nimproxy-receipt"]
+    assert run(capsys, "uninstall")[0] == 0 and not tree(shell)
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", "cfg")
+    code, _, err = run(capsys, "install", "-y")
+    assert code == 2 and "whole path" in err and not tree(shell)
+
+
+PROFILES = [    # what .claude.json holds, and with us; None: no such file, or the same
+    ("absent", None, b'{\n  "hasCompletedOnboarding": true\n}\n'),
+    ("false", b'{"hasCompletedOnboarding": false, "n": 1}',
+     b'{"hasCompletedOnboarding": true, "n": 1}'),
+    ("missing", b'{\n  "numStartups": 1e0\n}', b'{\n  "numStartups": 1e0,\n  '
+     b'"hasCompletedOnboarding": true\n}'),
+    ("true already", b'{ "hasCompletedOnboarding":true}', None),
+    ("the wrong name", b'{"has_completed_onboarding": true}',
+     b'{"has_completed_onboarding": true, "hasCompletedOnboarding": true}'),
+    ("not JSON", b'{"a": 1,}', None),
+    ("env of old", b'{"env": 5, "hasCompletedOnboarding": true}', None),
+]
+
+
+@pytest.mark.parametrize("raw, want", named(PROFILES))
+def test_the_onboarding_is_done_with(tmp_path, raw, want):
+    paths = claude_home(tmp_path, b"{}")
+    for profile in (paths.profile, os.path.join(os.path.dirname(paths.settings),
+                                                ".config.json")):
+        if raw is not None:
+            Path(profile).write_bytes(raw)
+        paths, told = np.claude_paths({"HOME": str(tmp_path)}), []
+        assert raw is None or paths.profile == profile
+        with np.claude_settings(paths, WISH, told.append):
+            assert Path(paths.profile).read_bytes() == (want or raw)
+            assert env_of(paths) == WISH
+        assert len(told) == (2 if raw == b'{"a": 1,}' else 1)
+        assert Path(profile).read_bytes() == raw if raw else not os.path.exists(profile)
+
+
+# ---- what others write meanwhile
+
+def rewritten(change):
+    """Claude Code writes its settings anew, after a change."""
+    def rewrite(path):
+        value = json.loads(path.read_text())
+        change(value)
+        path.write_text(json.dumps(value, indent=2))
+    return rewrite
+
+
+BASE = b'{"env": {"ANTHROPIC_MODEL": "mine", "A": "1"}, "b": 2}'
+MEANWHILE = [   # what happens to settings.json, what is left of it then, what is said
+    ("nothing", lambda path: None, json.loads(BASE), ""),
+    ("a new layout", rewritten(lambda value: None), json.loads(BASE), ""),
+    ("other settings", rewritten(lambda value: value.update(c=[3], b=4)),
+     {"env": {"ANTHROPIC_MODEL": "mine", "A": "1"}, "b": 4, "c": [3]}, ""),
+    ("a variable of theirs", rewritten(lambda value: value["env"].update(Z="9")),
+     {"env": {"ANTHROPIC_MODEL": "mine", "A": "1", "Z": "9"}, "b": 2}, ""),
+    ("another model", rewritten(lambda value: value["env"].update(ANTHROPIC_MODEL="x")),
+     {"env": {"ANTHROPIC_MODEL": "x", "A": "1"}, "b": 2}, "ANTHROPIC_MODEL: changed"),
+    ("another URL",
+     rewritten(lambda value: value["env"].update(ANTHROPIC_BASE_URL="u")),
+     {"env": {"ANTHROPIC_MODEL": "mine", "A": "1", "ANTHROPIC_BASE_URL": "u"}, "b": 2},
+     "ANTHROPIC_BASE_URL: changed"),
+    ("theirs again", lambda path: path.write_bytes(BASE), json.loads(BASE), ""),
+    ("no model", rewritten(lambda value: value["env"].pop("ANTHROPIC_MODEL")),
+     {"env": {"A": "1"}, "b": 2}, "ANTHROPIC_MODEL: changed"),
+    ("no env", rewritten(lambda value: value.pop("env")), {"b": 2}, "changed since"),
+    ("nothing left", lambda path: path.unlink(), None, ""),
+    ("an empty file", lambda path: path.write_bytes(b""), b"", ""),
+    ("a comment", lambda path: path.write_bytes(b"// x\n{}"), b"// x\n{}",
+     "take out by hand: ANTHROPIC_BASE_URL, ANTHROPIC_MODEL"),
+    ("a list for env", lambda path: path.write_bytes(b'{"env": []}'), b'{"env": []}',
+     "take out by hand"),
+]
+
+
+@pytest.mark.parametrize("act, left, said", named(MEANWHILE))
+def test_what_others_write_meanwhile_stays(tmp_path, act, left, said):
+    paths, told = claude_home(tmp_path, BASE), []
+    settings = Path(paths.settings)
+    with np.claude_settings(paths, WISH, told.append):
+        assert env_of(paths) == {"A": "1", **WISH}
+        act(settings)
+        del told[:]
+    assert [said in words for words in told] == ([True] if said else [])
+    if isinstance(left, bytes) or left is None:
+        assert (settings.read_bytes() if settings.exists() else None) == left
+    else:
+        assert json.loads(settings.read_text()) == left
+    kept = bool(said) and "by hand" in said         # for a later attempt
+    assert os.path.exists(paths.receipt) == kept
+    if kept:
+        settings.write_bytes(b'{"env": {"ANTHROPIC_BASE_URL": "%s"}}'
+                             % WISH["ANTHROPIC_BASE_URL"].encode())
+        np.mend_settings(paths, told.append)
+        assert settings.read_bytes() == b'{"env": {}}'
+        assert not os.path.exists(paths.receipt)
+
+
+def test_a_file_that_was_not_there_stays_if_somebody_has_written_into_it(tmp_path):
+    paths = claude_home(tmp_path, None)
+    with np.claude_settings(paths, WISH, print):
+        rewritten(lambda value: value.update(c=1))(Path(paths.settings))
+    assert tree(tmp_path).keys() == {".claude", ".claude/settings.json"}
+    assert json.loads(Path(paths.settings).read_text()) == {"c": 1}
+
+
+@pytest.mark.parametrize("times, code", [(1, 0), (3, 0), (99, 2)])
+def test_a_writer_in_between_is_not_overwritten(shell, capsys, monkeypatch, times,
+                                                code):
+    """It writes after we have read, just before we would replace the file."""
+    paths = claude_home(shell, b'{"n": 0}')
+    real, count = np.write_fresh, [0]
+
+    def interfere(fresh, text, like):
+        real(fresh, text, like)
+        if like == paths.settings and count[0] < times:
+            count[0] += 1
+            Path(paths.settings).write_text('{"n": %d}' % count[0])
+    monkeypatch.setattr(np, "write_fresh", interfere)
+    found, _, err = run(capsys, "install", "-y")
+    assert found == code and (code == 0 or "keeps writing" in err)
+    assert json.loads(Path(paths.settings).read_text())["n"] == count[0]
+    monkeypatch.setattr(np, "write_fresh", real)
+    run(capsys, "uninstall")
+    assert Path(paths.settings).read_text() == '{"n": %d}' % count[0]
+    assert sorted(tree(shell)) == [".claude", ".claude/settings.json"]
+
+
+def test_many_at_once_put_back_what_was_there_before_them_all(tmp_path):
+    paths = claude_home(tmp_path, BASE)
+    before, told, start = tree(tmp_path), [], threading.Barrier(6)
+
+    def come_and_go(number):
+        start.wait()
+        for turn in range(8):
+            wish = {**WISH, "ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % number}
+            with np.claude_settings(paths, wish, told.append):
+                pass
+    threads = [threading.Thread(target=come_and_go, args=(9000 + number,))
+               for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert tree(tmp_path) == before
+    assert all("lead to" in words for words in told) and len(told) == 48
+
+
+# ---- several holders
+
+def test_the_last_to_leave_puts_back_and_others_find_their_own(tmp_path):
+    paths = claude_home(tmp_path, BASE)
+    before = tree(tmp_path)
+
+    def url():
+        return env_of(paths)["ANTHROPIC_BASE_URL"]
+    one, other = ({**WISH, "ANTHROPIC_BASE_URL": name} for name in ("one", "other"))
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(np.claude_settings(paths, one, print))
+        leave = second.enter_context(np.claude_settings(
+            paths, {**other, "EXTRA": "1"}, print))
+        assert url() == "other" and env_of(paths)["EXTRA"] == "1"
+        np.install_settings(paths, {**WISH, "ANTHROPIC_BASE_URL": "home"}, print)
+        assert url() == "other" and np.installed_env(paths)["ANTHROPIC_MODEL"] == "m"
+        first.close()
+        assert url() == "other"
+        leave()
+        assert url() == "home" and "EXTRA" not in env_of(paths)
+        leave()
+        assert url() == "home"
+    assert np.uninstall_settings(paths, print) and tree(tmp_path) == before
+    with np.claude_settings(paths, one, print):
+        np.uninstall_settings(paths, print)
+        assert tree(tmp_path) == before
+    assert tree(tmp_path) == before
+
+
+def test_a_live_run_keeps_what_a_killed_one_loses(tmp_path):
+    paths, told = claude_home(tmp_path, BASE), []
+    before = tree(tmp_path)
+    with np.claude_settings(paths, {**WISH, "ANTHROPIC_BASE_URL": "live"}, print):
+        with holder_process({**WISH, "KILLED": "1"}, str(tmp_path)) as child:
+            assert env_of(paths)["KILLED"] == "1"
+            child.kill()
+            child.wait()
+            np.mend_settings(paths, told.append)
+            assert len(told) == 1 and "KILLED" not in env_of(paths)
+            assert env_of(paths)["ANTHROPIC_BASE_URL"] == "live"
+    assert tree(tmp_path) == before
+
+
+def test_a_process_id_that_is_used_again_is_no_holder(tmp_path):
+    paths, told = claude_home(tmp_path, BASE), []
+    before = tree(tmp_path)
+    with holder_process(WISH, str(tmp_path)) as child:
+        child.kill()
+    receipt = json.loads(Path(paths.receipt).read_text())
+    receipt["holders"][0].update(pid=os.getpid())       # but its mark is another's
+    Path(paths.receipt).write_text(json.dumps(receipt))
+    np.mend_settings(paths, told.append)
+    assert tree(tmp_path) == before and len(told) == 1
+
+
+DAMAGED_RECEIPTS = ["", "{", "[]", "{}", '{"files": {}, "holders": [{}]}',
+                    '{"files": {"settings": {}}, "holders": []}', "[" * 99999,
+                    '{"files": {"settings": {"existed": true, "hollow": {}, '
+                    '"blank": 5, "changes": []}}, "holders": []}']
+
+
+@pytest.mark.parametrize("words", DAMAGED_RECEIPTS, ids=range(len(DAMAGED_RECEIPTS)))
+def test_a_damaged_receipt_is_set_aside_and_said_once(tmp_path, words):
+    paths, told = claude_home(tmp_path, BASE), []
+    Path(paths.receipt).write_text(words)
+    np.mend_settings(paths, told.append)
+    np.mend_settings(paths, told.append)
+    assert len(told) == 1 and "damaged" in told[0]
+    assert Path(paths.receipt + ".bad").read_text() == words
+    assert Path(paths.settings).read_bytes() == BASE
+
+
+# ---- the commands
+
+def test_install_shows_what_it_will_write_and_wants_a_yes(shell, capsys):
+    paths = claude_home(shell, b'{\n "env": {\n  "MY_API_KEY": "sk-very-secret",\n'
+                               b'  "ANTHROPIC_AUTH_TOKEN": "sk-very-secret"\n }\n}\n')
+    before = tree(shell)
+    code, out, err = run(capsys, "install")
+    assert code == 2 and "--yes" in err and tree(shell) == before
+    assert '+  "ANTHROPIC_BASE_URL": "http://127.0.0.1:8787"' in out
+    assert '+  "hasCompletedOnboarding": true' in out and "secret" not in out
+    assert max(map(len, out.splitlines())) < 80
+    assert run(capsys, "install", "-y")[0] == 0
+    code, out, _ = run(capsys, "install")               # nothing to ask any more
+    assert code == 0 and "+++" not in out
+    assert run(capsys, "uninstall")[0] == 0 and tree(shell) == before
+    code, out, _ = run(capsys, "uninstall")
+    assert code == 0 and "nothing to undo" in out and paths.settings in out
+    code, _, err = run(capsys, "install", "--port", "0")
+    assert code == 2 and "port" in err
+
+
+@pytest.mark.parametrize("answer, code", [("y\n", 0), ("YES\n", 0), ("n\n", 1),
+                                          ("\n", 1), ("\x04", 1)])
+def test_install_asks_on_a_terminal(shell, answer, code):
+    import pty
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(HERE / "nimproxy.py"), "install"]
+    with open(ours, "wb", buffering=0) as keys, subprocess.Popen(
+            command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            ) as child:
+        os.close(theirs)
+        keys.write(answer.encode())
+        out = child.communicate(timeout=30)[0]
+        assert child.returncode == code and b"Write this? [y/N]" in out
+    assert os.path.exists(str(shell / ".claude" / "settings.json")) == (code == 0)
+
+
+def test_install_heeds_what_the_user_wants_otherwise(shell, capsys, monkeypatch):
+    paths = claude_home(shell, b'{"env": {"API_TIMEOUT_MS": "5", "ENABLE_TOOL_SEARCH": '
+                               b'"auto"}}')
+    monkeypatch.setenv("CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY", "1")
+    monkeypatch.setenv("PROXY_API_KEY", "k" * 16)
+    for host in ("0.0.0.0", "127.0.0.1"):
+        assert run(capsys, "install", "-y", "--host", host, "--model", "a/b")[0] == 0
+        env = env_of(paths)
+        assert env["API_TIMEOUT_MS"] == "5" and env["ANTHROPIC_AUTH_TOKEN"] == "k" * 16
+        assert not {"CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS",
+                    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"} & set(env)
+        assert env["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:8787"
+        assert env["CLAUDE_CODE_SUBAGENT_MODEL"] == "a/b"
+
+
+def test_serve_at_another_port_leads_there_while_it_runs(shell, capsys):
+    paths = claude_home(shell, BASE)
+    assert run(capsys, "install", "-y", "--demo")[0] == 0
+    before = tree(shell)
+    with serving("--demo", "--no-claude-settings") as (child, url):
+        assert Client(url).ask()[0] == 200 and tree(shell) == before
+    with serving("--demo") as (child, url):
+        words = child.stderr.readline().decode()
+        assert "Claude Code's settings lead to %s while" % url in words
+        assert env_of(paths)["ANTHROPIC_BASE_URL"] == url
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(10) == 0
+    assert env_of(paths)["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:8787"
+    with serving("--demo") as (child, url):
+        child.stderr.readline()
+        child.kill()
+        child.wait()
+    assert env_of(paths)["ANTHROPIC_BASE_URL"] == url
+    with serving("--demo") as (child, other):
+        assert b"put back" in child.stderr.readline()
+        assert b"lead to" in child.stderr.readline()
+        child.send_signal(signal.SIGINT)
+        child.send_signal(signal.SIGINT)
+        child.wait(10)
+    assert run(capsys, "uninstall")[0] == 0
+    assert Path(paths.settings).read_bytes() == BASE
+
+
+def test_serve_leaves_settings_alone_that_nobody_has_installed(shell):
+    claude_home(shell, BASE)
+    before = tree(shell)
+    with serving("--demo") as (child, url):
+        assert Client(url).ask()[0] == 200 and tree(shell) == before
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(10) == 0 and b"settings" not in child.stderr.read()
+
+
+def test_code_goes_over_settings_that_lead_elsewhere(shell, capsys):
+    """Claude Code takes settings.json over its environment, --settings over both."""
+    paths = claude_home(shell, b'{"env": {"ANTHROPIC_MODEL": "mine", "A": "1", '
+                               b'"CLAUDE_CODE_USE_VERTEX": "1"}}')
+    claude = shell / "claude"
+    claude.write_text("#!%s\nimport json, os, sys\nargs = sys.argv[1:]\n"
+                      "env, mode = {}, 0\n"
+                      "if args[0] == '--settings':\n"
+                      "    env = json.load(open(args[1]))['env']\n"
+                      "    mode = os.stat(os.path.dirname(args[1])).st_mode\n"
+                      "print(json.dumps([args, mode, env, dict(os.environ)]))\n"
+                      % sys.executable)
+    claude.chmod(0o755)
+    command = [sys.executable, str(HERE / "nimproxy.py"), "code", "--demo", "-p", "hi"]
+    environ = {**os.environ, "PATH": "%s:%s" % (shell, os.environ["PATH"])}
+
+    def launched(*more):
+        out = subprocess.run([*command, *more], env=environ, stdout=subprocess.PIPE)
+        return json.loads(out.stdout)
+    args, mode, env, _ = launched()
+    assert mode & 0o777 == 0o700 and env == {"CLAUDE_CODE_USE_VERTEX": ""}
+    assert args[2:] == ["-p", "hi"] and not os.path.exists(args[1])
+    assert run(capsys, "install", "-y")[0] == 0
+    args, mode, env, child = launched()
+    assert env["ANTHROPIC_BASE_URL"] == child["ANTHROPIC_BASE_URL"]
+    assert env["ANTHROPIC_AUTH_TOKEN"] == child["ANTHROPIC_AUTH_TOKEN"] != "unused"
+    assert env["ANTHROPIC_DEFAULT_OPUS_MODEL"] == np.DEMO_MODEL and "A" not in env
+    assert launched("--settings", "{}")[0] == ["-p", "hi", "--settings", "{}"]
+
+
 # ---- 30. Setup: the wizard ---------------------------------------------------
 # A person at a pseudo-terminal, who reads before typing.
 
