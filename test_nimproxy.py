@@ -11703,6 +11703,40 @@ def test_e2e_code_runs_claude_on_a_proxy_of_its_own(tmp_path, piped, answer, wan
 
 
 @E2E
+@pytest.mark.parametrize("folder", ["home/.claude", "elsewhere"])
+def test_e2e_installed_settings_lead_claude_here_and_back(tmp_path, folder):
+    with desk(tmp_path, story(WELL)) as it:
+        name = str(tmp_path / folder)
+        place = {"CLAUDE_CONFIG_DIR": name} if folder == "elsewhere" else {}
+        paths = np.claude_paths({"HOME": str(it.home), **place})
+        ask = [CLAUDE, "-p", "Do it.", "--output-format", "json"]
+        path = os.path.dirname(CLAUDE) + os.pathsep + os.environ["PATH"]
+
+        def nimproxy(*argv):
+            done = it.run([sys.executable, np.__file__, *argv, "--model", E2E_MODEL,
+                           "--base-url", it.nim.url], it.environ(PATH=path, **place))
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+        nimproxy("install", "--yes", "--port", it.url.split(":")[-1])
+        done = it.run(ask, it.environ(**place))
+        assert json.loads(done.stdout)["result"] == "Well done.", done
+        assert {chat["model"] for chat in it.nim.asked} == {E2E_MODEL}
+        nimproxy("install", "--yes", "--port", "1")         # nobody is there
+        answer = json.loads(nimproxy("code", *ask[1:]))
+        assert answer["result"] == "Well done."
+        profile = json.loads(Path(paths.profile).read_text())
+        assert profile["hasCompletedOnboarding"] is True and len(profile) > 1
+        nimproxy("uninstall")
+        assert not os.path.exists(paths.settings)
+        after = json.loads(Path(paths.profile).read_text())
+        del profile["hasCompletedOnboarding"]
+        assert after == profile
+        done = it.run(ask, it.environ(ANTHROPIC_BASE_URL=it.url, ANTHROPIC_API_KEY="k",
+                                      **place))
+        assert json.loads(done.stdout)["result"] == "Well done.", done
+
+
+@E2E
 def test_e2e_the_models_are_discovered_and_can_be_chosen(tmp_path):
     kept = tmp_path / "home" / ".claude" / "cache" / "gateway-models.json"
     wait = {"command": "until [ -s %s ]; do sleep 0.02; done" % kept,
