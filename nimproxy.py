@@ -9430,7 +9430,7 @@ def indented(value: Json) -> str:
 # stays.  A receipt beside them says what was there and who holds the change: the last
 # holder to leave puts it back, or the next start, if that one crashed.
 
-MAX_SETTINGS_BYTES = 64 << 20   # of one file; a .claude.json of years has some MB
+MAX_SETTINGS_BYTES = 16 << 20   # of one file; a .claude.json of years has some MB
 MAX_RECEIPT_BYTES = 4 << 20     # some hundred bytes for a key, and its old value
 EDIT_TRIES = 5                  # while Claude Code itself writes; it takes milliseconds
 LOCK_SECONDS = 5.0              # for another nimproxy, which takes milliseconds, too
@@ -9448,7 +9448,8 @@ class ClaudePaths(NamedTuple):
 
 
 def claude_paths(environ: Mapping[str, str]) -> ClaudePaths:
-    home = environ.get("HOME") or os.path.expanduser("~")
+    home = environ.get("USERPROFILE" if os.name == "nt" else "HOME", "")
+    home = home or os.path.expanduser("~")
     folder = environ.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
     if not os.path.isabs(folder):
         raise ProxyError(400, "Claude Code's settings: expected a whole path in HOME "
@@ -11290,7 +11291,7 @@ def run_client(context: Context, config: Config, url: str, command: List[str]) -
           file=sys.stderr, flush=True)
     piped = sys.argv[:1] == ["-"]       # python3 - code < nimproxy.py
     try:
-        with settings_over(context, added) as flags:
+        with settings_over(context, command[0], added) as flags:
             command = [command[0], *flags, *command[1:]]
             return run_child(command, child_environment(added, context.environ), piped)
     except OSError as error:
@@ -11299,14 +11300,15 @@ def run_client(context: Context, config: Config, url: str, command: List[str]) -
 
 
 @contextlib.contextmanager
-def settings_over(context: Context, added: Mapping[str, str]) -> Iterator[List[str]]:
+def settings_over(context: Context, command: str, added: Mapping[str, str]
+                  ) -> Iterator[List[str]]:
     """Flags for Claude Code where its settings.json would lead it elsewhere.
 
     What stands there goes over the environment; what --settings names goes over both.
     A file, because others may read a command line, and it holds the proxy's key.
     """
     led = {}
-    if context.options.command == "code":
+    if os.path.basename(command).partition(".")[0] == "claude":
         with contextlib.suppress(ProxyError):
             paths = claude_paths(context.environ)
             led = led_elsewhere(settings_env(paths), own_env(paths), added)
@@ -11370,10 +11372,20 @@ def clients_led(context: Context, url: str) -> Iterator[None]:
         yield
 
 
+def answers(config: Config, url: str) -> bool:
+    """Whether a nimproxy is up there, which Claude Code had better stay with."""
+    try:
+        connection, response = ask_proxy(config, url, "GET", "/health")
+        with contextlib.closing(connection):
+            return b'"nimproxy"' in response.read(MAX_LINE_BYTES)
+    except OSError:
+        return False
+
+
 def led_by_settings(context: Context, url: str) -> ContextManager:
     paths = claude_paths(context.environ)
-    env = installed_env(paths)
-    if env is None or env.get("ANTHROPIC_BASE_URL") == url:
+    there = (installed_env(paths) or {}).get("ANTHROPIC_BASE_URL", url)
+    if there == url or answers(context.config, there):
         return contextlib.nullcontext()
     wish = settings_wish(context, paths, url)
     return claude_settings(paths, wish, lambda words: log.warning("%s", words))

@@ -8439,7 +8439,7 @@ def test_a_run_leaves_no_trace(tmp_path, raw):
     before, told = tree(tmp_path), []
     with np.claude_settings(paths, WISH, told.append):
         assert env_of(paths)["ANTHROPIC_BASE_URL"] == WISH["ANTHROPIC_BASE_URL"]
-        assert json.loads(Path(paths.profile).read_text())["hasCompletedOnboarding"]
+        assert json.loads(Path(paths.profile).read_bytes())["hasCompletedOnboarding"]
         assert os.stat(paths.receipt).st_mode & 0o777 == 0o600
     assert tree(tmp_path) == before
     assert told == ["Claude Code's settings lead to http://127.0.0.1:8787 while this "
@@ -8715,6 +8715,21 @@ def test_a_writer_in_between_is_not_overwritten(shell, capsys, monkeypatch, time
     assert sorted(tree(shell)) == [".claude", ".claude/settings.json"]
 
 
+def test_what_is_written_while_a_run_leaves_is_not_overwritten(tmp_path, monkeypatch):
+    paths, told = claude_home(tmp_path, BASE), []
+    real, count = np.write_fresh, [0]
+
+    def interfere(fresh, text, like):
+        real(fresh, text, like)
+        if like == paths.settings and count[0] < 3:
+            count[0] += 1
+            rewritten(lambda value: value.update(n=count[0]))(Path(like))
+    with np.claude_settings(paths, WISH, print):
+        monkeypatch.setattr(np, "write_fresh", interfere)
+    assert json.loads(Path(paths.settings).read_text()) == {**json.loads(BASE), "n": 3}
+    assert sorted(tree(tmp_path)) == [".claude", ".claude/settings.json"]
+
+
 def test_many_at_once_put_back_what_was_there_before_them_all(tmp_path):
     paths = claude_home(tmp_path, BASE)
     before, told, start = tree(tmp_path), [], threading.Barrier(6)
@@ -8865,13 +8880,19 @@ def test_serve_at_another_port_leads_there_while_it_runs(shell, capsys):
     before = tree(shell)
     with serving("--demo", "--no-claude-settings") as (child, url):
         assert Client(url).ask()[0] == 200 and tree(shell) == before
+    with proxy_for("http://127.0.0.1:1") as up:
+        run(capsys, "install", "-y", "--demo", "--port", up.url.split(":")[-1])
+        with serving("--demo") as (child, url):     # the one that is up goes before
+            assert Client(url).ask()[0] == 200
+            assert env_of(paths)["ANTHROPIC_BASE_URL"] == up.url
+    run(capsys, "install", "-y", "--demo", "--port", "1")       # nobody listens there
     with serving("--demo") as (child, url):
         words = child.stderr.readline().decode()
         assert "Claude Code's settings lead to %s while" % url in words
         assert env_of(paths)["ANTHROPIC_BASE_URL"] == url
         child.send_signal(signal.SIGTERM)
         assert child.wait(10) == 0
-    assert env_of(paths)["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:8787"
+    assert env_of(paths)["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:1"
     with serving("--demo") as (child, url):
         child.stderr.readline()
         child.kill()
