@@ -165,6 +165,7 @@ TRIM_SECONDS = 2.0              # between giving freed memory back; it takes abo
 
 KEPT_FAILURES = 64              # failures remembered at once
 KEPT_ERRORS = 20                # last errors that `status` shows
+KEPT_REQUESTS = 20              # and last requests
 KEPT_DOCUMENTS = 16             # texts of PDFs, 400,000 characters at most each
 KEPT_TOOLBOXES = 8              # sets of tools: each agent of a client has its own
 MAX_KNOWN = 256                 # models that something is known of; users have ten
@@ -8176,7 +8177,169 @@ class Gate:
 
 
 # ---- 23. Page: what a browser gets -------------------------------------------
-# A page that asks for the status, once a second, and shows it.
+# A page that asks for the status, once a second, and shows it.  It holds nothing of
+# its own, so it needs no key; what it shows comes as text, never as markup.
+
+LIVE_PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<link rel="icon" href="data:,">
+<title>nimproxy</title>
+<style>
+:root { color-scheme: light dark; --dim: #667; --good: #08653c; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) {
+  :root { --dim: #9aa; --good: #5fd39b; --bad: #ff8a80; } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 0 auto;
+  padding: 1rem; overflow-wrap: anywhere; }
+h1, h2 { font-size: 1rem; margin: 1.3rem 0 .3rem; }
+#state { color: var(--good); }
+.gone #state, .bad { color: var(--bad); }
+.gone main { opacity: .45; }
+.side { display: grid; gap: 0 2.5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; margin: 0; }
+dd { margin: 0; }
+dt, th, .dim { color: var(--dim); font-weight: normal; }
+th, td { padding-right: 1rem; text-align: left; vertical-align: top; }
+.wide { overflow-x: auto; }
+.wide, td:nth-child(-n+2) { white-space: nowrap; }
+</style>
+<h1>nimproxy <span id="version" class="dim"></span></h1>
+<p id="state" role="status">asking ...</p>
+<form id="form" hidden><label>PROXY_API_KEY <input id="key" type="password"
+  autocomplete="off" required></label> <button>Show</button></form>
+<main hidden>
+<div class="side">
+<section><h2>Upstream</h2><dl id="upstream"></dl></section>
+<section><h2>Limits</h2><dl id="limits"></dl></section>
+<section><h2>Since the start</h2><dl id="counts"></dl></section>
+</div>
+<h2>Last requests</h2><div class="wide"><table id="requests"></table></div>
+<h2>Last errors</h2><table id="errors"></table>
+</main>
+<noscript>This page needs its script; <a href="status">/status</a> does not.</noscript>
+<script>
+"use strict";
+const at = id => document.getElementById(id), main = document.querySelector("main");
+let pause = 1, timer;
+
+function put(parent, tag, text, kind = "") {
+  const element = document.createElement(tag);
+  element.textContent = text;
+  element.className = kind;
+  parent.append(element);
+  return element;
+}
+function list(id, rows) {
+  at(id).replaceChildren();
+  for (const [name, words] of rows)
+    if (words) { put(at(id), "dt", name); put(at(id), "dd", words); }
+}
+function table(id, titles, rows) {
+  at(id).replaceChildren();
+  const head = put(at(id), "tr", "");
+  for (const title of rows.length ? titles : ["none"]) put(head, "th", title);
+  for (const cells of rows) {
+    const row = put(at(id), "tr", "", cells[0] < 400 ? "" : "bad");
+    for (const cell of cells) put(row, "td", cell ?? "");
+  }
+}
+function span(seconds) {
+  const units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
+  const from = units.findIndex(([size]) => seconds >= size || size === 1);
+  return units.slice(from, from + 2).map(([size, name], more) => Math.floor(
+    (more ? seconds % units[from][0] : seconds) / size) + " " + name).join(" ");
+}
+const clock = at => new Date(at * 1000).toLocaleTimeString();
+const number = count => (count ?? 0).toLocaleString("en");
+const secs = value => value === undefined ? "" : value.toFixed(2) + " s";
+const part = (used, most) => number(used) + (most ? " of " + number(most) : "");
+
+function show(it) {
+  const limits = it.limits, rows = name => Object.entries(name);
+  const counted = (...starts) => rows(it.counts)
+    .filter(([name]) => starts.some(start => name.startsWith(start))).sort()
+    .map(([name, count]) => name.replace(/^[a-z]+_/, "") + " " + count).join(", ");
+  at("version").textContent = it.version;
+  at("state").textContent = "up for " + span(it.uptime_seconds);
+  list("upstream", [["at", it.base_url], ["provider", it.provider],
+                    ...rows(it.models)]);
+  list("limits", [
+    ["this minute", part(limits.sent_this_minute, limits.requests_per_minute)],
+    ["running", part(limits.running, limits.concurrency)],
+    ["waiting", number(limits.waiting)],
+    ...rows(limits.pauses).map(([model, rest]) => ["pause", `${model}, ${span(rest)}`]),
+    ...it.fallbacks.map(row =>
+      ["instead", `${row.instead} of ${row.model}: ${row.reason}`])]);
+  list("counts", [
+    ...["requests", "answers", "input_tokens", "output_tokens", "clients_left"].map(
+      name => [name.replace("_", " "), number(it.counts[name])]),
+    ["asked again", counted("retried_")], ["fallbacks", counted("fallback_")],
+    ["mended", counted("calls_", "mended_")], ["errors", counted("errors_")]]);
+  table("requests", ["", "at", "model", "first word", "whole", "in", "out"],
+    it.last_requests.reverse().map(row => [row.status, clock(row.at), row.model,
+      secs(row.ttft), secs(row.seconds), number(row.input_tokens),
+      number(row.output_tokens), row.retries ? "asked again " + row.retries : "",
+      row.fallback ? "fallback: " + row.fallback : ""]));
+  table("errors", ["", "at", "message"], it.last_errors.reverse().map(
+    row => [row.status, clock(row.at), row.message]));
+}
+function turn(asks, kind, words) {
+  at("form").hidden = !asks;
+  main.hidden = asks;
+  document.body.className = kind;
+  if (words) at("state").textContent = words;
+}
+async function look() {
+  clearTimeout(timer);
+  const key = sessionStorage.getItem("key");
+  try {
+    const answer = await fetch("status", {cache: "no-store", redirect: "error",
+      headers: key ? {authorization: "Bearer " + key} : {},
+      signal: AbortSignal.timeout(5000)});
+    if (answer.status === 401) return turn(true, key ? "gone" : "", key ?
+      "That is not this proxy's key." : "This proxy has a key; it stays in this tab.");
+    if (!answer.ok) throw new Error("status " + answer.status);
+    show(await answer.json());
+    turn(false, "", "");
+    pause = 1;
+  } catch (error) {
+    pause = Math.min(pause * 2, 30);
+    turn(!at("form").hidden, "gone",
+         `No answer: is the proxy still up? ${error.message}; again in ${pause} s.`);
+  }
+  timer = setTimeout(look, pause * 1000);
+}
+at("form").addEventListener("submit", event => {
+  event.preventDefault();
+  sessionStorage.setItem("key", at("key").value.replace(/[^!-~]/g, ""));
+  at("key").value = "";
+  look();
+});
+look();
+</script>
+"""
+
+
+def page_headers() -> Headers:
+    """What keeps the page to itself: its own script and style, by their hashes, may
+    run; it asks nobody but the proxy, and nobody may frame it."""
+    import hashlib
+    hashes = {}
+    for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", LIVE_PAGE, re.S):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        hashes[tag] = f"'sha256-{digest}'"
+    policy = "; ".join([
+        "default-src 'none'", f"script-src {hashes['script']}",
+        f"style-src {hashes['style']}", "img-src data:", "connect-src 'self'",
+        "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'"])
+    return [("Content-Type", "text/html; charset=utf-8"),
+            ("Content-Security-Policy", policy), ("X-Content-Type-Options", "nosniff"),
+            ("X-Frame-Options", "DENY"), ("Referrer-Policy", "no-referrer"),
+            ("Cache-Control", "no-store"), ("Vary", "Accept")]
+
 
 # ---- 24. Proxy ---------------------------------------------------------------
 # What each path does.  `messages` is the file's story; `relay` is the one place
@@ -8201,6 +8364,7 @@ class Proxy:
         self.asker = Asker(config, upstream or Upstream(config), self.counts)
         self.failures: Dict[int, Tuple[float, ProxyError]] = {}
         self.errors: Any = collections.deque(maxlen=KEPT_ERRORS)
+        self.requests: Any = collections.deque(maxlen=KEPT_REQUESTS)
         self.error_log = ErrorLog(config.home)
         self.listed: Tuple[float, List[str]] = (0.0, [])
         self.traffic: Callable[[], Json] = dict     # what a server adds to the status
@@ -8279,7 +8443,7 @@ class Proxy:
         self.counts[f"errors_{error.status}"] += 1
         self.errors.append({"at": time.time(), "status": error.status,
                             "message": error.message[:400], "model": course.model})
-        facts = {**course.facts(error.status), "error": error.kind,
+        facts = {**self.ended(course, error.status), "error": error.kind,
                  "message": error.message}
         log.warning("%s: %s: %s", printable(facts_line(facts)), error.kind,
                     printable(error.message), extra={"facts": facts})
@@ -8293,9 +8457,16 @@ class Proxy:
             self.note(course, stopped())
             return
         self.counts["clients_left"] += 1
-        facts = {**course.facts(CLIENT_LEFT), "error": "client_left"}
+        facts = {**self.ended(course, CLIENT_LEFT), "error": "client_left"}
         log.info("%s: the client left", printable(facts_line(facts)),
                  extra={"facts": facts})
+
+    def ended(self, course: Course, status: int) -> Json:
+        """The facts of a course at its end, kept for `status` if it got to a model."""
+        facts = course.facts(status)
+        if course.model:
+            self.requests.append({"at": time.time(), **facts})
+        return facts
 
     # the story
 
@@ -8440,7 +8611,7 @@ class Proxy:
         self.counts["input_tokens"] += usage["input_tokens"]
         self.counts["output_tokens"] += usage["output_tokens"]
         course.usage = usage
-        facts = course.facts(200)
+        facts = self.ended(course, 200)
         log.info("%s", printable(facts_line(facts)), extra={"facts": facts})
 
     # the other paths
@@ -8512,6 +8683,12 @@ class Proxy:
         return [row["id"] for row in rows if isinstance(row, dict)
                 and isinstance(row.get("id"), str)] if isinstance(rows, list) else []
 
+    async def home(self, request: Request) -> Response:
+        """The live page for a browser, what /health says for everybody else."""
+        if "text/html" not in ",".join(field_values(request.headers, "accept")):
+            return await self.health(request)
+        return Response(200, page_headers(), LIVE_PAGE.encode("ascii"))
+
     async def health(self, request: Request) -> Response:
         return json_response({"status": "ok", "service": "nimproxy",
                               "version": __version__})
@@ -8538,6 +8715,7 @@ class Proxy:
                            "reason": why} for (session, model), (name, why, since)
                           in self.asker.sticky.items() if now - since < STICKY_SECONDS],
             "counts": dict(self.counts), "last_errors": list(self.errors),
+            "last_requests": list(self.requests),
             **self.traffic(),
         })
 
@@ -8562,7 +8740,8 @@ ROUTES = [
     ("POST", r".*/v1/messages/count_tokens/?", "count_tokens"),
     ("GET", r".*/v1/models/?", "models"),
     ("GET", r".*/v1/models/.+", "model"),
-    ("GET", r"/|/healthz?|\*", "health"),
+    ("GET", r"/", "home"),
+    ("GET", r"/healthz?|\*", "health"),
     ("GET", r"/status", "status"),
     ("GET", r"/metrics", "metrics"),
 ]

@@ -19,7 +19,9 @@ import collections
 import concurrent.futures
 import contextlib
 import gc
+import hashlib
 import heapq
+import html
 import http.client
 import inspect
 import json
@@ -5638,6 +5640,100 @@ def test_mends_of_another_version_are_ignored(tmp_path):
     for mend in learned.mends("u", "m"):
         np.apply_mend(mend, chat)
     assert chat == {"messages": []} and learned.window("u", "m") == 0
+
+
+# ---- 23. Page: what a browser gets -------------------------------------------
+
+BROWSERS = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+ACCEPTED = [    # what is accepted at /, what comes
+    ("a browser", {"Accept": BROWSERS}, "text/html; charset=utf-8"),
+    ("curl", {"Accept": "*/*"}, "application/json"),
+    ("an SDK", {"Accept": "application/json"}, "application/json"),
+    ("nothing said", {}, "application/json"),
+]
+
+
+@pytest.mark.parametrize("headers, kind", named(ACCEPTED))
+def test_a_browser_gets_the_page_and_others_what_they_got(headers, kind):
+    with both(completes("ok")) as (nim, client):
+        status, got, body = client.request("GET", "/", None, headers)
+        assert (status, got["Content-Type"]) == (200, kind)
+        assert kind[0] == "t" or body["service"] == "nimproxy"
+        assert client.request("HEAD", "/", None, headers)[1]["Content-Type"] == kind
+        assert client.request("GET", "/health", None, headers)[2]["status"] == "ok"
+
+
+def test_the_page_runs_nothing_but_itself():
+    with both(completes("ok")) as (nim, client):
+        _, got, page = client.request("GET", "/", None, {"Accept": BROWSERS})
+    policy = dict(row.split(" ", 1) for row in
+                  got["Content-Security-Policy"].split("; "))
+    for tag, field in ((b"script", "script-src"), (b"style", "style-src")):
+        text, = re.findall(b"<%s>(.*?)</%s>" % (tag, tag), page, re.S)
+        digest = base64.b64encode(hashlib.sha256(text).digest()).decode()
+        assert policy.pop(field) == f"'sha256-{digest}'"
+    assert policy.pop("connect-src") == "'self'"
+    assert policy.pop("require-trusted-types-for") == "'script'"
+    assert policy.pop("img-src") == "data:"         # or /favicon.ico would be asked for
+    assert set(policy.values()) == {"'none'"} and {
+        "default-src", "base-uri", "form-action", "frame-ancestors"} == set(policy)
+    assert (got["X-Content-Type-Options"], got["X-Frame-Options"],
+            got["Cache-Control"]) == ("nosniff", "DENY", "no-store")
+    assert not re.search(rb"innerHTML|//|style=| on\w+=|\beval\b", page)
+
+
+PAGE_ASKS = [   # path, headers that the browser sends, status without and with a key
+    ("the address line", "/", {"Accept": BROWSERS, "Sec-Fetch-Site": "none"}, 200, 200),
+    ("a link elsewhere", "/", {"Accept": BROWSERS, "Sec-Fetch-Site": "cross-site"},
+     403, 403),
+    ("the page", "/status", {"Sec-Fetch-Site": "same-origin"}, 200, 401),
+    ("the page with the key", "/status", {"Sec-Fetch-Site": "same-origin",
+                                          "Authorization": "Bearer " + "k" * 16},
+     200, 200),
+    ("another page", "/status", {"Sec-Fetch-Site": "cross-site"}, 403, 403),
+    ("one at another port", "/status", {"Sec-Fetch-Site": "same-site"}, 403, 403),
+]
+
+
+@pytest.mark.parametrize("path, headers, free, keyed", named(PAGE_ASKS))
+def test_the_page_gets_the_status_and_other_pages_do_not(path, headers, free, keyed):
+    for key, status in (("", free), ("k" * 16, keyed)):
+        with both(completes("ok"), proxy_key=key) as (nim, client):
+            assert client.request("GET", path, None, headers)[0] == status
+
+
+def test_the_last_requests_are_kept_without_what_they_said():
+    slow = refuses(429, {"title": "Slow"})
+    with both(completes("secret"), slow, streams(*HELLO)) as (nim, client):
+        client.ask(model="one", system="secret",
+                   headers={"x-claude-code-session-id": "0123456789"})
+        client.ask(model="two")
+        client.stream(model="three")
+        client.request("GET", "/nope")              # got to no model
+        client.ask(messages="x")
+        shown = client.request("GET", "/status")[2]["last_requests"]
+        assert [(row["model"], row["status"]) for row in shown] == [
+            ("one", 200), ("two", 429), ("three", 200)]
+        assert shown[0]["input_tokens"] == 7 and shown[0]["session"] == "01234567"
+        assert abs(shown[2]["at"] - time.time()) < 60 and "ttft" in shown[2]
+        assert "secret" not in json.dumps(shown) and "nvapi" not in json.dumps(shown)
+        for _ in range(np.KEPT_REQUESTS):
+            client.ask(model="four")
+        shown = client.request("GET", "/status")[2]["last_requests"]
+    assert {row["model"] for row in shown} == {"four"}
+    assert len(shown) == np.KEPT_REQUESTS
+
+
+def test_a_client_that_left_is_among_the_last_requests():
+    with both([EVENT_STREAM + sse(says(content="x"), done=False),
+               FakeNim.LEFT]) as (nim, client):
+        with socket.create_connection(client.address, 10) as sock:
+            sock.sendall(posted(stream=True))
+            sock.recv(100)
+        assert nim.left.wait(10)
+        until(lambda: client.request("GET", "/status")[2]["last_requests"])
+        row, = client.request("GET", "/status")[2]["last_requests"]
+    assert row["status"] == 499
 
 
 # ---- 24. Proxy ---------------------------------------------------------------
@@ -12498,7 +12594,7 @@ def test_browser_no_page_gets_at_the_proxy(tmp_path, place):
         for host in ("127.0.0.1", "localhost"):         # the user's own address line
             url = "http://%s:%s/" % (host, it.address[1])
             with browsing(tmp_path / host, url, "--dump-dom") as chromium:
-                assert b'"service":"nimproxy"' in chromium.communicate()[0]
+                assert b"<h1>nimproxy " in chromium.communicate()[0]
         name = "what the page asked, without a browser"
         body = {**ASK, "messages": [{"role": "user", "content": name}]}
         kind = {"Content-Type": "text/plain"}
@@ -12522,6 +12618,30 @@ def test_browser_the_page_gets_at_a_proxy_without_guard(tmp_path, place, monkeyp
         rebound = {"fetch cors application/json evil.example", "form evil.example",
                    "read cors /status evil.example", "iframe /v1/models evil.example"}
         assert own >= rebound if "{port}" in place else not own
+
+
+SHOWN = [       # the proxy's key, whether a model or a form is what is shown
+    ("without a key", "", True),
+    ("with a key", "k" * 16, False),
+]
+
+
+@BROWSER
+@pytest.mark.parametrize("key, open_to_all", named(SHOWN))
+def test_browser_the_page_shows_the_status(tmp_path, key, open_to_all):
+    model = "<img src=x onerror=alert(1)>"
+    headers = {"x-api-key": key}
+    with both(completes("ok"), proxy_key=key) as (nim, client):
+        assert client.ask(headers, model=model)[0] == 200
+        with browsing(tmp_path, client.url, "--virtual-time-budget=4000",
+                      "--dump-dom") as chromium:
+            page = chromium.communicate()[0].decode()
+        counts = client.request("GET", "/status", None, headers)[2]["counts"]
+    shown = page[:page.index("<script>")]
+    assert ("up for " in shown) == open_to_all and "<img" not in shown
+    assert (f"<td class=\"\">{html.escape(model)}</td>" in shown) == open_to_all
+    assert ('<form id="form" hidden="">' in shown) == open_to_all
+    assert counts.get("errors_401", 0) == (not open_to_all)     # asked once, no more
 
 
 # ---- long silence
