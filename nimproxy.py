@@ -8857,8 +8857,7 @@ class Server:
     @property
     def url(self) -> str:
         host, port = self.listeners[0].sockets[0].getsockname()[:2]
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return http_url(host, port)
 
     def traffic(self) -> Json:
         """For the status, whose own answer is not counted among the running ones."""
@@ -9144,15 +9143,41 @@ def response_head(response: Response, framed: Headers, keep: bool) -> bytes:
     return encode_head(f"HTTP/1.1 {response.status} {phrase}", fields)
 
 
-async def serve(config: Config) -> Server:
-    """Listen as the config says.  Raises OSError if the address is taken."""
+def http_url(host: str, port: int) -> str:
+    """Where a client of this machine finds who listens there."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def serve(config: Config, ports: Iterable[int] = ()) -> Server:
+    """Listen as the config says, or at the first of `ports` that is free.  Raises
+    OSError if the address is taken, or all of them are."""
+    socks = free_sockets(config.host, ports or [config.port])
     server, loop = Server(Proxy(config)), asyncio.get_running_loop()
-    for sock in listening_sockets(config.host, config.port):
+    for sock in socks:
         server.listeners.append(await asyncio.start_server(
             server.connected, sock=sock, limit=READ_BYTES))
     server.other = loop.get_exception_handler()
     loop.set_exception_handler(server.hear)
     return server
+
+
+# On Windows a port that another program has for itself is forbidden, not in use.
+TAKEN = (errno.EADDRINUSE, *([errno.EACCES] if os.name == "nt" else []))
+
+
+def free_sockets(host: str, ports: Iterable[int]) -> List[socket.socket]:
+    """Sockets at the first port that is free, which only binding it can tell: nobody
+    comes in between.  OSError, the first port's, if there is none."""
+    troubles: List[OSError] = []
+    for port in ports:
+        try:
+            return listening_sockets(host, port)
+        except OSError as error:
+            troubles.append(error)
+            if error.errno not in TAKEN:
+                break
+    raise troubles[0]
 
 
 def listening_sockets(host: str, port: int) -> List[socket.socket]:
@@ -9197,13 +9222,14 @@ def bound_socket(family: int, address: Tuple[Any, ...]) -> socket.socket:
 
 
 class Background:
-    """A proxy on a thread and an event loop of its own, for the time of a `with`.
+    """A proxy on a thread and an event loop of its own, for the time of a `with`; at
+    the first of `ports` that is free, if some are given.
 
         with Background(config) as url: ...
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, ports: Iterable[int] = ()) -> None:
+        self.config, self.ports = config, ports
         self.ready = threading.Event()
         self.failed: Optional[BaseException] = None
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -9226,7 +9252,7 @@ class Background:
     async def main(self) -> None:
         self.loop, self.stopping = asyncio.get_running_loop(), asyncio.Event()
         try:
-            server = await serve(self.config)
+            server = await serve(self.config, self.ports)
             self.url = server.url
         except (OSError, OverflowError) as error:
             self.failed = error
@@ -11093,15 +11119,21 @@ def run_serve(context: Context) -> int:
         say(f"nimproxy {__version__}: no provider is set up yet.")
         return run_setup(context)
     check_config(config)
+    raise_descriptor_limit()
+    mend_claude(context)
+    return asyncio.run(serve_forever(context))
+
+
+def hinted(context: Context, port: int) -> str:
+    """The options for a hint: as they were given, but the port as it is."""
     given = ""
     for name in HINTED:
         value = getattr(context.options, name[2:].replace("-", "_"))
+        if name == "--port" and (value or port != context.config.port):
+            value = str(port)
         if value:
             given += f" {name}" + ("" if value is True else f" {shlex.quote(value)}")
-    raise_descriptor_limit()
-    mend_claude(context)
-    return asyncio.run(serve_forever(config, given,
-                                     lambda url: clients_led(context, url)))
+    return given
 
 
 def at_terminal() -> bool:
@@ -11268,24 +11300,22 @@ def check_config(config: Config) -> None:
             raise ProxyError(400, f"{variable}={path}: no such file")
 
 
-async def serve_forever(config: Config, given: str,
-                        lead: Callable[[str], ContextManager]) -> int:
-    """Serve until a signal; the first drains, the second stops at once.
-
-    `given` is the options for the printed hint; `lead` leads clients to a URL.
-    """
+async def serve_forever(context: Context) -> int:
+    """Serve until a signal; the first drains, the second stops at once."""
+    config = context.config
     try:
-        server = await serve(config)
+        server = await serve(config, near_ports(config))
     except OSError as error:
         complain(address_trouble(config, error))
         return 1
+    port = tell_port(config, server.url)
     stopping = asyncio.Event()
     tasks = [] if heed_signals(stopping) else [asyncio.ensure_future(wake())]
     tasks.append(asyncio.ensure_future(trim_memory(server.proxy.counts)))
     say(f"nimproxy {__version__} listening on {server.url}")
     say(f"  upstream {described_upstream(config)}")
-    say(f"  Claude Code: eval \"$({program()} env{given})\" && claude")
-    with lead(server.url):
+    say(f"  Claude Code: eval \"$({program()} env{hinted(context, port)})\" && claude")
+    with clients_led(context, server.url):
         await stopping.wait()
     count = server.drain()
     if count:
@@ -11360,19 +11390,39 @@ def described_upstream(config: Config) -> str:
 
 
 def config_url(config: Config) -> str:
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    return f"http://{host}:{config.port}"
+    return http_url(config.host, config.port)
+
+
+PORTS = 10                  # that are tried; as an older program did
+
+
+def near_ports(config: Config) -> range:
+    """The configured port and the nine after it; 0 means any, and has none after it."""
+    return range(config.port, min(config.port + (PORTS if config.port else 1), 65536))
+
+
+def tell_port(config: Config, url: str) -> int:
+    """The port of a URL; that it is not the configured one is said, and why."""
+    port = urlsplit(url).port or 0
+    if config.port not in (0, port):
+        complain(f"port {config.port} is in use by {port_user(config)}; taking {port}")
+    return port
+
+
+def port_user(config: Config) -> str:
+    """Who listens where we would: `python3 (pid 7)`, `nimproxy already`."""
+    name, pid = port_owner(config)
+    if running_status(config._replace(proxy_key=""), "/health"):
+        name = "nimproxy already"
+    return name + (f" (pid {pid})" if pid else "")
 
 
 def address_trouble(config: Config, error: OSError) -> str:
-    where = f"{config.host}:{config.port}"
-    name, pid = port_owner(config)
-    number = f" (pid {pid})" if pid else ""
-    if running_status(config, "/health"):
-        return (f"{where} is in use by nimproxy already{number}; "
-                f"see `{program()} status`")
-    if error.errno == errno.EADDRINUSE:
-        return f"{where} is in use by {name}{number}; try --port {config.port + 1}"
+    where, ports = f"{config.host}:{config.port}", near_ports(config)
+    if error.errno in TAKEN:
+        return (f"{where} is in use by {port_user(config)}, and no port up to "
+                f"{ports[-1]} is free; end one of them, or choose with --port "
+                f"(`{program()} status` shows a nimproxy that is up)")
     return f"cannot listen at {where}: {error.strerror or error}; try --host or --port"
 
 
@@ -11447,16 +11497,16 @@ def launch(context: Context, command: List[str]) -> int:
         config = config._replace(proxy_key=os.urandom(24).hex())
     if not {"--help", "-h", "--version", "-v"}.intersection(context.arguments):
         check_config(config)
-    status = running_status(context.config) if config.port else None
-    if status and status.get("base_url") == upstream_place(config):
-        url = config_url(config)
-        return run_client(context, context.config, url, command)
+    near, status = running_proxy(context.config) if config.port else (config, {})
+    if status.get("base_url") == upstream_place(config):
+        return run_client(context, context.config, config_url(near), command)
     with contextlib.ExitStack() as stack:
         try:
-            url = stack.enter_context(Background(config))
+            url = stack.enter_context(Background(config, near_ports(config)))
         except OSError as error:
             complain(address_trouble(config, error))
             return 1
+        tell_port(config, url)
         return run_client(context, config, url, command)
 
 
@@ -11648,7 +11698,7 @@ def run_env(context: Context) -> int:
         raise ProxyError(400, f"--shell: expected one of {', '.join(EXPORTS)}, "
                               f"found {shell!r}{nearest(shell, EXPORTS)}")
     config = context.config
-    url = config_url(config)
+    url = config_url(running_proxy(config)[0])
     one_model = context.sources.get("default_model", "").startswith("--")
     added = client_environment(config, url, one_model, context.environ)
     say("\n".join(export_lines(added, shell)))
@@ -11709,8 +11759,9 @@ def run_test(context: Context) -> int:
     prompt = " ".join(context.arguments) or "Say hi in five words."
     body = {"model": context.options.model or config.default_model, "max_tokens": 512,
             "stream": True, "messages": [{"role": "user", "content": prompt}]}
-    if running_status(config):
-        return show_answer(config, config_url(config), body)
+    near, status = running_proxy(config)
+    if status:
+        return show_answer(config, config_url(near), body)
     check_config(config)
     with Background(config._replace(port=0)) as url:
         return show_answer(config, url, body)
@@ -11761,11 +11812,16 @@ def streamed_events(config: Config, url: str, body: Json) -> Iterator[Event]:
         connection.close()
 
 
+PROBE_SECONDS = {"/status": 1.0, "/health": 1.0}   # strangers may say nothing
+MAX_STATUS_BYTES = 1 << 20  # forty requests and errors and some hundred counts
+
+
 def ask_proxy(config: Config, url: str, method: str, path: str,
               body: Optional[Json] = None) -> Tuple[Any, Any]:
     """http.client's connection and response; OSError for whatever fails."""
     from http.client import HTTPConnection, HTTPException
-    connection = HTTPConnection(urlsplit(url).netloc, timeout=600 if body else 2)
+    seconds = 600.0 if body else PROBE_SECONDS.get(path, 2.0)
+    connection = HTTPConnection(urlsplit(url).netloc, timeout=seconds)
     headers = {"x-api-key": config.proxy_key} if config.proxy_key else {}
     payload = json.dumps(body) if body else None
     try:
@@ -11778,15 +11834,38 @@ def ask_proxy(config: Config, url: str, method: str, path: str,
 
 def running_status(config: Config, path: str = "/status") -> Json:
     """The status of a proxy of ours at the configured address; {} if there is none."""
+    from http.client import HTTPException
     url = config_url(config)
     try:
         connection, response = ask_proxy(config, url, "GET", path)
         with contextlib.closing(connection):
+            if not 0 < (response.length or 0) < MAX_STATUS_BYTES:
+                return {}                   # a stranger's, which may have no end
             status = decode_json(response.read().decode("utf-8", "replace"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, HTTPException, RecursionError):
         return {}
     ours = isinstance(status, dict) and status.get("service") == "nimproxy"
     return status if ours else {}
+
+
+def running_proxy(config: Config) -> Tuple[Config, Json]:
+    """Where a proxy of ours for the same upstream is up, from the configured port on,
+    and its status; else whichever is at that port itself, {} if none is."""
+    from concurrent.futures import ThreadPoolExecutor
+    own, place = running_status(config), upstream_place(config)
+    others = [config._replace(port=port) for port in near_ports(config)[1:]]
+    if own.get("base_url") == place or not others:
+        return config, own
+    with ThreadPoolExecutor(PORTS) as pool:     # Windows refuses after two seconds
+        found = zip(others, pool.map(neighbour_status, others))
+        return next(((near, status) for near, status in found
+                     if status.get("base_url") == place), (config, own))
+
+
+def neighbour_status(config: Config) -> Json:
+    """The same, and no key goes to whoever does not even say that it is a nimproxy."""
+    known = running_status(config._replace(proxy_key=""), "/health")
+    return running_status(config) if known else {}
 
 
 def run_models(context: Context) -> int:
@@ -11829,8 +11908,7 @@ async def live_list(config: Config) -> List[str]:
 
 
 def run_status(context: Context) -> int:
-    config = context.config
-    status = running_status(config)
+    config, status = running_proxy(context.config)
     if not status:
         locked = running_status(config, "/health")
         url = config_url(config)

@@ -9679,7 +9679,8 @@ def serving(*argv):
 def test_serve_until_a_signal(shell):
     with serving("--demo") as (child, url):
         assert b"upstream built in" in child.stdout.readline()
-        assert b" env --port 0 --demo)" in child.stdout.readline()
+        port = b"%d" % Client(url).address[1]
+        assert b" env --port %s --demo)" % port in child.stdout.readline()
         status, message = Client(url).ask(model="z-ai/glm-5.3")
         assert status == 200 and "built-in" in message["content"][-1]["text"]
         child.send_signal(signal.SIGTERM)
@@ -9738,15 +9739,140 @@ def test_the_second_signal_stops_at_once(shell):
             assert child.wait(1) == 130
 
 
-def test_a_taken_port_is_named(shell):
-    with serving("--demo") as (child, url):
-        done = program("serve", "--demo", "--port", url.split(":")[-1])
-        assert done.returncode == 1 and "in use by nimproxy already" in done.stderr
-        assert "(pid %d)" % child.pid in done.stderr or sys.platform != "linux"
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        done = program("serve", "--demo", "--port", str(sock.getsockname()[1]))
-        assert done.returncode == 1 and "; try --port" in done.stderr
-        assert "(pid %d)" % os.getpid() in done.stderr or sys.platform != "linux"
+def free_ports():
+    """The first of eleven ports in a row that are free at the moment."""
+    for _ in range(100):
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            port = sock.getsockname()[1]
+        with contextlib.suppress(OSError, OverflowError), contextlib.ExitStack() as all:
+            for near in range(port, port + 11):
+                all.enter_context(socket.create_server(("127.0.0.1", near)))
+            return port
+    raise AssertionError("no eleven ports in a row are free")
+
+
+@contextlib.contextmanager
+def holding(*ports):
+    """Strangers at ports, who take connections and say nothing."""
+    with contextlib.ExitStack() as stack:
+        for port in ports:
+            stack.enter_context(socket.create_server(("127.0.0.1", port)))
+        yield
+
+
+def pid_of(pid):
+    return r" \(pid %d\)" % pid if sys.platform == "linux" else ""
+
+
+def test_a_taken_port_gives_way_to_the_next(shell):
+    port = free_ports()
+    with holding(port), serving("--demo", "--port", str(port)) as (child, url):
+        assert url == "http://127.0.0.1:%d" % (port + 1)
+        said = r"nimproxy: port %d is in use by \S+%s; taking %d\n" % (
+            port, pid_of(os.getpid()), port + 1)
+        assert re.fullmatch(said, child.stderr.readline().decode())
+        child.stdout.readline()
+        hint = child.stdout.readline().decode()
+        assert " env --port %d --demo)" % (port + 1) in hint
+        with serving("--demo", "--port", str(port + 1)) as (second, url):
+            assert url == "http://127.0.0.1:%d" % (port + 2)
+            said = r"nimproxy: port %d is in use by nimproxy already%s; taking %d\n" % (
+                port + 1, pid_of(child.pid), port + 2)
+            assert re.fullmatch(said, second.stderr.readline().decode())
+
+
+def test_two_that_start_at_once_take_two_ports(shell):
+    port = str(free_ports())
+    argv = [sys.executable, "-u", str(HERE / "nimproxy.py"), "--demo", "--port", port]
+    both = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            for _ in "12"]
+    urls = {child.stdout.readline().split()[-1] for child in both}
+    for child in both:
+        child.kill()
+        child.communicate()
+    assert len(urls) == 2
+
+
+def test_ten_taken_ports_are_enough(shell):
+    port = free_ports()
+    with holding(*range(port, port + 10)):
+        done = program("serve", "--demo", "--port", str(port))
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert re.search(r":%d is in use by \S+%s, and no port up to %d is free" % (
+            port, pid_of(os.getpid()), port + 9), done.stderr)
+        done = program("run", "--demo", "--port", str(port), "--", "true")
+        assert done.returncode == 1 and "choose with --port" in done.stderr
+
+
+def test_a_port_that_is_forbidden_is_not_looked_past(monkeypatch):
+    asked = []
+    def forbid(host, port):
+        asked.append(port)
+        raise PermissionError(np.errno.EACCES, "Permission denied")
+    monkeypatch.setattr(np, "listening_sockets", forbid)
+    monkeypatch.setattr(np, "TAKEN", (np.errno.EADDRINUSE,))        # not as on Windows
+    with pytest.raises(PermissionError):
+        np.free_sockets("127.0.0.1", range(80, 90))
+    assert asked == [80]
+
+
+def test_the_last_ports_and_any_port():
+    assert list(np.near_ports(np.Config(port=65534))) == [65534, 65535]
+    assert list(np.near_ports(np.Config(port=0))) == [0]
+
+
+def test_a_proxy_is_found_where_it_went(shell, capsys):
+    """Behind a stranger that says nothing and a proxy of another upstream."""
+    port = free_ports()
+    with holding(port), both(completes("ok")) as (nim, client), \
+            proxy_for("http://127.0.0.1:9/v1", port=port + 1), \
+            proxy_for(nim, port=port + 2) as ours, proxy_for(nim, port=port + 3):
+        argv = ["--port", str(port), "--base-url", nim.url]
+        code, out, _ = run(capsys, "status", *argv)
+        assert code == 0 and ours.url.rpartition("/")[2] in out
+        assert f"export ANTHROPIC_BASE_URL={ours.url}\n" in run(capsys, "env", *argv)[1]
+        assert run(capsys, "test", *argv)[0] == 0
+        assert ours.request("GET", "/status")[2]["counts"]["requests"] == 1
+        done = program("run", *argv, "--", sys.executable, "-c", CHILD)
+        assert done.returncode == 7 and "by way of " + ours.url in done.stderr
+        argv[1] = str(port + 1)             # what is there, is it for another upstream
+        code, out, _ = run(capsys, "status", *argv[:2])
+        assert code == 0 and "http://127.0.0.1:9/v1" in out
+    code, out, _ = run(capsys, "env", *argv)        # nobody is up
+    assert code == 0 and "http://127.0.0.1:%d\n" % (port + 1) in out
+
+
+def test_run_gives_way_to_a_stranger_at_its_port(shell):
+    port = free_ports()
+    with holding(port):
+        done = program("run", "--demo", "--port", str(port), "--", sys.executable, "-c",
+                       CHILD)
+    assert done.returncode == 7 and "built-in model" in done.stdout
+    said = r"nimproxy: port %d is in use by .*; taking %d\n.* by way of \S+:%d\n"
+    assert re.match(said % (port, port + 1, port + 1), done.stderr)
+
+
+STRANGERS = [       # what a stranger at the next port answers to everything
+    ("not JSON", response(b"hello", 200, "text/plain")),
+    ("other JSON", response(b'{"service": "other"}')),
+    ("a list", response(b"[1]")),
+    ("nested", response(b"[" * 100000)),
+    ("without an end", [EVENT_STREAM + b"data: 1\n\n", FakeNim.LEFT]),
+    ("too much", response(b" " * (2 << 20))),
+    ("not HTTP", [b"SSH-2.0-x\r\n", FakeNim.CLOSE]),
+    ("cut", [response(b"{}" * 100)[:-5], FakeNim.CLOSE]),
+]
+
+
+@pytest.mark.parametrize("answer", named(STRANGERS))
+def test_a_stranger_is_no_proxy_and_gets_no_key(shell, capsys, monkeypatch, answer):
+    monkeypatch.setenv("PROXY_API_KEY", "k" * 16)
+    with FakeNim(answer) as stranger:
+        port = stranger.server.server_address[1] - 1
+        code, _, err = run(capsys, "status", "--port", str(port))
+        assert code == 1 and "no nimproxy answers" in err
+        assert stranger.requests
+        assert "k" * 16 not in json.dumps(stranger.requests)
 
 
 @pytest.mark.parametrize("coding", ["utf-8", "ascii", "latin-1"])
