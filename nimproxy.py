@@ -456,6 +456,17 @@ def catalog_rows(text: str) -> Dict[str, Model]:
 
 MODELS = catalog_rows(CATALOG)
 
+OFFERS = {                  # provider: which ids of the catalog are its own
+    "nvidia": "(?!zai-org/).+/.+", "ollama": ".+:.+", "lmstudio": "zai-org/.+",
+    "kimi": "kimi-[^:]+", "deepseek": "deepseek-[^/]+", "glm": "glm-.+",
+    "minimax": "MiniMax-.+",
+}
+
+
+def offered(provider: str) -> List[str]:
+    """The catalog's ids of a provider; none for one that may serve anything."""
+    return [name for name in MODELS if re.fullmatch(OFFERS.get(provider, ""), name)]
+
 
 class Family(NamedTuple):
     """How one family of models is told to think, and what it must read back."""
@@ -8669,8 +8680,8 @@ class Proxy:
             self.listed = (time.monotonic(), ids)
             return ids
         hosted = self.config.base_url == PROVIDERS["nvidia"].base_url
-        alive = [name for name, row in MODELS.items()
-                 if hosted and "/" in name and not row.retired]
+        alive = [name for name in offered("nvidia")
+                 if hosted and not MODELS[name].retired]
         return list(dict.fromkeys(own + alive))
 
     async def live_models(self) -> List[str]:
@@ -10143,7 +10154,7 @@ JSON_BLANKS = re.compile(r"[ \t\r\n]*")
 NEW_LINE = re.compile(r"(?:\r\n|\r|\n)[ \t]*\Z")    # the last one, and the indent
 WORD_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?Infinity|NaN)')
 # Values are only compared: digits stay digits, and cost nothing.
-SPANS = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=refuse_constant)
+READER = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=refuse_constant)
 
 
 class Member(NamedTuple):
@@ -10242,7 +10253,7 @@ def check_settings(text: Optional[str], name: str, objects: Set[str]) -> None:
         return
     start = object_start(text)
     try:
-        value, end = SPANS.raw_decode(text, start)
+        value, end = READER.raw_decode(text, start)
         end = past_blanks(text, end)
         if end < len(text):
             raise json.JSONDecodeError("Expecting the end", text, end)
@@ -10290,7 +10301,7 @@ def object_members(text: str, start: int) -> Tuple[List[Member], int]:
             return rows, at
         name, end = scanstring(text, at + 1)
         value_at = past_blanks(text, text.index(":", end) + 1)
-        value, close = SPANS.raw_decode(text, value_at)
+        value, close = READER.raw_decode(text, value_at)
         rows.append(Member(name, value, text[before:at], at, text[end:value_at],
                            value_at, close))
         before = past_blanks(text, close)
@@ -10586,6 +10597,45 @@ def cut_to(text: str, columns: int) -> str:
         if used > columns:
             return text[:at]
     return text
+
+
+COLUMNS = 80                # of what is printed: every terminal has them
+SPIN_SECONDS = 0.1          # between two turns of the spinner
+
+
+def harmless(text: str) -> str:
+    """Text of others without what could steer the terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
+
+
+def folded(text: str, indent: str, most: int = 9) -> str:
+    """Text in lines that fit, the second and later ones indented; the rest is cut."""
+    import textwrap
+    return textwrap.fill(harmless(text), COLUMNS, subsequent_indent=indent,
+                         max_lines=most, placeholder=" ...", break_on_hyphens=False)
+
+
+def on_terminal(stream: Any) -> bool:
+    return bool(stream and stream.isatty())
+
+
+def takes_colour(stream: Any, environ: Mapping[str, str]) -> bool:
+    """Whether escape sequences are seen as colours, and nobody minds."""
+    plain = environ.get("NO_COLOR") or environ.get("TERM") == "dumb"
+    old = os.name == "nt" and not environ.get("WT_SESSION")
+    return on_terminal(stream) and not plain and not old
+
+
+async def spin(words: str) -> None:
+    """Show that one waits, on standard error if that is a terminal; until cancelled."""
+    try:
+        while on_terminal(sys.stderr):
+            for mark in "|/-\\":
+                print(f"\r{mark} {words}", end="", file=sys.stderr, flush=True)
+                await asyncio.sleep(SPIN_SECONDS)
+    finally:
+        if on_terminal(sys.stderr):
+            print("\r" + " " * (len(words) + 2), end="\r", file=sys.stderr, flush=True)
 
 
 # ---- 30. Setup: the wizard ---------------------------------------------------
@@ -11200,7 +11250,7 @@ def probed_model(config: Config, model: str) -> str:
                              model_aliases={model: model})
     try:
         with Background(config) as url:
-            fold(list(streamed_events(config, url, body)))
+            fold(list(streamed_events(*streamed_answer(config, url, body))))
     except (ProxyError, OSError) as error:
         return getattr(error, "message", "") or str(error)
     return ""
@@ -11736,7 +11786,7 @@ def show_round_trip(config: Config, url: str, body: Json) -> Json:
     show_lines("client asks", [encode_json(body["messages"][-1])])
     show_lines("upstream asked", [encode_json(chat["messages"][-1])])
     show_lines("upstream says", [frame.decode().strip() for frame in demo_stream(chat)])
-    events = list(streamed_events(config, url, body))
+    events = list(streamed_events(*streamed_answer(config, url, body)))
     show_lines("client gets", [f"{name}: {encode_json(data)}" for name, data in events])
     message = fold(events)
     for block in message["content"]:
@@ -11757,14 +11807,18 @@ def show_lines(who: str, lines: List[str]) -> None:
 def run_test(context: Context) -> int:
     config = context.config
     prompt = " ".join(context.arguments) or "Say hi in five words."
+    if prompt == "-":
+        prompt = sys.stdin.read().strip()
+        if not prompt:
+            raise ProxyError(400, "test -: expected a prompt on standard input")
     body = {"model": context.options.model or config.default_model, "max_tokens": 512,
             "stream": True, "messages": [{"role": "user", "content": prompt}]}
     near, status = running_proxy(config)
     if status:
-        return show_answer(config, config_url(near), body)
+        return show_answer(context, near, body)
     check_config(config)
     with Background(config._replace(port=0)) as url:
-        return show_answer(config, url, body)
+        return show_answer(context, config._replace(port=urlsplit(url).port), body)
 
 
 def gave_up(error: Exception) -> int:
@@ -11772,44 +11826,98 @@ def gave_up(error: Exception) -> int:
     return 1
 
 
-def show_answer(config: Config, url: str, body: Json) -> int:
-    """Stream an answer to the terminal; then how fast it was, and what it took."""
-    began = time.monotonic()
-    first, events = 0.0, []
+def show_answer(context: Context, config: Config, body: Json) -> int:
+    """Stream an answer to the terminal; then how fast it was, what it took, and who
+    gave it."""
+    began, times, events = time.monotonic(), [], []
+    shade, kind = takes_colour(sys.stdout, context.environ), ""
     try:
-        for name, data in streamed_events(config, url, body):
-            delta = data.get("delta") or {}
-            if "text" in delta or "thinking" in delta:
-                first = first or time.monotonic() - began
-            say(delta.get("text", ""), end="")
+        connection, response = streamed_answer(config, config_url(config), body)
+        for name, data in streamed_events(connection, response):
+            kind = (data.get("content_block") or {}).get("type", kind)
+            if name == "content_block_delta":
+                times.append(time.monotonic() - began)
+            say(shown_event(name, data, kind, shade), end="")
             events.append((name, data))
     except (ProxyError, OSError) as error:
-        return gave_up(error)
-    seconds = max(time.monotonic() - began, 1e-6)
-    usage = fold(events)["usage"]
-    say(f"\n\nfirst token {first:.2f} s, in {usage['input_tokens']} tokens, out "
-        f"{usage['output_tokens']}, {usage['output_tokens'] / seconds:.1f} a second")
+        say(end="\n" if events else "")
+        gave_up(error)
+        return gave_up(OSError(f"`{program()} doctor` looks for the cause"))
+    finally:
+        say("\x1b[0m" if shade else "", end="")     # also after Ctrl-C
+    message = fold(events)
+    say("\n\n" + figures_line(message, times or [time.monotonic() - began]))
+    say(folded(answerer(config, response.headers["request-id"], message), "  "))
     return 0
 
 
-def streamed_events(config: Config, url: str, body: Json) -> Iterator[Event]:
-    """The events of a Messages request to a proxy; ProxyError for one that failed."""
+def shown_event(name: str, data: Json, kind: str, shade: bool) -> str:
+    """What an event of a block of some kind adds to the terminal: thinking is dim, or
+    has a title; a call stands in brackets."""
+    if name == "content_block_start" and kind == "thinking":
+        return "\x1b[2m" if shade else "thinking: "
+    if name == "content_block_start" and kind == "tool_use":
+        return f"\n[calls {harmless(data['content_block']['name'])} "
+    if name == "content_block_stop":
+        ends = {"thinking": "\x1b[0m\n\n" if shade else "\n\n", "tool_use": "]"}
+        return ends.get(kind, "")
+    delta = data.get("delta") or {}
+    words = (delta.get(key) for key in ("text", "thinking", "partial_json"))
+    return harmless(next(filter(None, words), ""))
+
+
+ONCE_SECONDS = 0.05         # what comes within them has come at once, at no rate
+
+
+def figures_line(message: Json, times: List[float]) -> str:
+    """`first token 0.51 s, 40.2 tokens/s, in 7, out 3, end_turn`; the rate is that of
+    the time after the first token."""
+    usage, seconds = message["usage"], times[-1] - times[0]
+    read = usage["input_tokens"] + usage.get("cache_read_input_tokens", 0)
+    rate = "all at once"
+    if seconds > ONCE_SECONDS:
+        rate = f"{max(usage['output_tokens'] - 1, 0) / seconds:.1f} tokens/s"
+    return (f"first token {times[0]:.2f} s, {rate}, in {read}, "
+            f"out {usage['output_tokens']}, {message['stop_reason']}")
+
+
+def answerer(config: Config, request_id: str, message: Json) -> str:
+    """Which model answered a request, where, and why not the one that was asked."""
+    status = running_status(config)
+    row = next((row for row in status.get("last_requests", [])
+                if request_id.endswith(row["id"])), {})
+    why = row.get("fallback", "")
+    why = why and f", instead of {row['asked']}: {why}"
+    place = status.get("base_url") or upstream_place(config)
+    return (f"{row.get('model') or message['model']} at {place}{why}, by way of "
+            f"{config_url(config)}")
+
+
+def streamed_answer(config: Config, url: str, body: Json) -> Tuple[Any, Any]:
+    """Connection and response of a Messages request; ProxyError if it was refused."""
     connection, response = ask_proxy(config, url, "POST", "/v1/messages", body)
-    try:
-        if response.status != 200:
-            text = error_words(response.read(), response.status)[0]
-            raise ProxyError(response.status, text)
-        frames = started(sse_frames())
-        data = response.read1(READ_BYTES)
+    if response.status == 200:
+        return connection, response
+    with contextlib.closing(connection):
+        text = error_words(response.read(), response.status)[0]
+        raise ProxyError(response.status, text)
+
+
+def streamed_events(connection: Any, response: Any) -> Iterator[Event]:
+    """The events of a streamed answer; ProxyError for one that failed."""
+    from http.client import HTTPException
+    frames, data = started(sse_frames()), b" "
+    with contextlib.closing(connection):
         while data:
+            try:
+                data = response.read1(READ_BYTES)
+            except HTTPException:
+                raise ProxyError(502, "the answer broke off in its middle") from None
             for frame in frames.send(data):
                 event = decode_json(frame.data)
                 if frame.event == "error":
                     raise ProxyError(502, sentence(event))
                 yield frame.event, event
-            data = response.read1(READ_BYTES)
-    finally:
-        connection.close()
 
 
 PROBE_SECONDS = {"/status": 1.0, "/health": 1.0}   # strangers may say nothing
@@ -11869,42 +11977,101 @@ def neighbour_status(config: Config) -> Json:
 
 
 def run_models(context: Context) -> int:
-    """The catalog, or the provider's own list; marks what is retired."""
-    config = context.config
-    ids = list(config.models)
-    if config.provider != "nvidia" and not context.options.live and not ids:
+    """The catalog's rows of the provider, or its own list beside them."""
+    config, live = context.config, None
+    if not (offered(config.provider) or config.models or context.options.live):
         raise ProxyError(400, f"there is no catalog for {config.provider}: add --live")
-    if config.provider == "nvidia":
-        ids += [name for name in MODELS if "/" in name and name not in ids]
     try:
         if context.options.live:
-            ids = asyncio.run(live_list(context.config))
+            live = asyncio.run(live_list(config))
     except ProxyError as error:
         return gave_up(error)
-    rows = [{"id": name, "retired": facts.retired,
-             "window": facts.window if facts.sure else None,
-             "images": facts.vision if facts.sure else None,
-             "instead": SUCCESSORS.get(name)}
-            for name in ids for facts in [model_facts(config, name)]]
+    rows = model_rows(config, live)
     if context.options.json:
         say(json.dumps(rows, indent=1))
         return 0
-    say(f"{'model':48} {'window':>8}")
+    label = PROVIDERS[config.provider].label
+    say(f"{label}, from the catalog; --live asks it" if live is None
+        else f"{label} at {harmless(config.base_url)}")
+    say(f"{'model':46} window abilities, beside tools")
+    bold = takes_colour(sys.stdout, context.environ)
     for row in rows:
-        notes = [f"{row['window'] or '?':>8}", "images" if row["images"] else "      "]
-        if row["retired"]:
-            successor = f"; use {row['instead']}" if row["instead"] else ""
-            notes.append("retired" + successor)
-        say(f"{row['id']:48} {'  '.join(notes)}".rstrip())
+        if not row["retired"]:
+            line = model_line(row)
+            say(f"\x1b[1m{line}\x1b[0m" if bold and row["tiers"] else line)
+    retired = [row for row in rows if row["retired"]]
+    if retired:
+        say(f"\n{'retired':39}  use instead")
+    for row in retired:
+        say(f"{row['id']:39}  {row['instead'] or ''}".rstrip())
     return 0
 
 
 async def live_list(config: Config) -> List[str]:
+    spinner = asyncio.ensure_future(spin(f"asking {harmless(config.base_url)}"))
     proxy = Proxy(config)
     try:
         return sorted(set(await proxy.live_models()))
     finally:
+        spinner.cancel()
+        await asyncio.wait({spinner})
         await proxy.close()
+
+
+def model_rows(config: Config, live: Optional[List[str]]) -> List[Json]:
+    """What is known of each model that the catalog, the configuration or, if it was
+    asked, the provider names."""
+    tiers = {tier: getattr(config, tier) for tier in TIERS}
+    tiers["default"] = config.default_model
+    hosted = config.base_url == PROVIDERS[config.provider].base_url
+    known = offered(config.provider) if hosted or live is None else []
+    named = [*(live or []), *config.models, *known, *tiers.values()]
+    learned = Learned(config.home)
+    rows = [model_about(config, name, learned.mends(config.base_url, name))
+            for name in dict.fromkeys(filter(None, named))]
+    for row in rows:
+        name = row["id"]
+        row["tiers"] = [tier for tier, model in tiers.items() if model == name]
+        row["new"] = name in (live or ()) and name not in MODELS
+        row["gone"] = live is not None and name not in live
+    return [row for row in rows
+            if row["tiers"] or not (row["gone"] and row["retired"])]
+
+
+def model_about(config: Config, name: str, mends: List[str]) -> Json:
+    """What the catalog and the configuration know of a model, None where they know
+    nothing, and what was learned."""
+    known = model_facts(config, name)
+    sure, thinks = known.sure, known.thinks
+    if thinks is None:
+        thinks = model_family(name) is not NO_FAMILY
+    windows = [int(mend[7:]) for mend in mends if re.fullmatch(r"window:[0-9]+", mend)]
+    window = min(windows, default=known.window if sure else None)
+    return {"id": name, "window": window, "output": known.output if sure else None,
+            "images": known.vision if sure else None,
+            "thinking": thinks, "tools": "text" if "xml" in mends else "native",
+            "retired": known.retired, "instead": SUCCESSORS.get(name)}
+
+
+def model_line(row: Json) -> str:
+    """`z-ai/glm-5.3   1M          thinking  opus`; notes that do not fit come below."""
+    notes = [mark for mark in ("new", "gone") if row[mark]]
+    notes += row["tiers"][:-1] if row["tiers"][1:] else row["tiers"]
+    notes += ["tools as text"] if row["tools"] == "text" else []
+    size = short_window(row["window"]) if row["window"] else "?"
+    words = [word if row[word] else " " * len(word) for word in ("images", "thinking")]
+    line = f"{harmless(row['id']):46} {size:>6} {' '.join(words)}"
+    end = ", ".join(notes)
+    if len(line) + 1 + len(end) <= COLUMNS:
+        return f"{line} {end}".rstrip()
+    return f"{line.rstrip()}\n{'':39}{end}"
+
+
+def short_window(tokens: int) -> str:
+    """`128k` for 128000 and for 131072, `1M` for 1000000 and for 1048576."""
+    kilo = 1000 if tokens % 1000 == 0 or tokens % 1024 else 1024
+    return (f"{tokens / kilo ** 2:.3g}M" if tokens >= kilo ** 2
+            else f"{tokens / kilo:.0f}k")
 
 
 def run_status(context: Context) -> int:
@@ -11920,27 +12087,78 @@ def run_status(context: Context) -> int:
     if context.options.json:
         say(json.dumps(status, indent=1))
         return 0
+    for line in status_lines(status, config_url(config)):
+        say(line)
+    return 0
+
+
+KINDS_OF_COUNTS = {         # title: how the names of its counts begin
+    "mended": ("calls_", "mended_"), "asked again": ("retried_",),
+    "fallbacks": ("fallback_",),
+}
+SHOWN_REQUESTS, SHOWN_ERRORS = 8, 5     # the last ones; a screen has 24 lines
+
+
+def status_lines(status: Json, url: str) -> List[str]:
+    """A status for people, in lines that fit."""
     counts = status["counts"]
-    say(f"nimproxy {status['version']} at {config.host}:{config.port}, up "
-        f"{status['uptime_seconds']:.0f} s\n  upstream {status['base_url']}, model "
-        f"{status['models']['default']}")
-    say("  " + ", ".join(f"{name.replace('_', ' ')} {counts.get(name, 0)}" for name in
-                         ("requests", "answers", "input_tokens", "output_tokens")))
-    say("  " + limits_line(status["limits"]))
-    for title, kinds in (("mended", ("calls_", "mended_")),
-                         ("asked again", ("retried_",)), ("fallbacks", ("fallback_",))):
+    sums = [f"{name.replace('_', ' ')} {short_count(counts.get(name, 0))}" for name in
+            ("requests", "answers", "input_tokens", "output_tokens")]
+    lines = [f"nimproxy {status['version']} at {url}, up "
+             f"{time_span(status['uptime_seconds'])}, pid {status['pid']}",
+             f"  upstream {status['base_url']}"]
+    lines += [f"  {tier:8} {model}" for tier, model in status["models"].items()]
+    lines += ["  " + ", ".join(sums), "  " + limits_line(status["limits"])]
+    for title, kinds in KINDS_OF_COUNTS.items():
         found = [f"{name.partition('_')[2]} {count}" for name, count in counts.items()
                  if name.startswith(kinds)]
         if found:
-            say(f"  {title}: " + ", ".join(sorted(found)))
+            lines.append(f"  {title}: " + ", ".join(sorted(found)))
     turned = collections.Counter(f"  {row['instead']} instead of {row['model']}: "
                                  f"{row['reason']}" for row in status["fallbacks"])
-    for words, count in turned.items():
-        say(words + (f", in {count} sessions" if count > 1 else ""))
-    for error in status["last_errors"]:
+    lines += [words + (f", in {count} sessions" if count > 1 else "")
+              for words, count in turned.items()]
+    lines = [folded(line, "    ") for line in lines]
+    last = status.get("last_requests", [])[-SHOWN_REQUESTS:]
+    lines += [f"  last requests{'':42}first   all    in   out"] if last else []
+    lines += [request_line(row) for row in last]
+    lines += ["  last errors"] if status["last_errors"] else []
+    for error in status["last_errors"][-SHOWN_ERRORS:]:
         clock = time.strftime("%d %b %H:%M:%S", time.localtime(error["at"]))
-        say(f"  {clock} {error['status']} {error['message']}")
-    return 0
+        lines.append(folded(f"  {clock} {error['status']} {error['message']}",
+                            " " * 22, most=3))
+    return lines
+
+
+def request_line(row: Json) -> str:
+    """`  12:00:07 200 z-ai/glm-5.3    1.8   9.2   24k   512`: seconds, then tokens."""
+    clock = time.strftime("%H:%M:%S", time.localtime(row["at"]))
+    name = harmless(row["model"])
+    name = name if len(name) <= 41 else name[:39] + ".."
+    first = f"{row['ttft']:.1f}" if "ttft" in row else ""
+    read, wrote = (short_count(row.get(key, 0)) for key in ("input_tokens",
+                                                            "output_tokens"))
+    return (f"  {clock} {row['status']} {name:41} {first:>5} "
+            f"{row.get('seconds', 0):>5.1f} {read:>5} {wrote:>5}")
+
+
+def short_count(number: int) -> str:
+    """`999`, `24k`, `1.2M`."""
+    if number >= 999500:
+        return f"{number / 1e6:.1f}M"
+    return f"{number / 1000:.0f}k" if number >= 10000 else str(number)
+
+
+SPANS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+def time_span(seconds: float) -> str:
+    """`7 s`, `3 h 12 min`: the largest unit, and the next one."""
+    at = next((at for at, (size, _) in enumerate(SPANS) if seconds >= size), 3)
+    size, name = SPANS[at]
+    words = f"{seconds // size:.0f} {name}"
+    rest = [f" {seconds % size // small:.0f} {unit}" for small, unit in SPANS[at + 1:]]
+    return words + "".join(rest[:1])
 
 
 def limits_line(limits: Json) -> str:
@@ -11949,7 +12167,7 @@ def limits_line(limits: Json) -> str:
             ("concurrency", "running", "running"))
     words = [f"{limits[used]}{f' of {limits[most]}' if limits[most] else ''} {what}"
              for most, used, what in rows] + [f"{limits['waiting']} waiting"]
-    words += [f"{model} pauses {seconds:.0f} s"
+    words += [f"{model} pauses {time_span(seconds)}"
               for model, seconds in limits["pauses"].items()]
     return ", ".join(words)
 

@@ -24,6 +24,7 @@ import heapq
 import html
 import http.client
 import inspect
+import io
 import json
 import os
 import random
@@ -8194,18 +8195,20 @@ def test_the_window_that_the_file_tells_is_the_clients():
 # ---- 27. Saved: providers as they were set up --------------------------------
 # Both programs' files, by what they lead to.
 
-PROXIED = {"provider": "ollama", "base_url": "http://localhost:11434/v1",
+SAVED_PROXY = {"provider": "ollama", "base_url": "http://localhost:11434/v1",
            "api_key": "ollama", "models": {"opus": "a:32b", "sonnet": "a:14b",
                                            "haiku": "a:7b"},
            "tool_format": "xml", "port": 3080, "max_context_window": 16384}
-DIRECT = {"provider": "kimi", "api_key": "sk-kimi", "port": 9000,
+SAVED_RELAY = {"provider": "kimi", "api_key": "sk-kimi", "port": 9000,
           "base_url": "https://api.moonshot.cn/anthropic", "created_at": "2026-02-10",
           "last_updated": "2026-02-10", "preset_label": "Kimi",
           "default_models": {"opus": "k1", "sonnet": "k2", "haiku": "k3"}}
-FLAT = {"provider": "deepseek", "api_key": "sk-d", "opus_model": "d1",
+SAVED_FLAT = {"provider": "deepseek", "api_key": "sk-d", "opus_model": "d1",
         "sonnet_model": "d2", "haiku_model": "d3"}
-CAMEL = {"baseUrl": "http://localhost:1234/v1", "apiKey": "none", "toolFormat": "xml",
-         "models": {"opus": "l1", "sonnet": "l2", "haiku": "l3"}, "port": 3081}
+SAVED_CAMEL = {"baseUrl": "http://localhost:1234/v1", "apiKey": "none",
+               "toolFormat": "xml",
+               "models": {"opus": "l1", "sonnet": "l2", "haiku": "l3"},
+               "port": 3081}
 
 
 def put_files(folder, **files):
@@ -8224,34 +8227,34 @@ def facts_of(config):
 
 SAVED_FILES = named([
     ("ours", {".nimproxy/settings": {"active_provider": "ollama"},
-              ".nimproxy/providers/ollama": PROXIED},
+              ".nimproxy/providers/ollama": SAVED_PROXY},
      dict(provider="ollama", key="ollama", opus="a:32b", haiku="a:7b", port=3080,
           format="xml", window=16384, base_url="http://localhost:11434/v1")),
     ("ours, relayed", {".nimproxy/settings": {"active_provider": "kimi"},
-                       ".nimproxy/providers/kimi": DIRECT},
+                       ".nimproxy/providers/kimi": SAVED_RELAY},
      dict(provider="kimi", key="sk-kimi", opus="k1", haiku="k3", port=9000,
           base_url="https://api.moonshot.cn/anthropic")),
     ("theirs", {".claude-adapter/settings": {"active_provider": "ollama"},
-                ".claude-adapter/providers/ollama": PROXIED},
+                ".claude-adapter/providers/ollama": SAVED_PROXY},
      dict(provider="ollama", port=3080, window=16384)),
     ("theirs, with the window that they guess",
      {".claude-adapter/settings": {"active_provider": "ollama"},
-      ".claude-adapter/providers/ollama": {**PROXIED, "max_context_window": 8192}},
+      ".claude-adapter/providers/ollama": {**SAVED_PROXY, "max_context_window": 8192}},
      dict(provider="ollama", window=0)),
     ("theirs, in the first version's shape",
      {".claude-adapter/settings": {"active_provider": "deepseek"},
-      ".claude-adapter/providers/deepseek": FLAT},
+      ".claude-adapter/providers/deepseek": SAVED_FLAT},
      dict(provider="deepseek", key="sk-d", opus="d1", haiku="d3",
           base_url="https://api.deepseek.com/anthropic")),
-    ("the TypeScript program's one", {".claude-adapter/config": CAMEL},
+    ("the TypeScript program's one", {".claude-adapter/config": SAVED_CAMEL},
      dict(provider="lmstudio", key="none", opus="l1", haiku="l3", port=3081,
           format="xml", base_url="http://localhost:1234/v1")),
     ("ours before theirs", {".nimproxy/settings": {"active_provider": "ollama"},
-                            ".nimproxy/providers/ollama": PROXIED,
+                            ".nimproxy/providers/ollama": SAVED_PROXY,
                             ".claude-adapter/settings": {"active_provider": "kimi"},
                             ".claude-adapter/providers/ollama": {
-                                **PROXIED, "port": 1},
-                            ".claude-adapter/providers/kimi": DIRECT},
+                                **SAVED_PROXY, "port": 1},
+                            ".claude-adapter/providers/kimi": SAVED_RELAY},
      dict(provider="ollama", port=3080)),
     ("an active one that is gone", {".nimproxy/settings": {"active_provider": "kimi"}},
      dict(provider="nvidia", key="")),
@@ -8269,8 +8272,8 @@ def test_saved_providers_lead_to(tmp_path, files, wanted):
 
 
 OLLAMA_SAVED = np.SavedProviders("ollama", {
-    "ollama": np.saved_entries(PROXIED, "ollama.json", ""),
-    "kimi": np.saved_entries(DIRECT, "kimi.json", "")})
+    "ollama": np.saved_entries(SAVED_PROXY, "ollama.json", ""),
+    "kimi": np.saved_entries(SAVED_RELAY, "kimi.json", "")})
 LAYERS = named([        # flags, environment, file: what is resolved with ollama active
     ("nothing else", {}, {}, "", dict(provider="ollama", key="ollama", port=3080)),
     ("a flag for the port", {"port": "99"}, {}, "", dict(port=99, key="ollama")),
@@ -8307,7 +8310,7 @@ def test_what_is_saved_comes_last_but_for_the_preset(flags, environ, file, wante
     assert {**facts_of(config), **wanted} == facts_of(config)
 
 
-DAMAGED = named([
+SPOILED_FILES = named([
     ("no JSON", '{"provider": ', "cannot be read"),
     ("another type", "[]", "no JSON object"),
     ("nested too deep", "[" * 100000, "cannot be read"),
@@ -8315,10 +8318,10 @@ DAMAGED = named([
 ])
 
 
-@pytest.mark.parametrize("text, words", DAMAGED)
+@pytest.mark.parametrize("text, words", SPOILED_FILES)
 def test_a_damaged_file_is_named_and_does_no_harm(shell, capsys, text, words):
     put_files(shell, **{".nimproxy/settings": {"active_provider": "ollama"},
-                        ".nimproxy/providers/ollama": PROXIED,
+                        ".nimproxy/providers/ollama": SAVED_PROXY,
                         ".nimproxy/providers/kimi": text or ""})
     if text is None:
         (shell / ".nimproxy/providers/kimi.json").write_bytes(b"\xff\xfe")
@@ -8329,14 +8332,14 @@ def test_a_damaged_file_is_named_and_does_no_harm(shell, capsys, text, words):
 
 def test_a_wrong_value_in_a_saved_provider_names_file_and_field(shell, capsys):
     put_files(shell, **{".nimproxy/settings": {"active_provider": "ollama"},
-                        ".nimproxy/providers/ollama": {**PROXIED, "port": "lots"}})
+                        ".nimproxy/providers/ollama": {**SAVED_PROXY, "port": "lots"}})
     code, _, err = run(capsys, "serve", "--show-config")
     assert code == 2 and "ollama.json: port: expected a port" in err
 
 
 def test_show_config_says_that_it_was_saved(shell, capsys):
     put_files(shell, **{".nimproxy/settings": {"active_provider": "kimi"},
-                        ".nimproxy/providers/kimi": DIRECT})
+                        ".nimproxy/providers/kimi": SAVED_RELAY})
     code, out, _ = run(capsys, "serve", "--show-config")
     assert code == 0 and "sk-kimi" not in out
     assert re.search(r"api_key +\*\*\* .*providers/kimi.json: api_key", out)
@@ -8346,9 +8349,9 @@ def test_show_config_says_that_it_was_saved(shell, capsys):
 
 def with_two(folder):
     put_files(folder, **{".nimproxy/settings": {"active_provider": "ollama"},
-                         ".nimproxy/providers/ollama": PROXIED,
-                         ".nimproxy/providers/kimi": DIRECT,
-                         ".claude-adapter/providers/deepseek": FLAT})
+                         ".nimproxy/providers/ollama": SAVED_PROXY,
+                         ".nimproxy/providers/kimi": SAVED_RELAY,
+                         ".claude-adapter/providers/deepseek": SAVED_FLAT})
     return folder / ".nimproxy"
 
 
@@ -9248,7 +9251,7 @@ def test_every_question_can_be_gone_back_from(tmp_path):
     assert saved_file(tmp_path, "providers/nvidia")["port"] == 9191
 
 
-WRONG = named([         # a question, what is typed, what is said of it
+MISTYPED = named([         # a question, what is typed, what is said of it
     ("key with quotes", "API key", f"'{KEY}'", "without spaces or quotes"),
     ("key of another shape", "API key", "sk-0123456789abcdef", "not the shape"),
     ("no key", "API key", "", "needs a key: https://build.nvidia.com"),
@@ -9263,7 +9266,7 @@ WRONG = named([         # a question, what is typed, what is said of it
 
 
 @on_a_terminal
-@pytest.mark.parametrize("question, typed, said", WRONG)
+@pytest.mark.parametrize("question, typed, said", MISTYPED)
 def test_the_wizard_says_what_is_wrong_and_asks_again(tmp_path, question, typed, said):
     with models_fake() as nim, Person(tmp_path, "setup") as person:
         way = to_nvidia(nim.url)
@@ -9291,7 +9294,7 @@ def test_the_wizard_checks_key_and_models(tmp_path):
 @on_a_terminal
 def test_a_saved_provider_is_used_or_set_up_anew(tmp_path):
     with models_fake() as nim:
-        record = {**PROXIED, "provider": "nvidia", "base_url": nim.url, "port": 0,
+        record = {**SAVED_PROXY, "provider": "nvidia", "base_url": nim.url, "port": 0,
                   "api_key": KEY, "max_context_window": None}
         put_files(tmp_path, **{".nimproxy/providers/nvidia": record})
         with Person(tmp_path, "setup") as person:
@@ -9428,9 +9431,133 @@ def test_version_and_models(shell, capsys):
     assert code == 0 and np.__version__ in out
     code, out, _ = run(capsys, "models")
     assert code == 0
-    assert re.search("^z-ai/glm-5.2 .*retired; use z-ai/glm-5.3$", out, re.M)
+    assert re.search("^retired +use instead\n(.+\n)*z-ai/glm-5.2 +z-ai/glm-5.3$", out,
+                     re.M)
     rows = json.loads(run(capsys, "models", "--json")[1])
-    assert {"id", "window", "retired", "instead", "images"} <= set(rows[0])
+    assert {"id", "window", "output", "retired", "instead", "images", "thinking",
+            "tools", "tiers", "new", "gone"} == set(rows[0])
+    row, = [row for row in rows if row["id"] == "z-ai/glm-5.3-flash"]
+    assert (row["window"], row["images"], row["thinking"], row["tiers"]) == (
+        1000000, True, True, [])
+
+
+@pytest.mark.parametrize("provider", sorted(set(np.PROVIDERS) - {"custom"}))
+def test_the_catalog_of_every_provider_fits_the_screen(shell, capsys, provider):
+    code, out, _ = run(capsys, "models", "--provider", provider)
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+    row = np.PROVIDERS[provider]
+    line, = [line for line in out.splitlines() if line.startswith(row.opus + " ")]
+    assert re.search(r" \d+[kM] .*\bopus\b", line) or "opus" in out.split(line)[1]
+    ids = [entry["id"] for entry in json.loads(run(capsys, "models", "--json",
+                                                   "--provider", provider)[1])]
+    assert set(ids) == {*np.offered(provider), row.opus, row.sonnet, row.haiku}
+
+
+def test_every_row_of_the_catalog_is_some_providers():
+    offers = [name for provider in np.PROVIDERS for name in np.offered(provider)]
+    assert sorted(offers) == sorted(np.MODELS)
+    assert max(map(len, offers)) <= 46
+
+
+def test_the_longest_id_leaves_room_for_its_notes(shell, capsys):
+    name = "x/" + "y" * 44
+    code, out, _ = run(capsys, "models", "--model", name)
+    lines = out.splitlines()
+    at = lines.index(f"{name}      ?")
+    assert lines[at + 1].strip() == "opus, sonnet, haiku" and len(lines[at + 1]) <= 80
+
+
+WINDOW_WORDS = [(65536, "64k"), (128000, "128k"), (131072, "128k"), (202752, "198k"),
+                (256000, "256k"), (262144, "256k"), (262000, "262k"), (1000000, "1M"),
+                (1048576, "1M"), (1500000, "1.5M"), (4096, "4k"), (8191, "8k")]
+
+
+@pytest.mark.parametrize("tokens, words", WINDOW_WORDS)
+def test_windows_as_people_say_them(tokens, words):
+    assert np.short_window(tokens) == words
+
+
+def listing(*names):
+    return response(json.dumps({"data": [{"id": name} for name in names]}).encode())
+
+
+def test_a_live_list_shows_what_is_new_and_what_is_gone(shell, capsys, monkeypatch):
+    nvidia = np.PROVIDERS["nvidia"]
+    with FakeNim(listing("a/new", "z-ai/glm-5.3", "z-ai/glm-5.2")) as nim:
+        monkeypatch.setitem(np.PROVIDERS, "nvidia", nvidia._replace(base_url=nim.url))
+        monkeypatch.setenv("NVIDIA_API_KEY", "nvapi-test")
+        code, out, err = run(capsys, "models", "--live")
+        rows = {row["id"]: row
+                for row in json.loads(run(capsys, "models", "--live", "--json")[1])}
+    assert code == 0 and not err            # no spinner where there is no terminal
+    assert re.search(r"^a/new +\? +new$", out, re.M)
+    assert re.search(r"^z-ai/glm-5\.3 +1M +thinking opus$", out, re.M)
+    assert re.search(r"^openai/gpt-oss-20b +128k +thinking gone$", out, re.M)
+    assert [row["id"] for row in rows.values() if row["new"]] == ["a/new"]
+    assert rows[nvidia.haiku]["gone"] and not rows["z-ai/glm-5.2"]["gone"]
+    assert "z-ai/glm-5.1" not in rows       # retired and not listed is no news
+
+
+def test_a_server_of_ones_own_is_not_held_against_the_catalog(shell, capsys):
+    with FakeNim(listing("a/b")) as nim:
+        code, out, _ = run(capsys, "models", "--live", "--json", "--base-url", nim.url,
+                           "--model", "a/c")
+    rows = json.loads(out)
+    assert [(row["id"], row["new"], row["gone"]) for row in rows] == [
+        ("a/b", True, False), ("a/c", False, True)]
+
+
+def test_what_was_learned_of_a_model_is_shown(shell, capsys):
+    (shell / ".nimproxy").mkdir()
+    (shell / ".nimproxy" / "learned.json").write_text(json.dumps({"http://h/v1": {
+        "a/b": {"xml": np.day(0), "window:8192": np.day(0)}}}))
+    code, out, _ = run(capsys, "models", "--model", "a/b", "--base-url", "http://h/v1")
+    assert code == 0 and re.search(
+        r"^a/b +8k\n +opus, sonnet, haiku, tools as text$", out, re.M)
+    assert max(map(len, out.splitlines())) <= 80
+
+
+class Terminal(io.StringIO):
+    """A terminal that keeps what it is told."""
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_sees_that_a_list_is_waited_for(shell, monkeypatch):
+    listed, screen = threading.Event(), Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with FakeNim([listed, listing("a/b")]) as nim:
+        threading.Timer(0.3, listed.set).start()
+        assert np.main(["models", "--live", "--base-url", nim.url]) == 0
+    shown = screen.getvalue()
+    assert f"\r| asking {nim.url}\r/ asking" in shown
+    assert re.search(r"\r +\r$", shown)      # and then nothing of it any more
+
+
+COLOURS = [     # environment, whether a terminal gets colours
+    ("nothing said", {}, True), ("NO_COLOR", {"NO_COLOR": "1"}, False),
+    ("NO_COLOR without a value", {"NO_COLOR": ""}, True),
+    ("a dumb terminal", {"TERM": "dumb"}, False),
+]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="only some terminals there have colours")
+@pytest.mark.parametrize("environ, wanted", named(COLOURS))
+def test_colours_are_for_terminals(shell, monkeypatch, environ, wanted):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    thought = [says(reasoning_content="Hm."), *text("Hi"), used()]
+    for stream, wants in ((Terminal(), wanted), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        with FakeNim(streams(*thought)) as nim:
+            assert np.main(["test", "--base-url", nim.url, "--port", "1"]) == 0
+        np.main(["models"])
+        shown = stream.getvalue()
+        assert ("\x1b[2mHm.\x1b[0m\n\nHi" in shown) == wants
+        assert ("thinking: Hm.\n\nHi" in shown) != wants
+        assert ("\x1b[1mz-ai/glm-5.3 " in shown) == wants == ("\x1b" in shown)
 
 
 def test_live_models(shell, capsys):
@@ -9446,10 +9573,70 @@ def test_test_asks_and_measures(shell, capsys):
                            "--port", "1", "--model", "x/y")
         assert nim.asked[0]["messages"][0]["content"] == "Say hi"
         assert nim.asked[0]["model"] == "x/y"
-    assert code == 0 and out.startswith("Hello\n") and "out 3" in out
+    assert code == 0 and out.startswith("Hello\n\nfirst token 0.")
+    assert re.search(r", (all at once|[0-9.]+ tokens/s), in 7, out 3, end_turn\n", out)
+    said = " ".join(out.split())
+    assert f" x/y at {nim.url}, by way of http://127.0.0.1:" in said
     with FakeNim(refuses(401, {"detail": "Authentication failed"})) as nim:
         code, _, err = run(capsys, "test", "--base-url", nim.url, "--port", "1")
     assert code == 1 and "Authentication failed" in err
+    assert err.endswith(" doctor` looks for the cause\n") and err.count("\n") == 2
+
+
+def test_test_says_who_answered_instead(shell, capsys):
+    gone = refuses(410, {"title": "Gone"})
+    with both(gone, streams(*HELLO), fallbacks={"m": ("n",)}) as (nim, client):
+        code, out, _ = run(capsys, "test", "--port", str(client.address[1]), "--model",
+                           "m")
+    said = " ".join(out.split())
+    assert code == 0 and f" n at {nim.url}, instead of m: gone, by way of" in said
+
+
+def test_test_shows_calls_and_nothing_that_steers_the_terminal(shell, capsys):
+    chunks = [says(content="\x1b]0;x\x07\x9b2Jhi\n"),
+              *calls(("ls\x1b[1m", {"path": "/"})), used()]
+    with FakeNim(streams(*chunks)) as nim:
+        code, out, _ = run(capsys, "test", "--base-url", nim.url, "--port", "1")
+    assert code == 0 and out.startswith("?]0;x??2Jhi\n")
+    assert re.search(r'\n\[calls ls\?\[1m \{"path": ?"/"\}\]\n', out), out
+    assert "tool_use" in out and "\x1b" not in out
+
+
+def test_the_rate_is_that_of_the_time_after_the_first_token():
+    message = {"usage": {"input_tokens": 5, "cache_read_input_tokens": 2,
+                         "output_tokens": 21}, "stop_reason": "max_tokens"}
+    assert np.figures_line(message, [2.0, 2.5, 4.0]) == (
+        "first token 2.00 s, 10.0 tokens/s, in 7, out 21, max_tokens")
+    assert "s, all at once, in" in np.figures_line(message, [2.0, 2.01])
+
+
+def test_the_prompt_may_come_from_standard_input(shell, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Say\nhi\n"))
+    with FakeNim(streams(*HELLO)) as nim:
+        assert run(capsys, "test", "-", "--base-url", nim.url, "--port", "1")[0] == 0
+        assert nim.asked[0]["messages"][0]["content"] == "Say\nhi"
+    code, _, err = run(capsys, "test", "-", "--demo")       # there is no more
+    assert code == 2 and "standard input" in err
+
+
+BREAKS = [      # how far an answer comes before it breaks off, words about that
+    ("in its text", [says(content="x")], ""),
+    ("in its thinking", [], "nimproxy: the answer broke off in its middle\n"),
+]
+
+
+@pytest.mark.parametrize("more, words", named(BREAKS))
+def test_a_test_that_breaks_off_leaves_the_terminal_as_it_was(shell, monkeypatch, more,
+                                                              words):
+    screen, errors = Terminal(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", errors)
+    told = sse(says(reasoning_content="Hm."), *more, done=False)
+    with FakeNim([EVENT_STREAM + told, FakeNim.CLOSE]) as nim:
+        assert np.main(["test", "--base-url", nim.url, "--port", "1"]) == 1
+    assert "\x1b[2mHm." in screen.getvalue()
+    assert screen.getvalue().endswith("\n\x1b[0m")
+    assert errors.getvalue().startswith(words) and errors.getvalue().count("\n") == 2
 
 
 def test_options_may_stand_before_the_prompt(shell, capsys):
@@ -9466,7 +9653,8 @@ def test_a_proxy_with_a_key_is_told_from_none(shell, capsys):
 
 
 def test_there_is_no_catalog_for_every_provider(shell, capsys):
-    code, _, err = run(capsys, "models", "--provider", "ollama")
+    code, _, err = run(capsys, "models", "--provider", "custom", "--base-url",
+                       "http://h/v1")
     assert code == 2 and "--live" in err
 
 
@@ -9511,6 +9699,49 @@ def test_status_says_a_fallback_once_and_when_an_error_was(shell, capsys):
         code, out, _ = run(capsys, "status", "--port", str(client.address[1]))
     assert out.count("n instead of m: gone, in 2 sessions") == 1
     assert re.search(r"\n  \d\d \w+ \d\d:\d\d:\d\d 401 ", out)
+
+
+def test_a_status_fits_the_screen_whatever_happened(shell, capsys):
+    long = "x/" + "y" * 200
+    slow = refuses(500, {"title": "\x1b[2J" + "Bad " * 200})
+    script = [completes("ok"), slow, completes("ok")]
+    with both(*script, fallbacks={long: ("n" * 90,)}, opus=long) as (nim, client):
+        for name in (long, "m", "z-ai/glm-5.3"):
+            client.ask(model=name)
+        code, out, _ = run(capsys, "status", "--port", str(client.address[1]))
+    lines = out.splitlines()
+    assert code == 0 and max(map(len, lines)) <= 80 and "\x1b" not in out
+    at = lines.index(f"  last requests{'':42}first   all    in   out")
+    assert re.fullmatch(r"  \d\d:\d\d:\d\d 200 x/y{37}\.\. {6} +0\.\d     7     3",
+                        lines[at + 1])
+    assert " 500 n" not in lines[at + 2] and " 500 m " in lines[at + 2]
+    errors = lines[lines.index("  last errors") + 1:]
+    assert len(errors) == 3 and errors[2].endswith(" ...")
+
+
+def test_a_status_of_an_older_nimproxy_is_shown():
+    with both(completes("ok")) as (nim, client):
+        status = client.request("GET", "/status")[2]
+    del status["last_requests"]
+    lines = np.status_lines(status, client.url)
+    assert lines[0].startswith(f"nimproxy {np.__version__} at {client.url}, up ")
+    assert not any("last" in line for line in lines)
+
+
+COUNT_WORDS = [(0, "0"), (9999, "9999"), (10000, "10k"), (24310, "24k"),
+               (999499, "999k"), (999500, "1.0M"), (123456789, "123.5M")]
+SPAN_WORDS = [(0, "0 s"), (59.9, "59 s"), (60, "1 min 0 s"), (3725, "1 h 2 min"),
+              (90061, "1 d 1 h"), (0.2, "0 s")]
+
+
+@pytest.mark.parametrize("number, words", COUNT_WORDS)
+def test_counts_for_people(number, words):
+    assert np.short_count(number) == words
+
+
+@pytest.mark.parametrize("seconds, words", SPAN_WORDS)
+def test_spans_for_people(seconds, words):
+    assert np.time_span(seconds) == words
 
 
 def test_a_web_page_is_not_called_an_empty_answer():
