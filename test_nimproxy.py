@@ -13001,6 +13001,38 @@ def test_browser_the_page_shows_the_status(tmp_path, key, open_to_all):
     assert counts.get("errors_401", 0) == (not open_to_all)     # asked once, no more
 
 
+TYPES_THE_KEY = """<script>setTimeout(() => {
+  at("key").value = " k\u00e9y\\n";
+  at("form").requestSubmit();
+}, 500);</script>"""
+
+
+@BROWSER
+def test_browser_the_page_takes_a_key_and_says_when_nobody_answers(tmp_path):
+    page = response((np.LIVE_PAGE + TYPES_THE_KEY).encode(), 200, "text/html")
+    with both(completes("ok")) as (nim, client):
+        place, told = nim.url, client.request("GET", "/status")[2]
+    answers = [response(json.dumps(told).encode()), refuses(500, {})]
+
+    class Acting(FakeNim):
+        def answer(self, handler, chat):
+            keyed = handler.headers["Authorization"] == "Bearer ky"
+            answer = answers.pop(0) if keyed and answers[1:] else answers[0]
+            answer = answer if keyed else refuses(401, {})
+            self.script = [page if handler.path == "/" else answer]
+            super().answer(handler, chat)
+    with Acting(b"") as proxy, browsing(
+            tmp_path, proxy.url[:-2], "--virtual-time-budget=6000",
+            "--dump-dom") as chromium:
+        shown = chromium.communicate()[0].decode()
+        keys = [headers.get("authorization") for _, path, headers in proxy.requests
+                if path == "/status"]
+    assert keys[:2] == [None, "Bearer ky"] and len(keys) <= 5     # later and later
+    assert "No answer: is the proxy still up? status 500; again in " in shown
+    assert '<body class="gone">' in shown and f">{place}</dd>" in shown
+    assert '<form id="form" hidden="">' in shown
+
+
 # ---- long silence
 # Minutes, so `make silence` runs it.  The timeouts are the client's own, not those
 # that `nimproxy code` gives it: what keeps it waiting is what the proxy sends.
