@@ -10014,14 +10014,19 @@ def test_a_taken_port_gives_way_to_the_next(shell):
 
 def test_two_that_start_at_once_take_two_ports(shell):
     port = str(free_ports())
-    argv = [sys.executable, "-u", str(HERE / "nimproxy.py"), "--demo", "--port", port]
-    both = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    argv = [sys.executable, "-u", str(HERE / "nimproxy.py"), "--demo"]
+    both = [subprocess.Popen(argv, env={**os.environ, "PROXY_PORT": port},
+                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             for _ in "12"]
-    urls = {child.stdout.readline().split()[-1] for child in both}
+    told = [[child.stdout.readline().decode() for _ in range(3)] for child in both]
     for child in both:
         child.kill()
         child.communicate()
-    assert len(urls) == 2
+    taken = [lines[0].split(":")[-1].strip() for lines in told]
+    assert taken[0] != taken[1] and port in taken
+    for lines, own in zip(told, taken):
+        moved = "" if own == port else " --port " + own
+        assert f" env{moved} --demo)" in lines[2]
 
 
 def test_ten_taken_ports_are_enough(shell):
@@ -10089,7 +10094,9 @@ STRANGERS = [       # what a stranger at the next port answers to everything
     ("a list", response(b"[1]")),
     ("nested", response(b"[" * 100000)),
     ("without an end", [EVENT_STREAM + b"data: 1\n\n", FakeNim.LEFT]),
-    ("too much", response(b" " * (2 << 20))),
+    ("too much", response(b'{"service": "nimproxy"}' + b" " * (2 << 20))),
+    ("of no known length", [b'HTTP/1.1 200 OK\r\n\r\n{"service": "nimproxy"}',
+                            FakeNim.CLOSE]),
     ("not HTTP", [b"SSH-2.0-x\r\n", FakeNim.CLOSE]),
     ("cut", [response(b"{}" * 100)[:-5], FakeNim.CLOSE]),
 ]
