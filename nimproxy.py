@@ -9740,11 +9740,11 @@ def mend_settings(paths: ClaudePaths, tell: Callable[[str], None]) -> None:
     try:
         receipt = read_receipt(paths) if os.path.exists(paths.receipt) else {}
         gone = [row for row in receipt.get("holders", ()) if not is_holding(row)]
-        if not receipt or receipt["holders"] and not gone:
+        if not receipt or receipt["holders"] and receipt["settled"] and not gone:
             return
-        change_settings(paths, list, tell)
         numbers = "".join(f" (pid {row['pid']})" for row in gone)
-        tell("put back what a crashed run had left in Claude's settings" + numbers)
+        if change_settings(paths, list, tell) or gone:
+            tell("put back what a crashed run had left in Claude's settings" + numbers)
     except ProxyError as error:
         tell(f"Claude Code's settings are not put back: {error.message}")
 
@@ -9794,8 +9794,8 @@ class Edit(NamedTuple):
 
 
 def change_settings(paths: ClaudePaths, change: Callable[[List[Json]], List[Json]],
-                    tell: Callable[[str], None], entering: bool = False) -> None:
-    """Change who holds the settings, and what they say by it.
+                    tell: Callable[[str], None], entering: bool = False) -> bool:
+    """Change who holds the settings, and what they say by it; whether a file changed.
 
     The last holder's values are there; without holders, what was there before any.
     Whoever enters sets what it wants; after one has left, what the user has changed
@@ -9813,6 +9813,7 @@ def change_settings(paths: ClaudePaths, change: Callable[[List[Json]], List[Json
             write_receipt(paths, previous)
             raise ProxyError(400, edits[0].trouble)
         receipt["files"] = {edit.name: edit.record for edit in edits if edit.record}
+        receipt["settled"] = True
         write_receipt(paths, receipt)
     for words in sorted(kept):
         tell(words + ": changed since, and left as found")
@@ -9821,6 +9822,7 @@ def change_settings(paths: ClaudePaths, change: Callable[[List[Json]], List[Json
         raise ProxyError(400, "; ".join(troubles))
     for words in troubles:
         tell(words + "; left alone")
+    return any(edit.after != edit.before for edit in edits)
 
 
 def carried_out(paths: ClaudePaths, receipt: Json, entering: bool, kept: Set[str]
@@ -9839,6 +9841,7 @@ def carried_out(paths: ClaudePaths, receipt: Json, entering: bool, kept: Set[str
         receipt["files"] = {
             edit.name: joint_record(edit.record, old.get(edit.name, {}))
             for edit in edits}
+        receipt["settled"] = False
         write_receipt(paths, receipt)
         for number, edit in enumerate(edits):
             why = write_edit(edit)
@@ -9986,10 +9989,11 @@ def read_receipt(paths: ClaudePaths) -> Json:
     """The receipt, empty if there is none; a damaged one is set aside, and an error.
 
         {"folder": bool,                           whether it was there before us
+         "settled": bool,                          false while files are changed
          "files": {"settings": record, ...},       see `imposed`
          "holders": [{"kind": "run", "id": "5e1f", "pid": 7, "mark": "812", "env": {}}]}
     """
-    receipt: Json = {"files": {}, "holders": []}
+    receipt: Json = {"files": {}, "holders": [], "settled": True}
     try:
         with open(paths.receipt, encoding="utf-8") as file:
             receipt = decode_json(file.read(MAX_RECEIPT_BYTES))
@@ -10009,15 +10013,19 @@ def read_receipt(paths: ClaudePaths) -> Json:
 
 def check_receipt(receipt: Json) -> None:
     """Any usual exception if a receipt has not the shape that is relied on."""
-    rows = [(row, {"kind": str, "id": str, "pid": int, "mark": str,
-                   "env": dict})
-            for row in receipt["holders"]]
+    rows: List[Tuple[Dict, Dict]] = [(receipt, {"settled": bool, "folder": bool})]
+    rows += [(row, {"kind": str, "id": str, "pid": int, "mark": str, "env": dict})
+             for row in receipt["holders"]]
     for record in receipt["files"].values():
         rows.append((record, {"existed": bool, "hollow": dict, "changes": list}))
         rows += [(row, {"path": list, "ours": list}) for row in record["changes"]]
         texts = [record["blank"], *(row["old"] for row in record["changes"]),
                  *record["hollow"].values()]
         rows += [({"text": text or ""}, {"text": str}) for text in texts]
+        for path in [row["path"] for row in record["changes"]]:
+            rows.append(({"top": path[0], "key": path[-1]}, {"top": str, "key": str}))
+            if len(path) > 2:
+                raise ValueError("nothing of ours is as deep")
     for row, kinds in rows:
         if not all(isinstance(row[name], kind) for name, kind in kinds.items()):
             raise ValueError("another shape")

@@ -8892,6 +8892,56 @@ def test_a_live_run_keeps_what_a_killed_one_loses(tmp_path):
     assert tree(tmp_path) == before
 
 
+class Crash(BaseException):
+    """The process is gone: nothing more is done to files."""
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["alone", "over another"])
+@pytest.mark.parametrize("leaving", [False, True], ids=["coming", "leaving"])
+@pytest.mark.parametrize("raw", [BASE, None], ids=["env", "absent"])
+def test_a_crash_at_any_step_can_be_mended(tmp_path, monkeypatch, raw, leaving, other):
+    paths = claude_home(tmp_path, raw)
+    before, crashed, step = tree(tmp_path), True, 0
+    while crashed:
+        left, step = [step], step + 1
+
+        def counted(real):
+            def act(*args):
+                if "nimproxy-receipt." not in args[0] or args[1:]:
+                    left[0] -= 1
+                if left[0] < 0:
+                    raise Crash
+                return real(*args)
+            return act
+
+        def fault():
+            for name in ("replace", "unlink"):
+                patch.setattr(os, name, counted(getattr(os, name)))
+        with contextlib.suppress(Crash), monkeypatch.context() as patch:
+            np.install_settings(paths, {"OLD": "1"}, print) if other else None
+            fault() if not leaving else None
+            with np.claude_settings(paths, WISH, print):
+                fault() if leaving else None
+        crashed = left[0] < 0
+        if os.path.exists(paths.receipt):
+            receipt = json.loads(Path(paths.receipt).read_text())
+            for row in receipt["holders"]:
+                row["mark"] = "of another time"
+            Path(paths.receipt).write_text(json.dumps(receipt))
+        np.mend_settings(paths, print)
+        if other:
+            assert env_of(paths)["OLD"] == "1" and "ANTHROPIC_BASE_URL" not in env_of(
+                paths)
+            np.uninstall_settings(paths, print)
+        for path in tmp_path.rglob("*.*"):
+            if re.search(r"\.[0-9a-f]{8}$", path.name):     # what was being written
+                path.unlink()
+        with contextlib.suppress(OSError):
+            Path(paths.settings).parent.rmdir()
+        assert tree(tmp_path) == before, step
+    assert step > 3
+
+
 def test_a_process_id_that_is_used_again_is_no_holder(tmp_path):
     paths, told = claude_home(tmp_path, BASE), []
     before = tree(tmp_path)
@@ -8906,8 +8956,13 @@ def test_a_process_id_that_is_used_again_is_no_holder(tmp_path):
 
 DAMAGED_RECEIPTS = ["", "{", "[]", "{}", '{"files": {}, "holders": [{}]}',
                     '{"files": {"settings": {}}, "holders": []}', "[" * 99999,
-                    '{"files": {"settings": {"existed": true, "hollow": {}, '
-                    '"blank": 5, "changes": []}}, "holders": []}']
+                    '{"settled": true, "folder": true, "files": {"settings": '
+                    '{"existed": true, "hollow": {}, "blank": null, '
+                    '"changes": [{"path": [], "old": null, "ours": []}]}}, '
+                    '"holders": []}',
+                    '{"settled": true, "folder": true, "files": {"settings": '
+                    '{"existed": true, "hollow": {}, "blank": 5, "changes": []}}, '
+                    '"holders": []}']
 
 
 @pytest.mark.parametrize("words", DAMAGED_RECEIPTS, ids=range(len(DAMAGED_RECEIPTS)))
