@@ -211,6 +211,7 @@ class ProxyError(Exception):
         self.again = again
         self.pause = 0.0        # seconds that upstream wants to be left alone
         self.fallback = ""      # why another model may do better, in a word
+        self.path = ""          # of the request, if it was refused before it was whole
 
     def body(self, request_id: str = "") -> Json:
         error = {"type": self.kind, "message": self.message}
@@ -1756,6 +1757,17 @@ def upstream_model(config: Config, asked: str) -> str:
 
 def upstream_place(config: Config) -> str:
     return "built in" if config.default_model == DEMO_MODEL else config.base_url
+
+
+def speaks_messages(config: Config) -> bool:
+    """Whether upstream speaks the client's own language, so that nothing is translated;
+    the built-in model does not."""
+    return config.api == APIS[1] and config.default_model != DEMO_MODEL
+
+
+def is_anthropic(config: Config) -> bool:
+    """Whether upstream is Anthropic itself, not one that only speaks its language."""
+    return urlsplit(config.base_url).hostname == "api.anthropic.com"
 
 
 def upstream_api(config: Config) -> Provider:
@@ -5807,6 +5819,379 @@ def encode_event(name: str, data: Json) -> bytes:
 # Bodies and event streams of servers that speak the client's own language: byte for
 # byte, but for the model's name and what only its maker can read.
 
+class Tongue(NamedTuple):
+    """A language that clients speak: our own words in it, and what passes by."""
+    error: Callable[[ProxyError, str], Json]    # the body of an error
+    event: Callable[[str, Json], bytes]         # one event of its streams
+    watch: Callable[[Passed, bytes], bytes]     # whole frames, as they are to go out
+
+
+class Parcel(NamedTuple):
+    """A request that goes upstream as it came, in the place of a chat."""
+    model: str              # upstream's id
+    path: str               # below the base URL, with the client's query
+    data: bytes             # the body, with that model in it
+    stream: bool
+    headers: Headers = []   # the client's, that are for upstream
+
+
+class Placed(NamedTuple):
+    """A member of a JSON object, and where in the object's text its value stands."""
+    name: str
+    value: Any
+    start: int
+    end: int
+
+
+BETWEEN = re.compile(r"[ \t\r\n,:]*")       # between the names and values of sound JSON
+SIGNED = {"thinking": "signature", "redacted_thinking": "data"}     # by whom, where
+GENUINE = re.compile("[A-Za-z0-9+/]{64,}={0,2}")    # Anthropic's have some hundred
+LEFT_EMPTY = {"type": "text", "text": "(no text)"}  # roles have to alternate
+STATUSES = {kind: status for status, kind in ERROR_TYPES.items()
+            if status not in (405, 503)}            # of errors inside a stream
+
+
+def passed_body(raw: bytes, model: str, own: bool = False) -> bytes:
+    """A request's body for a model of upstream's, else byte for byte as it came, but
+    for thinking that upstream has not signed; `own`: it is Anthropic.
+
+    The body is a JSON object, as parse_body has found.
+    """
+    text = raw.decode("utf-8")
+    found = placed_values(text)
+    named = [each for each in found if each.name == "model"]
+    edits = [(each.start, each.end, encode_json(model)) for each in named
+             if each.value != model]
+    if not named:
+        start = text.index("{") + 1
+        comma = "," if found else ""
+        edits.append((start, start, f'"model":{encode_json(model)}{comma}'))
+    for each in found:
+        history = each.name == "messages" and own_turns(each.value, own)
+        if history and history is not each.value:
+            edits.append((each.start, each.end, encode_json(history)))
+    return edited(text, edits).encode("utf-8")
+
+
+def placed_values(text: str) -> List[Placed]:
+    """The members of the object that a sound JSON text is; one may be there twice."""
+    found, at = [], BETWEEN.match(text, text.index("{") + 1).end()
+    while text[at] != "}":
+        name, at = DECODER.raw_decode(text, at)
+        start = BETWEEN.match(text, at).end()
+        value, at = DECODER.raw_decode(text, start)
+        found.append(Placed(name, value, start, at))
+        at = BETWEEN.match(text, at).end()
+    return found
+
+
+def edited(text: str, edits: List[Tuple[int, int, str]]) -> str:
+    for start, end, instead in sorted(edits, reverse=True):
+        text = text[:start] + instead + text[end:]
+    return text
+
+
+def own_turns(history: Any, own: bool) -> Any:
+    """A conversation without what upstream cannot verify; itself, if it has none."""
+    if not isinstance(history, list):
+        return history
+    mended = [own_turn(turn, own) for turn in history]
+    same = all(new is turn for new, turn in zip(mended, history))
+    return history if same else mended
+
+
+def own_turn(turn: Any, own: bool) -> Any:
+    blocks = turn.get("content") if isinstance(turn, dict) else None
+    if not isinstance(blocks, list) or turn.get("role") != "assistant":
+        return turn
+    kept = [block for block in blocks if not is_foreign(block, own)]
+    return turn if len(kept) == len(blocks) else {**turn, "content": kept or [
+        LEFT_EMPTY]}
+
+
+def is_foreign(block: Any, own: bool) -> bool:
+    """Whether a block is thinking that was signed here, or, where upstream is
+    Anthropic, by anybody else but Anthropic."""
+    place = SIGNED.get(str(block.get("type"))) if isinstance(block, dict) else None
+    if not place:
+        return False
+    mark = block.get(place)
+    return mark == SIGNATURE or own and not GENUINE.fullmatch(str(mark))
+
+
+def with_model(text: str, path: Tuple[str, ...], model: str) -> str:
+    """A JSON text with another model's name at a path of objects, if it has one."""
+    edits = []
+    for each in placed_values(text):
+        inner = text[each.start:each.end]
+        if each.name == path[0] and len(path) == 1:
+            edits.append((each.start, each.end, encode_json(model)))
+        elif each.name == path[0] and isinstance(each.value, dict):
+            edits.append((each.start, each.end, with_model(inner, path[1:], model)))
+    return edited(text, edits)
+
+
+class Passed:
+    """An answer that passes, in the place of a Message: what is to be known of it."""
+
+    def __init__(self, model: str, tongue: str, path: str = "",
+                 headers: Headers = []) -> None:
+        self.model, self.tongue = model, tongue     # as the client asked for it
+        self.path, self.headers = path, headers     # of its request
+        self.restart()
+
+    def restart(self, reading: Reading = Reading()) -> None:
+        """Forget an answer of which nothing is out yet: upstream is asked anew."""
+        asked = reading.asked.model
+        self.reading = reading if asked else getattr(self, "reading", reading)
+        # what is held
+        self.lead = b""             # before the first word
+        self.ahead = b""            # what came in one read with an error, before it
+        self.waiting = 0            # bytes of a frame that is not whole
+        # what is known
+        self.begun = False          # with the first word; then all goes out
+        self.usage: Dict[str, int] = {}
+        self.finish = ""
+        self.over = False
+        # what a Message has, and nothing that passes
+        self.calls = Calls({})
+        self.repairs: List[str] = []
+        self.fielded = False
+
+    def start(self) -> List[Event]:
+        return []                   # upstream's own
+
+    def held(self) -> int:
+        return self.waiting
+
+    def complete(self) -> bool:
+        """Whether all is said, and only the end is missing: errors then are none."""
+        return bool(self.finish and not self.over)
+
+    def events(self, chunks: List[Json]) -> List[Event]:
+        """The end of an answer that lacks it."""
+        if chunks != [DONE]:
+            raise ProxyError(502, "upstream answered in one piece where a stream was "
+                                  "asked for")
+        self.over = True
+        return [("message_stop", {})]
+
+    def nudge(self) -> Event:
+        """An event that says nothing, but resets Claude Code's watchdog; a ping where
+        none can stand."""
+        if self.tongue != "anthropic" or not self.begun or self.finish:
+            return "ping", {}
+        usage = {"output_tokens": self.usage.get("output_tokens", 0)}
+        delta = {"stop_reason": None, "stop_sequence": None}
+        return "message_delta", {"delta": delta, "usage": usage}
+
+    def count(self, usage: Any) -> None:
+        """Usage in either language, which may come more than once, and grows."""
+        if self.tongue == "openai":
+            told = message_usage(usage)
+        else:
+            usage = usage if isinstance(usage, dict) else {}
+            told = {name: whole(usage.get(name)) for name in EMPTY_USAGE}
+        for name, value in told.items():
+            self.usage[name] = max(value, self.usage.get(name, 0))
+
+    def final_usage(self) -> Dict[str, int]:
+        return {**EMPTY_USAGE, **self.usage}
+
+    def answer(self, raw: bytes, value: Json) -> bytes:
+        """An answer that does not stream; `value` is what it says."""
+        self.count(value.get("usage"))
+        if self.tongue == "openai":
+            return raw
+        text = raw.decode("utf-8", "surrogateescape")
+        named = with_model(text, ("model",), self.model)
+        return named.encode("utf-8", "surrogateescape")
+
+    def told(self, frames: bytes) -> List[bytes]:
+        """What goes out of whole frames; until the first word, nothing."""
+        out = TONGUES[self.tongue].watch(self, frames)
+        if not self.begun:
+            self.lead += out
+            if len(self.lead) > MAX_LINE_BYTES:
+                raise ProxyError(502, f"upstream sent over {MAX_LINE_BYTES} bytes "
+                                      "before its first word")
+            return []
+        out, self.lead = self.lead + out, b""
+        return [out] if out else []
+
+    def end_of_input(self, rest: bytes) -> List[bytes]:
+        """What is left where upstream has not said that it was at its end."""
+        sound = b"[DONE]" in rest or bool(frame_event(rest)[1])
+        out = self.told(rest.rstrip() + b"\n\n") if sound else []
+        if self.over:
+            return out
+        if self.complete():
+            return out + encoded(self.events([DONE]))
+        if not self.begun and not rest:
+            raise empty_answer(self.reading.asked)
+        if self.tongue == "anthropic" or rest.strip() and not sound:
+            words = "upstream broke off in the middle of its answer"
+            raise ProxyError(502, words, again="broken")
+        self.over = True
+        return out
+
+
+def passage(passed: Passed) -> Stage:
+    """Bytes of an event stream in, the same out, frame by frame: between them there is
+    room for pings.  send(None) is the end; raises ProxyError as `translation` does."""
+    held = bytearray()
+    piece = yield []
+    while piece is not None:
+        frames = piece
+        if held or piece[-2:] != b"\n\n":       # nearly always it is
+            known = len(held)
+            held += piece
+            if len(held) > MAX_LINE_BYTES:
+                words = f"upstream sent an event of over {MAX_LINE_BYTES} bytes"
+                raise ProxyError(502, words)
+            end = frames_end(held, known)
+            frames = bytes(held[:end])
+            del held[:end]
+            passed.waiting = len(held)
+        piece = yield passed.told(frames) if frames else []
+    yield passed.end_of_input(bytes(held))
+
+
+def frames_end(held: bytearray, known: int) -> int:
+    """Where the last whole frame ends; 0 if none does, as up to `known` none did."""
+    since = max(known - 3, 0)
+    ends = [(held.rfind(end, since), len(end)) for end in FRAME_ENDS]
+    return max(at + size if at >= 0 else 0 for at, size in ends)
+
+
+FRAME_ENDS = (b"\n\n", b"\n\r\n", b"\r\r")
+FRAME = re.compile(rb".*?(?:\n\r?\n|\r\r)", re.S)
+
+
+def frame_event(raw: bytes) -> Tuple[str, Json, str]:
+    """The type and value of the event that a frame is, and its text as it stands;
+    nothing of one that is none."""
+    for event, data, _ in started(sse_frames()).send(raw + b"\n\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = decode_json(data)
+            if isinstance(value, dict):
+                return str(value.get("type") or event), value, data
+    return "", {}, ""
+
+
+WORDS_OF = {"content_block_delta", "content_block_stop", "message_delta",
+            "message_stop"}     # events with which an answer has begun
+
+
+def watch_messages(passed: Passed, frames: bytes) -> bytes:
+    """Frames of a message stream: usage is noted, the model's name changed; an error
+    is raised."""
+    if passed.begun and b'"message_' not in frames and b'"error"' not in frames:
+        return frames                       # the path of a token
+    out = b""
+    for raw in FRAME.findall(frames):
+        kind, value, text = frame_event(raw)
+        if kind == "error":
+            passed.ahead = passed.lead + out if passed.begun else b""
+            raise stream_error(passed, value, text)
+        if kind == "message_start":
+            passed.count(shaped(value.get("message"), dict).get("usage"))
+            raw = renamed_frame(raw, text, passed.model)
+        if kind == "message_delta":
+            passed.count(value.get("usage"))
+            delta = shaped(value.get("delta"), dict)
+            passed.finish = str(delta.get("stop_reason") or passed.finish)
+        out += raw
+        passed.begun = passed.begun or kind in WORDS_OF
+        if kind == "message_stop":
+            passed.over = True
+            break                           # what comes after it is not looked at
+    return out
+
+
+def renamed_frame(raw: bytes, text: str, model: str) -> bytes:
+    """A message_start, whose JSON is `text`, with another model in it."""
+    changed = with_model(text, ("message", "model"), model).encode("utf-8")
+    found = text.encode("utf-8")
+    if found in raw:
+        return raw.replace(found, changed, 1)
+    joined = b" ".join(changed.splitlines())        # it stood in several lines
+    return b"event: message_start\ndata: " + joined + b"\n\n"
+
+
+def watch_completions(passed: Passed, frames: bytes) -> bytes:
+    """Frames of a completion stream, which stay as they are: usage is noted; an error
+    before the first word is raised."""
+    last = b"[DONE]" in frames[-16:]
+    if not passed.begun or b'"usage"' in frames:
+        for raw in FRAME.findall(frames):
+            kind, value, text = frame_event(raw)
+            if not passed.begun and (kind == "error" or value.get("error")):
+                raise stream_error(passed, value, text)
+            passed.begun = passed.begun or bool(value) or b"[DONE]" in raw
+            passed.count(value.get("usage"))
+    if last:
+        passed.finish, passed.over = "stop", True
+    return frames
+
+
+def stream_error(passed: Passed, value: Json, text: str) -> ProxyError:
+    kind = shaped(value.get("error"), dict).get("type")
+    status = stated_status(value, STATUSES.get(str(kind), 500))
+    words = sentence(value) or "an error without words"
+    error = refusal(passed.reading.asked, status, words)
+    return kept_words(passed, error, status, value)
+
+
+def kept_words(passed: Passed, error: ProxyError, status: int,
+               value: Any) -> ProxyError:
+    """The error, in upstream's own words where those are in the client's language.
+
+    What makes Claude Code compact stays in the words that it knows.
+    """
+    secret = passed.reading.asked.config.api_key
+    error.words = ""                # nothing is mended in what passes
+    said = shaped(shaped(value, dict).get("error"), dict)
+    message = said.get("message")
+    if passed.tongue == "openai":
+        error.status = status if 400 <= status < 600 else 502
+        error.details = {name: redacted(said[name], secret)
+                         for name in ("type", "param", "code")
+                         if isinstance(said.get(name), str)}
+    elif error.fallback == "window" or not isinstance(said.get("type"), str):
+        return error
+    else:
+        error.status, error.kind = status, said["type"]
+    if isinstance(message, str):
+        message = redacted(message, secret)[:MAX_REASON_CHARS]
+        if error.status in (401, 403):  # Claude Code takes it for "not logged in"
+            message = re.sub("(?i)x-api-key", "API key", message)
+        error.message = message
+    return error
+
+
+def openai_error(error: ProxyError, request_id: str) -> Json:
+    """An error's body as OpenAI's clients read it; the id is in the headers."""
+    code = OPENAI_CODES.get(error.status)
+    return {"error": {"message": error.message, "type": error.kind, "param": None,
+                      "code": code, **error.details}}
+
+
+OPENAI_CODES = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
+
+
+def openai_event(name: str, data: Json) -> bytes:
+    """An event of ours in a stream of chunks, in ASCII; a ping is a comment."""
+    return b": ping\n\n" if name == "ping" else b"data: %b\n\n" % encode_json(
+        data).encode("ascii")
+
+
+TONGUES = {
+    "anthropic": Tongue(ProxyError.body, encode_event, watch_messages),
+    "openai": Tongue(openai_error, openai_event, watch_completions),
+}
+
+
 # ---- 16. HTTP/1.1 messages ---------------------------------------------------
 # RFC 9112, the part that both sides of a proxy need, on bytes and strictly: what
 # is doubtful is refused, because two readings of one request are an attack.
@@ -6093,6 +6478,17 @@ def json_response(value: Json, status: int = 200, headers: Headers = []) -> Resp
 
 DEMO_TEXT = ("This is nimproxy's built-in model: no key, no network, a fixed script. "
              "Give nimproxy a real model with NVIDIA_API_KEY or --base-url.")
+
+
+def demo_chat(path: str, data: bytes) -> Json:
+    """A chat that is sure to have the shape of ours, from a body that passes; only
+    that: ProxyError(404)."""
+    if not path.startswith("/chat/"):
+        raise ProxyError(404, "the built-in model answers chat completions only")
+    body = decode_json(data.decode("utf-8"))
+    last = next(iter(reversed(shaped(body.get("messages"), list))), {})
+    words = {"role": "user", "content": "", **shaped(last, dict)}
+    return {"messages": [words], "stream": body.get("stream")}
 
 
 def demo_stream(chat: Json) -> List[bytes]:
@@ -6664,10 +7060,10 @@ class Upstream:
         self.context: Optional[ssl.SSLContext] = None
         self.settling: Set[asyncio.Future] = set()
 
-    async def ask(self, path: str, payload: bytes = b"",
-                  stream: bool = False) -> Answer:
+    async def ask(self, path: str, payload: bytes = b"", stream: bool = False,
+                  headers: Headers = []) -> Answer:
         """POST the payload, or GET if there is none, at a path below the base URL, or
-        at a URL of the same server.
+        at a URL of the same server; with headers of the client's.
 
         The answer is whatever its status is.  Raises ProxyError(502, 504) if there
         is none: it could not be reached, broke off, or was silent for too long.
@@ -6675,7 +7071,8 @@ class Upstream:
         url = self.config.base_url + path if path[0] == "/" else path
         left = limit = self.config.first_byte_timeout
         until, pause = time.monotonic() + limit, 0.0
-        answer = await self.send(url, payload, stream, left)
+        request = self.request(url, payload, stream, headers)
+        answer = await self.send(url, request, left)
         while answer.status == 202 and header(answer.headers, "nvcf-reqid"):
             await self.settle(answer)
             await asyncio.sleep(pause)
@@ -6685,15 +7082,14 @@ class Upstream:
                 raise ProxyError(504, "upstream has queued the request for over "
                                       f"{limit:g} s")
             url = poll_url(self.config.base_url, header(answer.headers, "nvcf-reqid"))
-            answer = await self.send(url, b"", stream, left)
+            answer = await self.send(url, self.request(url, b"", stream, []), left)
         return answer
 
-    async def send(self, url: str, payload: bytes, stream: bool, left: float) -> Answer:
+    async def send(self, url: str, request: bytes, left: float) -> Answer:
         """One request, with `left` seconds to its answer, 0: any number; sent once
         more, on a fresh connection, if it went out on one of the pool that died before
         any byte of an answer."""
         target = url_target(url)
-        request = self.request(url, payload, stream)
         wire = self.waiting(target)
         if wire:
             with contextlib.suppress(OSError):
@@ -6706,7 +7102,7 @@ class Upstream:
             words = f"{target.host} closed the connection without an answer{why}"
             raise ProxyError(502, words, again="broken") from error
 
-    def request(self, url: str, payload: bytes, stream: bool) -> bytes:
+    def request(self, url: str, payload: bytes, stream: bool, more: Headers) -> bytes:
         parts = urlsplit(url)
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         headers = [
@@ -6714,9 +7110,10 @@ class Upstream:
             ("Accept", "text/event-stream" if stream else "application/json"),
             ("Accept-Encoding", "identity"),
             ("User-Agent", f"nimproxy/{__version__}"),
+            *credentials(self.config), *more,
         ]
-        if self.config.api_key:
-            headers.append(("Authorization", f"Bearer {self.config.api_key}"))
+        if speaks_messages(self.config) and not header(more, "anthropic-version"):
+            headers.append(("anthropic-version", ANTHROPIC_VERSION))
         if payload:
             headers += [("Content-Type", "application/json"),
                         ("Content-Length", str(len(payload)))]
@@ -6862,6 +7259,20 @@ class Upstream:
     def tls(self) -> ssl.SSLContext:
         self.context = self.context or tls_context(self.config.ca_files)
         return self.context
+
+
+ANTHROPIC_VERSION = "2023-06-01"        # the only one that there has been since
+
+
+def credentials(config: Config) -> Headers:
+    """The key as upstream takes it: those who speak Anthropic's language differ."""
+    bearer = [("Authorization", f"Bearer {config.api_key}")]
+    own = [("x-api-key", config.api_key)]
+    if not config.api_key:
+        return []
+    if not speaks_messages(config):
+        return bearer
+    return own if is_anthropic(config) else own + bearer
 
 
 def head_fault(wire: Wire, error: ProxyError) -> ProxyError:
@@ -7274,6 +7685,7 @@ class Course:
     def __init__(self, what: str = "") -> None:
         self.id = "req_" + os.urandom(12).hex()
         self.asked = what       # a path, or the model that the client asked for
+        self.tongue = "anthropic"       # row of TONGUES: what the client speaks
         self.model = ""         # upstream's id of the one that answers
         self.session = ""       # the client's own id of the conversation
         self.rank = MAIN
@@ -7296,14 +7708,22 @@ class Course:
         facts = {
             "id": self.id[-8:], "asked": self.asked, "model": self.model,
             "status": status, "ttft": round(self.first, 3),
-            "input_tokens": usage.get("input_tokens", 0)
-            + usage.get("cache_read_input_tokens", 0),
+            "input_tokens": whole_prompt(usage),
             "output_tokens": usage.get("output_tokens", 0),
             "seconds": round(time.monotonic() - self.began, 3),
             "queued": round(self.queued, 3), "retries": self.retries,
             "fallback": self.fallback, "session": self.session[:8],
         }
         return {name: value for name, value in facts.items() if value}
+
+
+def whole_prompt(usage: Dict[str, int]) -> int:
+    """The tokens of the whole prompt: Anthropic counts the cached ones apart."""
+    return sum(usage.get(name, 0) for name in PROMPT_FIGURES)
+
+
+PROMPT_FIGURES = ("input_tokens", "cache_creation_input_tokens",
+                  "cache_read_input_tokens")
 
 
 def facts_line(facts: Json) -> str:
@@ -7589,6 +8009,8 @@ class Asker:
     def mend(self, question: Question, chat: Json, error: ProxyError,
              tried: List[str]) -> str:
         """The mend that a refusal asks for; "" if there is none, or no more."""
+        if isinstance(chat, Parcel):
+            return ""                   # it passes as it is
         if not error.words or len(tried) >= MAX_MENDS or question.message.index >= 0:
             return ""
         found = overflow_figures(error.words)
@@ -7644,10 +8066,12 @@ class Asker:
     def image_hint(self, chat: Json, error: ProxyError) -> str:
         """A word on images that may be the reason of a refusal."""
         most = host_row(self.config).image_bytes
+        if not error.words or not most:
+            return ""
         sizes = [len(part["image_url"]["url"]) for message in chat["messages"]
                  if isinstance(message["content"], list) for part in message["content"]
                  if part["type"] == "image_url"]
-        if not error.words or not most or max(sizes, default=0) <= most:
+        if max(sizes, default=0) <= most:
             return ""
         return (f" An image here has {max(sizes) // 1000} kB in base64; many models at "
                 f"this host take {most // 1000}: scale it down.")
@@ -7673,13 +8097,11 @@ class Asker:
         course.first = time.monotonic() - course.began
         return telling
 
-    async def read_whole(self, question: Question, chat: Json) -> List[Event]:
-        """One attempt at a chat that does not stream: all events of its answer."""
+    async def read_whole(self, question: Question, chat: Json) -> bytes:
+        """One attempt at a chat that does not stream: the JSON that answers it."""
         telling = await self.taking(question, chat)
         try:
-            raw = await telling.answer.whole()
-            chunk = completion(raw, question.message.reading.asked)
-            return await telling.last([chunk, DONE])
+            return await telling.whole()
         finally:
             telling.release()
 
@@ -7715,27 +8137,35 @@ class Asker:
 
     async def ask(self, chat: Json, payload: Tuple[str, str]) -> Any:
         """Upstream's answer to a chat, which is sent as its payload."""
-        if chat["model"] == DEMO_MODEL:
-            return Script(chat)
-        data = "".join(payload).encode("ascii")
+        parcel = chat
+        if not isinstance(chat, Parcel):
+            data = "".join(payload).encode("ascii")
+            parcel = Parcel(chat["model"], "/chat/completions", data, "stream" in chat)
+        model, path, data, stream, headers = parcel
+        if model == DEMO_MODEL:
+            return Script(demo_chat(path, data) if parcel is chat else chat)
         most = host_row(self.config).most_bytes
         if 0 < most < len(data):
             raise ProxyError(413, f"the request has {len(data) >> 20} MB, and "
                                   f"{upstream_label(self.config)} takes {most >> 20}: "
                                   "fewer or smaller images and documents")
-        return await self.upstream.ask("/chat/completions", data, "stream" in chat)
+        return await self.upstream.ask(path, data, stream, headers)
 
     async def check(self, question: Question, answer: Any) -> None:
         """Raise what an answer other than 200 means."""
         if answer.status == 200:
             return
-        text, status = error_words(await answer.whole(), answer.status)
+        raw = await answer.whole()
+        text, status = error_words(raw, answer.status)
         if 300 <= status < 400:
             found = re.match(r"https?://([^/?#@]+)", header(answer.headers, "location"))
             place = found[1] if found else "another place"
             text = f"a redirect to {place}, which is not followed"
         pause = retry_seconds(header(answer.headers, "retry-after"), time.time())
-        raise refusal(question.message.reading.asked, status, text, pause)
+        error = refusal(question.message.reading.asked, status, text, pause)
+        if isinstance(question.message, Passed):
+            error = kept_words(question.message, error, answer.status, json_in(raw))
+        raise error
 
     def again(self, question: Question, payload: Optional[Tuple[str, str]]) -> Again:
         """What asks a chat once more, for a call that can be used; {} if that fails.
@@ -7773,9 +8203,11 @@ class Asker:
 
     # the chat
 
-    def chat(self, question: Question, body: Json) -> Json:
+    def chat(self, question: Question, body: Json) -> Any:
         """The chat that puts a question to its model; its message is to be read so."""
         model, config = question.model, self.config
+        if isinstance(question.message, Passed):
+            return self.parcel(question)
         facts = self.facts(model)
         tokens = round(question.estimate * self.factor(model))
         mends, api = self.mends(model), upstream_api(config)
@@ -7792,6 +8224,16 @@ class Asker:
         question.course.model = model
         return chat
 
+    def parcel(self, question: Question) -> Parcel:
+        """The body that puts a question to its model, where that needs no chat."""
+        model, config, passed = question.model, self.config, question.message
+        tokens = round(question.estimate * self.factor(model))
+        window = self.facts(model).window
+        passed.restart(Reading(asked=Asked(config, model, tokens, window)))
+        question.course.model = model
+        data = passed_body(question.raw, model, is_anthropic(config))
+        return Parcel(model, passed.path, data, question.course.streams, passed.headers)
+
     def read_documents(self, body: Json) -> None:
         read_documents(body, self.documents)
         while len(self.documents) > KEPT_DOCUMENTS:
@@ -7807,6 +8249,8 @@ class Asker:
 
     def payload(self, chat: Json) -> Tuple[str, str]:
         """The JSON of a chat in two pieces; the second one, the tools, is shared."""
+        if isinstance(chat, Parcel):
+            return "", ""               # that has its own bytes
         tools = chat.get("tools")
         if not tools:
             return encode_json(chat), ""
@@ -7862,7 +8306,7 @@ class Asker:
         message, model = question.message, question.course.model
         if message.fielded and len(self.fielded) < MAX_KNOWN:
             self.fielded.add(model)
-        counted = usage["input_tokens"] + usage["cache_read_input_tokens"]
+        counted = whole_prompt(usage)
         if not any(message.usage.values()):
             return
         base_url = self.config.base_url
@@ -7883,7 +8327,7 @@ class Asker:
     def look(self) -> Optional[asyncio.Task]:
         """Begin, once, to ask a server of the user's own for its windows."""
         config = self.config
-        own = (upstream_api(config).name in OWN_SERVERS
+        own = (upstream_api(config).name in OWN_SERVERS and not speaks_messages(config)
                and config.base_url != PROVIDERS["nvidia"].base_url
                and config.default_model != DEMO_MODEL)
         if own and not config.context_window and not self.looking:
@@ -7985,6 +8429,13 @@ def completion(raw: bytes, asked: Asked) -> Json:
     return value
 
 
+def json_in(raw: bytes) -> Any:
+    """The JSON value that some bytes are; None if they are none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return decode_json(raw.decode("utf-8", "replace"))
+    return None
+
+
 def told_windows(value: Json, model: str) -> Dict[str, int]:
     """Windows by model, from a list of models (vLLM, NIM, LM Studio) or the properties
     of llama.cpp's one model."""
@@ -8007,7 +8458,8 @@ class Telling:
                  leave: Callable[[], None]) -> None:
         self.message, self.answer, self.again = message, answer, again
         self.leave = leave                  # others may have its turn
-        self.stage = translation(message)
+        passes = isinstance(message, Passed)
+        self.stage = passage(message) if passes else translation(message)
         self.hurried = False
         self.first = b""                    # what follows message_start, once begun
 
@@ -8025,6 +8477,15 @@ class Telling:
             if "html" in header(self.answer.headers, "content-type"):
                 raise web_page() from None
             raise
+
+    async def whole(self) -> bytes:
+        """The JSON of an answer that does not stream."""
+        raw = await self.answer.whole()
+        value = completion(raw, self.message.reading.asked)
+        if isinstance(self.message, Passed):
+            return self.message.answer(raw, value)
+        events = self.message.start() + await self.last([value, DONE])
+        return encode_json(fold(events)).encode("ascii")
 
     async def last(self, chunks: List[Json]) -> List[Event]:
         """The events of the last chunks, of a second answer's if a call is broken."""
@@ -8400,12 +8861,15 @@ class Proxy:
 
     def refuse(self, what: str, error: ProxyError) -> Response:
         """The answer that an error is, counted and logged."""
-        return self.failed(Course(what), error)
+        course = Course(what)
+        course.tongue = path_tongue(what)
+        return self.failed(course, error)
 
     def failed(self, course: Course, error: ProxyError) -> Response:
         self.note(course, error)
         headers = [*error.headers, *served(course)]
-        return json_response(error.body(course.id), error.status, headers)
+        body = TONGUES[course.tongue].error(error, course.id)
+        return json_response(body, error.status, headers)
 
     def route(self, request: Request) -> Callable[[Request], Any]:
         """The handler of a path; ProxyError(404, 405)."""
@@ -8482,12 +8946,16 @@ class Proxy:
     # the story
 
     async def messages(self, request: Request) -> Response:
-        """A Messages request: asked upstream, answered in Anthropic's words."""
-        course = Course("messages")
+        """A Messages request: asked upstream, answered in Anthropic's words.
+
+        A completion of OpenAI's goes the same way, but passes as it is.
+        """
+        course = Course(request.path().rpartition("/v1/")[2].rstrip("/"))
+        course.tongue = path_tongue(request.path())
         try:
             await self.asker.look_near()
             question, chat = await aside(request, self.question, course)
-            if "stream" not in chat:
+            if not course.streams:
                 return await self.whole(question, chat)
             return await self.streamed(question, chat)
         except ProxyError as error:
@@ -8498,11 +8966,11 @@ class Proxy:
             self.left(course)
             raise
 
-    async def streamed(self, question: Question, chat: Json) -> Response:
+    async def streamed(self, question: Question, chat: Any) -> Response:
         """A request that streams: its 200 goes out soon, or the error before it."""
         start = asyncio.ensure_future(self.begin(question, chat))
         try:
-            await asyncio.wait({start}, timeout=self.config.eager_after)
+            await asyncio.wait({start}, timeout=self.patience(question.message))
         except asyncio.CancelledError:      # the client left
             drop(start)
             raise
@@ -8510,29 +8978,57 @@ class Proxy:
             start.result()                  # an error so early is a real status
         course = question.course
         return Response(200, EVENT_STREAM + served(course), self.relay(question, start),
-                        self.pulse(question.message),
-                        lambda error: encode_event("error", error.body(course.id)))
+                        self.pulse(question), lambda error: failed_event(course, error))
 
-    def question(self, request: Request, course: Course) -> Tuple[Question, Json]:
-        """The question, and the chat that asks it."""
+    def patience(self, message: Any) -> Optional[float]:
+        """Seconds until a stream's 200 goes out, whatever upstream says; None: never
+        before that.
+
+        Where an answer passes there is nothing of ours to tell early, and only a
+        silence that might be too long for the client is a reason to give up the status.
+        """
+        passes = isinstance(message, Passed)
+        return self.config.ping_interval or None if passes else self.config.eager_after
+
+    def question(self, request: Request, course: Course) -> Tuple[Question, Any]:
+        """The question, and the chat that asks it, or the parcel."""
         body = parse_body(request.body)
-        self.asker.read_documents(body)
         asked = typed(body, "model", str, "a string") or ""
         if len(asked) > MAX_MODEL_CHARS:
             raise ProxyError(400, f"model: longer than {MAX_MODEL_CHARS} characters")
-        course.asked, course.streams = asked, body.get("stream") is True
+        course.asked, course.streams = asked, bool(body.get("stream"))
         course.session = header(request.headers, "x-claude-code-session-id")
         course.raises = header(request.headers, "user-agent").startswith("Anthropic/")
         course.rank = rank_of(request.headers, body)
-        estimate = count_tokens(body)
+        estimate = 0                    # not known of what is not for us to read
+        if course.tongue == "anthropic":
+            self.asker.read_documents(body)
+            estimate = count_tokens(body)
         model = self.asker.chosen(course, request.body, estimate)
-        message = Message("msg_" + os.urandom(12).hex(), asked or model)
+        message = self.message(request, course, asked or model)
         question = Question(request.body, estimate, model, message, course)
         chat = self.asker.chat(question, body)
         self.counts["requests"] += 1
         return question, chat
 
-    async def begin(self, question: Question, chat: Json) -> Telling:
+    def message(self, request: Request, course: Course, model: str) -> Any:
+        """What becomes of an answer: a Message, or one that passes as it is."""
+        relays = speaks_messages(self.config)
+        openai = course.tongue == "openai"
+        if relays and openai:
+            raise ProxyError(404, f"{upstream_label(self.config)} is asked in "
+                                  "Anthropic's language here: use /v1/messages, or a "
+                                  "base URL that speaks Chat Completions")
+        if not relays and not openai:
+            return Message("msg_" + os.urandom(12).hex(), model)
+        path = re.sub("^.*/v1(?=/)" if openai else "^.*(?=/v1/)", "", request.path())
+        query = request.target.partition("#")[0].partition("?")
+        headers = [(name, value) for name, value in request.headers
+                   if name in PASSED_HEADERS]
+        return Passed(model, course.tongue, path.rstrip("/") + query[1] + query[2],
+                      headers if relays else [])
+
+    async def begin(self, question: Question, chat: Any) -> Telling:
         """Ask upstream, up to the first words of its answer; ProxyError if it fails."""
         with guarded():
             return await self.asker.answered(question, chat, self.asker.told)
@@ -8540,11 +9036,11 @@ class Proxy:
     async def relay(self, question: Question,
                     start: asyncio.Future) -> AsyncIterator[bytes]:
         """The message's bytes as upstream's come, whichever way it ends."""
-        message = question.message
+        message, event = question.message, TONGUES[question.course.tongue].event
         opening = b"".join(encoded(message.start()))
         try:
             if not start.done():
-                yield opening
+                yield opening or event("ping", {})
                 opening = b""
             telling = await start
             question = question._replace(raw=b"")   # nothing will be replayed now
@@ -8559,9 +9055,7 @@ class Proxy:
             self.note(question.course, error)
             if question.raw and not message.calls.calls:    # else asking anew may help
                 self.remember(question, error)
-            last = message.broken_off(error.body(question.course.id),
-                                      not question.course.raises)
-            yield b"".join(encoded(last))
+            yield last_words(question, error)
         except (asyncio.CancelledError, GeneratorExit):
             if message.over:            # it has all, and did not wait for our end
                 self.record(question)
@@ -8571,27 +9065,28 @@ class Proxy:
         finally:
             drop(start)
 
-    async def whole(self, question: Question, chat: Json) -> Response:
+    async def whole(self, question: Question, chat: Any) -> Response:
         """A request that does not stream: the same translation, folded."""
         failure = self.remembered(question)
         if failure:
             raise failure
-        events = question.message.start()
-        events += await self.asker.answered(question, chat, self.asker.read_whole)
+        raw = await self.asker.answered(question, chat, self.asker.read_whole)
         self.record(question)
-        return json_response(fold(events), headers=served(question.course))
+        kind = ("Content-Type", "application/json")
+        return Response(200, [kind, *served(question.course)], raw)
 
     # what is remembered
 
-    def pulse(self, message: Message) -> Callable[[float], bytes]:
+    def pulse(self, question: Question) -> Callable[[float], bytes]:
         """What keeps a silent stream alive: a ping, and at times a real event, because
         pings do not reset Claude Code's watchdog."""
-        interval = self.config.ping_interval
+        interval, message = self.config.ping_interval, question.message
+        event = TONGUES[question.course.tongue].event
 
         def beat(quiet: float) -> bytes:
             if quiet // RESET_SECONDS > (quiet - interval) // RESET_SECONDS:
-                return encode_event(*message.nudge())
-            return encode_event("ping", {})
+                return event(*message.nudge())
+            return event("ping", {})
         return beat
 
     def remember(self, question: Question, error: ProxyError) -> None:
@@ -8688,7 +9183,8 @@ class Proxy:
         """The ids that upstream lists; ProxyError if it does not."""
         if self.config.default_model == DEMO_MODEL:
             return []
-        value = await self.asker.fetched("/models")
+        path = "/v1/models" if speaks_messages(self.config) else "/models"
+        value = await self.asker.fetched(path)
         self.asker.windows.update(told_windows(value, self.config.default_model))
         rows = value.get("data")
         return [row["id"] for row in rows if isinstance(row, dict)
@@ -8756,9 +9252,31 @@ ROUTES = [
     ("GET", r"/status", "status"),
     ("GET", r"/metrics", "metrics"),
 ]
+OPENAI_PATHS = re.compile(r".*/v1/(chat/completions|completions|embeddings)/?")
+PASSED_HEADERS = ("anthropic-version", "anthropic-beta")    # the client's own, to relay
 OPEN_PATHS = ("/", "/health", "/healthz")       # nothing in them is worth a key
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 FORM = re.compile(r"(?i)text/plain|application/x-www-form|multipart/")  # a page's own
+
+
+def path_tongue(path: str) -> str:
+    """What the clients of a path speak, as a row of TONGUES."""
+    return "openai" if OPENAI_PATHS.fullmatch(path) else "anthropic"
+
+
+def failed_event(course: Course, error: ProxyError) -> bytes:
+    """An error inside of a stream, in its client's language."""
+    tongue = TONGUES[course.tongue]
+    return tongue.event("error", tongue.error(error, course.id))
+
+
+def last_words(question: Question, error: ProxyError) -> bytes:
+    """The last bytes of a stream that cannot go on; none: it is better cut."""
+    course, message = question.course, question.message
+    if isinstance(message, Passed):
+        return message.ahead + failed_event(course, error)
+    return b"".join(encoded(message.broken_off(error.body(course.id),
+                                               not course.raises)))
 
 
 def on_loopback(host: str) -> bool:
@@ -8787,6 +9305,8 @@ def guarded() -> Iterator[None]:
 def served(course: Course) -> Headers:
     """Headers that say which request this was, who answers, and why not another."""
     headers = [("request-id", course.id)]
+    if course.tongue == "openai":
+        headers.append(("x-request-id", course.id))
     if course.model:
         headers.append(("x-nimproxy-model", printable(course.model)))
     if course.fallback:
@@ -8943,7 +9463,7 @@ class Server:
         try:
             request = await self.receive(wire)
         except ProxyError as error:
-            rebuff = self.proxy.refuse("request", error)
+            rebuff = self.proxy.refuse(error.path or "request", error)
         if rebuff:                         # out here, where no error holds the body
             self.bodies.pop(wire, None)
             wire.allow(LINGER_SECONDS)
@@ -8984,11 +9504,15 @@ class Server:
         if not head:
             return None
         request = parse_request(head)
-        self.proxy.admit(request, wire.writer.get_extra_info("sockname")[1])
-        if self.draining:
-            raise stopped()
-        wire.allow(BODY_SECONDS)
-        body = await self.body(wire, request)
+        try:
+            self.proxy.admit(request, wire.writer.get_extra_info("sockname")[1])
+            if self.draining:
+                raise stopped()
+            wire.allow(BODY_SECONDS)
+            body = await self.body(wire, request)
+        except ProxyError as error:
+            error.path = request.path()
+            raise
         wire.allow(0)
         return request._replace(body=body)
 

@@ -71,6 +71,7 @@ class FakeNim:
     def __init__(self, *script):
         self.script = list(script)
         self.asked = []             # chats, parsed
+        self.bodies = []            # the same, as they came
         self.requests = []          # (method, path, headers) of every request
         self.connections = 0
         self.left = threading.Event()       # the proxy hung up on a LEFT step
@@ -104,7 +105,8 @@ class FakeNim:
 
             def do_POST(self):
                 length = int(self.headers["Content-Length"])
-                nim.answer(self, json.loads(self.rfile.read(length)))
+                nim.bodies.append(self.rfile.read(length))
+                nim.answer(self, json.loads(nim.bodies[-1]))
         return Handler
 
     def heard(self, count):
@@ -346,9 +348,9 @@ USES = {            # part: the other parts it may use
     "Dialects": "Numbers Errors Arguments",
     "Streams": "Numbers Errors Configuration Refusals Arguments Dialects",
     "Event": "Numbers Errors Refusals Streams",
-    "Passing": "Numbers Errors Configuration Refusals Streams Event",
+    "Passing": "Numbers Errors Configuration Refusals Arguments Streams Event",
     "HTTP/1.1": "Numbers Errors",
-    "Demonstration": "Errors Models Streams",
+    "Demonstration": "Errors Models Arguments Streams",
     "Pacing": "Numbers Errors",
     "Upstream": "Numbers Errors Configuration HTTP/1.1",
     "Memory": "Numbers Errors",
@@ -4373,6 +4375,207 @@ def test_fold_undoes_the_split():
     assert content([whole])[0] == once
 
 
+# ---- 15. Passing: what stays as it is ----------------------------------------
+
+PASSED_BODIES = [      # (case, what came, what goes to the model "up")
+    ("first", b'{"model":"m","n":1.0}', b'{"model":"up","n":1.0}'),
+    ("last, with blanks", b' { "n" : 1e2 ,\r\n\t"model" : "m" } ',
+     b' { "n" : 1e2 ,\r\n\t"model" : "up" } '),
+    ("nested ones", b'{"a":{"model":"x"},"model":"m","b":["model",{"model":1}]}',
+     b'{"a":{"model":"x"},"model":"up","b":["model",{"model":1}]}'),
+    ("in a string", br'{"a":"\"model\":\"m\"","model":"m"}',
+     br'{"a":"\"model\":\"m\"","model":"up"}'),
+    ("escaped", br'{"mod\u0065l":"m"}', br'{"mod\u0065l":"up"}'),
+    ("twice", b'{"model":"a","model":"b"}', b'{"model":"up","model":"up"}'),
+    ("missing", b'{"n":1}', b'{"model":"up","n":1}'),
+    ("missing from nothing", b"{ }", b'{"model":"up" }'),
+    ("null", b'{"model":null}', b'{"model":"up"}'),
+    ("the same", b'{"model" : "up"}', b'{"model" : "up"}'),
+    ("beyond ASCII", '{"a":"\u00e9\U0001f600","model":"m"}'.encode(),
+     '{"a":"\u00e9\U0001f600","model":"up"}'.encode()),
+    ("a lone surrogate", br'{"a":"\ud800","model":"m"}',
+     br'{"a":"\ud800","model":"up"}'),
+    ("messages of another shape", b'{"messages":{"a" : 1},"model":"m"}',
+     b'{"messages":{"a" : 1},"model":"up"}'),
+]
+
+
+@pytest.mark.parametrize("raw, passed", named(PASSED_BODIES))
+def test_a_body_passes_but_for_its_model(raw, passed):
+    for own in (False, True):
+        assert np.passed_body(raw, "up", own) == passed
+
+
+def thought(signature="nimproxy", **more):
+    return {"type": "thinking", "thinking": "hm", "signature": signature, **more}
+
+
+GENUINE = base64.b64encode(bytes(range(99))).decode()
+UNSIGNED = {"type": "thinking", "thinking": "hm"}
+HISTORIES = [   # (case, an assistant's blocks, what remains of them at others than
+    # Anthropic, what remains there)
+    ("ours", [thought(), said("a")], [said("a")], [said("a")]),
+    ("Anthropic's", [thought(GENUINE), said("a")], None, None),
+    ("another's", [thought("3f1c-77"), said("a")], None, [said("a")]),
+    ("nobody's", [thought(""), UNSIGNED, said("a")], None, [said("a")]),
+    ("no text", [thought(3), said("a")], None, [said("a")]),
+    ("ours, redacted", [{"type": "redacted_thinking", "data": "nimproxy"}, said("a")],
+     [said("a")], [said("a")]),
+    ("redacted", [{"type": "redacted_thinking", "data": GENUINE}, said("a")], None,
+     None),
+    ("nothing else", [thought()], [said("(no text)")], [said("(no text)")]),
+    ("no blocks", ["x", {"type": ["thinking"]}, {}], None, None),
+    ("a text", "hm", None, None),
+]
+
+
+@pytest.mark.parametrize("blocks, others, anthropics", named(HISTORIES))
+def test_thinking_that_upstream_has_not_signed_is_dropped(blocks, others, anthropics):
+    asks = {"role": "user", "content": [thought()]}     # whatever that may be
+    body = {"a": 1.5, "messages": [asks, {"role": "assistant", "content": blocks}]}
+    raw = json.dumps(dict(body, model="up"), indent=1).encode()
+    for own, wanted in ((False, others), (True, anthropics)):
+        passed = np.passed_body(raw, "up", own)
+        assert (passed == raw) is (wanted is None)
+        if wanted is not None:
+            mended = dict(body, messages=[asks, {"role": "assistant",
+                                                 "content": wanted}])
+            assert json.loads(passed) == dict(mended, model="up")
+            assert passed.startswith(b'{\n "a": 1.5,\n "messages": [')
+
+
+def an_event(name, **data):
+    """One event of a message stream, as Anthropic writes it."""
+    text = json.dumps({"type": name, **data}, ensure_ascii=False)
+    return ("event: %s\ndata: %s\n\n" % (name, text)).encode()
+
+
+def opened(model):
+    usage = {"input_tokens": 9, "cache_read_input_tokens": 5, "output_tokens": 1}
+    return an_event("message_start", message={
+        "id": "msg_1", "type": "message", "role": "assistant", "model": model,
+        "content": [], "stop_reason": None, "usage": usage, "new": {"model": "x"}})
+
+
+BLOCK = an_event("content_block_start", index=0,
+                 content_block={"type": "text", "text": ""})
+WORD = an_event("content_block_delta", index=0, delta={
+    "type": "text_delta", "text": 'caf\u00e9 "message_ "error" \r\n'})
+ENDING = [an_event("content_block_stop", index=0),
+          an_event("message_delta", delta={"stop_reason": "end_turn"},
+                   usage={"output_tokens": 4}),
+          an_event("message_stop")]
+OVERLOADED = an_event("error", error={"type": "overloaded_error",
+                                      "message": "Overloaded"})
+
+
+def relayed(model, *middle):
+    return b"".join([opened(model), an_event("ping"), BLOCK, WORD, *(middle or [WORD]),
+                     *ENDING])
+
+
+def pass_on(passed, *pieces):
+    """What goes out of an event stream that comes in pieces, and ends."""
+    stage, out = np.started(np.passage(passed)), []
+    for piece in pieces:
+        out += stage.send(piece)
+        assert all(out)
+        if passed.over:
+            return out
+    return out + stage.send(None)
+
+
+LINE_ENDS = {"LF": b"\n", "CRLF": b"\r\n", "CR": b"\r"}
+
+
+@pytest.mark.parametrize("end", LINE_ENDS)
+def test_a_message_stream_passes_however_it_is_cut(end):
+    came, goes = [relayed(model).replace(b"\n", LINE_ENDS[end])
+                  for model in ("kimi-k3", "claude-x")]
+    for at in range(len(came) + 1):
+        passed = np.Passed("claude-x", "anthropic")
+        out = pass_on(passed, came[:at], came[at:])
+        assert b"".join(out) == goes
+        assert passed.over and passed.final_usage() == {
+            "input_tokens": 9, "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": 5, "output_tokens": 4}
+    out = pass_on(np.Passed("claude-x", "anthropic"),
+                  *[came[at:at + 1] for at in range(len(came))])
+    assert b"".join(out) == goes
+
+
+def test_between_two_pieces_there_is_room_for_a_ping():
+    came = relayed("m")
+    for size in (1, 7, 100, 333):
+        pieces = [came[at:at + size] for at in range(0, len(came), size)]
+        out = pass_on(np.Passed("m", "anthropic"), *pieces)
+        assert all(piece.endswith(b"\n\n") for piece in out)
+        assert out[0].startswith(opened("m") + an_event("ping") + BLOCK + WORD)
+
+
+def test_a_message_start_in_several_lines():
+    text = json.dumps({"type": "message_start", "message": {"model": "k"}}, indent=1)
+    frame = "event: message_start\ndata: " + text.replace("\n", "\ndata: ") + "\n\n"
+    out = b"".join(pass_on(np.Passed("x", "anthropic"), frame.encode(), BLOCK + WORD,
+                           *ENDING))
+    event = json.loads(out.split(b"\n")[1][len("data: "):])
+    assert event["message"] == {"model": "x"} and out.endswith(b"".join([
+        BLOCK, WORD, *ENDING]))
+
+
+SHORT_ENDS = [      # (case, what follows the first word, what the client gets of it)
+    ("no message_stop", b"".join(ENDING[:2]), b"".join([*ENDING[:2], np.encode_event(
+        "message_stop", {})])),
+    ("no blank line", b"".join(ENDING)[:-1], b"".join(ENDING)),
+    ("no line end", b"".join(ENDING)[:-2], b"".join(ENDING)),
+    ("half an event behind the stop reason", b"".join(ENDING)[:-9],
+     b"".join([*ENDING[:2], np.encode_event("message_stop", {})])),
+    ("an error behind the stop reason", b"".join(ENDING[:2]) + OVERLOADED, None),
+    ("half an event", WORD[:-9], None),
+    ("nothing", b"", None),
+]
+
+
+@pytest.mark.parametrize("rest, goes", named(SHORT_ENDS))
+def test_how_a_message_stream_may_end(rest, goes):
+    start = opened("m") + BLOCK + WORD
+    passed = np.Passed("m", "anthropic")
+    if goes is None:
+        with pytest.raises(np.ProxyError):
+            pass_on(passed, start, rest)
+        assert not passed.over
+    else:
+        assert b"".join(pass_on(passed, start, rest)) == start + goes
+
+
+CHUNKS_PASSED = sse(*text("caf\u00e9", "lo"), used(7, 3))
+
+
+def test_a_completion_stream_passes_however_it_is_cut():
+    for at in range(len(CHUNKS_PASSED) + 1):
+        passed = np.Passed("m", "openai")
+        out = pass_on(passed, CHUNKS_PASSED[:at], CHUNKS_PASSED[at:])
+        assert b"".join(out) == CHUNKS_PASSED and passed.over
+        assert passed.usage["input_tokens"] == 7 and passed.usage["output_tokens"] == 3
+
+
+def test_a_completion_stream_need_not_say_that_it_is_done():
+    chunks = b": hi\n\n" + sse(*text("Hel", "lo"), done=False)
+    passed = np.Passed("m", "openai")
+    assert b"".join(pass_on(passed, chunks)) == chunks and passed.over
+    with pytest.raises(np.ProxyError):
+        pass_on(np.Passed("m", "openai"), chunks, b'data: {"choi')
+    with pytest.raises(np.ProxyError):
+        pass_on(np.Passed("m", "openai"))
+
+
+def test_a_frame_without_end_is_an_error(monkeypatch):
+    monkeypatch.setattr(np, "MAX_LINE_BYTES", 1000)
+    for pieces in ([b"data: "] + 99 * [b"x" * 99], 99 * [an_event("ping")]):
+        with pytest.raises(np.ProxyError, match="over 1000 bytes"):
+            pass_on(np.Passed("m", "anthropic"), *pieces)
+
+
 # ---- 16. HTTP/1.1 messages ---------------------------------------------------
 
 PATHS = [("/v1/messages?beta=true", "/v1/messages"), ("http://x:1/a?b", "/a"),
@@ -6281,7 +6484,7 @@ def test_token_counts_are_calibrated_by_upstreams_own():
 
 def hosted(proxy, asked):
     """A proxy that believes to ask NVIDIA's own endpoint, and what it says."""
-    async def ask(path, payload=b"", stream=False):
+    async def ask(path, payload=b"", stream=False, headers=()):
         asked.append(json.loads(payload))
         words = "EngineCore encountered an issue"
         raise np.refusal(np.Asked(proxy.config, "m"), 500, words)
@@ -6498,6 +6701,7 @@ def test_a_remembered_failure_does_not_hold_the_chat():
             turns = [user(said("%d" % number + "long " * 200000))]
             client.stream(messages=turns)
             nim.asked.clear()
+            nim.bodies.clear()
             if number == 1:
                 gc.collect()
                 tracemalloc.start()
@@ -7088,6 +7292,254 @@ def test_a_long_silence_is_said(caplog):
         client.stream()
     assert sum("not a word for 0.05 s" in each.getMessage()
                for each in caplog.records) == 1
+
+
+# ---- what is relayed
+
+@contextlib.contextmanager
+def relaying(*script, **settings):
+    """A fake upstream that speaks Anthropic's language, and a proxy that asks it."""
+    with FakeNim(*script) as nim:
+        url = nim.url.replace("/v1", "/anthropic")
+        with proxy_for(url, api="anthropic-messages", **settings) as client:
+            yield nim, client
+
+
+PASSES = (b'{ "stream" : true, "max_tokens":1.0e2,\n "new": {"model": "x"}, "model" : '
+          b'"claude-opus-4-8[1m]",\n "messages": [{"role":"user", '
+          b'"content":"caf\xc3\xa9"}]}')
+RELAYED = chunked(relayed("kimi-k3"))
+MESSAGE = (b'{ "model" :"kimi-k3", "id": "msg_1", "type": "message", "content":'
+           b'[{"type":"text","text":"caf\xc3\xa9", "model": 1}], "new": 1.0,\n'
+           b' "usage": {"input_tokens": 9, "output_tokens": 4}}')
+
+
+def test_a_stream_is_relayed_byte_for_byte():
+    with relaying(RELAYED, opus="kimi-k3") as (nim, client):
+        sent = {"anthropic-version": "2029-01-01", "anthropic-beta": "one,two",
+                "x-api-key": "the client's", "Authorization": "Bearer the client's",
+                "X-Other": "x"}
+        path = "/prefix/v1/messages?beta=true&x=%20"
+        status, headers, raw = client.request("POST", path, PASSES, sent)
+        counts = client.request("GET", "/status")[2]["counts"]
+    assert (status, raw) == (200, relayed("claude-opus-4-8[1m]"))
+    assert headers["content-type"] == "text/event-stream"
+    assert headers["x-nimproxy-model"] == "kimi-k3" and headers["request-id"]
+    assert nim.bodies == [PASSES.replace(b"claude-opus-4-8[1m]", b"kimi-k3")]
+    (_, path, told_headers), = nim.requests
+    assert path == "/anthropic/v1/messages?beta=true&x=%20"
+    told_headers = {name.lower(): value for name, value in told_headers.items()}
+    assert told_headers["anthropic-version"] == "2029-01-01"
+    assert told_headers["anthropic-beta"] == "one,two"
+    assert told_headers["x-api-key"] == "nvapi-test"
+    assert told_headers["authorization"] == "Bearer nvapi-test"
+    assert "x-other" not in told_headers and "client's" not in str(told_headers)
+    assert (counts["answers"], counts["input_tokens"], counts["output_tokens"]) == (
+        1, 9, 4)
+
+
+def test_an_answer_in_one_piece_is_relayed_byte_for_byte(caplog):
+    caplog.set_level("INFO", "nimproxy")
+    asks = PASSES.replace(b"true", b"false")
+    with relaying(response(MESSAGE), opus="kimi-k3") as (nim, client):
+        answer = client.raw(b"POST /v1/messages HTTP/1.0\r\nHost: localhost\r\n"
+                            b"Content-Length: %d\r\n\r\n%b" % (len(asks), asks))
+    assert answer.partition(b"\r\n\r\n")[2] == MESSAGE.replace(
+        b'"kimi-k3"', b'"claude-opus-4-8[1m]"')
+    assert nim.bodies == [asks.replace(b"claude-opus-4-8[1m]", b"kimi-k3")]
+    assert "claude-opus-4-8[1m] -> kimi-k3 200 in 9, out 4" in caplog.text
+
+
+def test_only_its_own_header_goes_to_anthropic():
+    config = np.Config(base_url="https://api.anthropic.com", api="anthropic-messages",
+                       api_key="sk-ant-x")
+    head = np.Upstream(config).request("https://api.anthropic.com/v1/messages", b"{}",
+                                       False, [])
+    assert b"x-api-key: sk-ant-x\r\n" in head and b"Authorization" not in head
+    assert b"anthropic-version: 2023-06-01\r\n" in head
+
+
+def anthropic_error(kind, message, **more):
+    return {"type": "error", "error": {"type": kind, "message": message}, **more}
+
+
+RELAYED_ERRORS = [      # (case, upstream's answer, status, type, message)
+    ("its own", refuses(400, anthropic_error("invalid_request_error", "bad x")), 400,
+     "invalid_request_error", "bad x"),
+    ("too long", refuses(400, anthropic_error(
+        "invalid_request_error", "prompt is too long: 9 tokens > 8 maximum")), 400,
+     "invalid_request_error", "prompt is too long: 9 tokens > 8 maximum"),
+    ("too long in another's words", refuses(400, anthropic_error(
+        "invalid_request_error", "Your request exceeded model token limit: 8192 "
+        "(requested: 9000)")), 400, "invalid_request_error",
+     "prompt is too long: 9000 tokens > 8192 maximum"),
+    ("a wrong key", refuses(401, anthropic_error("authentication_error",
+                                                 "invalid x-api-key nvapi-test")), 401,
+     "authentication_error", "invalid API key ***"),
+    ("a new type", refuses(418, anthropic_error("teapot_error", "short")), 418,
+     "teapot_error", "short"),
+    ("OpenAI's", refuses(402, {"error": {"message": "no money", "code": "x"}}), 402,
+     "billing_error", "127.0.0.1:{port} answered 402: no money (x). See the account's "
+     "balance at https://build.nvidia.com."),
+    ("a page", response(b"<html><h1>Bad Gateway</h1></html>", 502, "text/html"), 502,
+     "api_error", "127.0.0.1:{port} answered 502: Bad Gateway"),
+    ("in a stream", chunked(an_event("ping"), OVERLOADED), 529, "overloaded_error",
+     "Overloaded"),
+    ("behind message_start", chunked(opened("k") + BLOCK + OVERLOADED), 529,
+     "overloaded_error", "Overloaded"),
+]
+
+
+@pytest.mark.parametrize("answer, status, kind, message", named(RELAYED_ERRORS))
+def test_relayed_errors_stay_what_they_are(answer, status, kind, message):
+    with relaying(answer) as (nim, client):
+        message = message.replace("{port}", nim.url.split(":")[2].split("/")[0])
+        for stream in (True, False)[:1 if b"event-stream" in answer else 2]:
+            found, headers, error = client.request("POST", "/v1/messages",
+                                                   dict(ASK, stream=stream))
+            assert found == status and error["request_id"] == headers["request-id"]
+            assert error["error"] == {"type": kind, "message": message}
+
+
+def test_a_relayed_429_keeps_its_retry_after():
+    busy = refuses(429, anthropic_error("rate_limit_error", "slow"), "Retry-After: 7")
+    with relaying(busy) as (nim, client):
+        status, headers, error = client.request("POST", "/v1/messages", ASK)
+    assert (status, headers["retry-after"]) == (429, "7")
+    assert error["error"]["message"] == "slow"
+
+
+TRIED_AGAIN = [
+    ("a 529", refuses(529, anthropic_error("overloaded_error", "Overloaded"))),
+    ("a 429", refuses(429, anthropic_error("rate_limit_error", "x"))),
+    ("an error in a stream", chunked(an_event("ping") + OVERLOADED)),
+    ("an error behind message_start", chunked(opened("k"), BLOCK + OVERLOADED)),
+    ("a broken stream", [EVENT_STREAM + opened("k") + BLOCK, FakeNim.CLOSE]),
+    ("an empty stream", [EVENT_STREAM, FakeNim.CLOSE]),
+    ("a reset", [FakeNim.RESET]),
+    ("a page", response(b"<html>login</html>", 200, "text/html")),
+]
+
+
+@pytest.mark.parametrize("answer", named(TRIED_AGAIN))
+def test_what_is_relayed_is_asked_again_before_its_first_word(answer):
+    with relaying(answer, RELAYED, retries=1, start_retries=1) as (nim, client):
+        assert client.request("POST", "/v1/messages", dict(
+            ASK, stream=True))[2] == relayed("m")
+        assert nim.bodies[0] == nim.bodies[1]
+
+
+def test_another_model_is_asked_to_relay_instead():
+    gone = refuses(404, anthropic_error("not_found_error", "model: m"))
+    with relaying(gone, RELAYED, fallbacks={"m": ("other",)}) as (nim, client):
+        _, headers, raw = client.request("POST", "/v1/messages", dict(ASK, stream=True))
+    assert raw == relayed("m") and headers["x-nimproxy-fallback"] == "gone"
+    assert [chat["model"] for chat in nim.asked] == ["m", "other"]
+
+
+BROKEN_RELAYS = [       # (case, steps after the first word, type, words)
+    ("the connection", [FakeNim.CLOSE], "api_error", "broke off"),
+    ("half an event", [WORD[:-5], FakeNim.CLOSE], "api_error", "broke off"),
+    ("its own error", [WORD + OVERLOADED, FakeNim.LEFT], "overloaded_error",
+     "Overloaded"),
+]
+
+
+@pytest.mark.parametrize("steps, kind, words", named(BROKEN_RELAYS))
+def test_half_an_answer_is_not_relayed_as_a_whole_one(steps, kind, words):
+    start = opened("m") + BLOCK + WORD
+    go = threading.Event()
+    with relaying([EVENT_STREAM + start, go, *steps]) as (nim, client):
+        threading.Timer(0.1, go.set).start()
+        status, raw = client.ask(stream=True)
+        counts = client.request("GET", "/status")[2]["counts"]
+    assert raw.startswith(start) and "answers" not in counts
+    more = raw[len(start):]
+    if WORD + OVERLOADED in steps:
+        assert more.startswith(WORD)
+        more = more[len(WORD):]
+    (name, error), = parse_events(more)
+    assert name == "error" and error["error"]["type"] == kind
+    assert words in error["error"]["message"]
+
+
+def test_a_relay_that_waits_sends_pings_and_remembers_what_failed():
+    go = threading.Event()
+    late = [go, refuses(429, anthropic_error("rate_limit_error", "slow"))]
+    with relaying(late, RELAYED, ping_interval=0.05) as (nim, client):
+        threading.Timer(0.3, go.set).start()
+        events = client.stream()
+        assert names_of(events)[:2] == ["ping", "ping"]
+        assert names_of(events)[-1] == "error"
+        status, error = client.ask()
+        assert (status, error["error"]["message"]) == (429, "slow")
+        assert len(nim.asked) == 1 and client.ask()[0] != 429
+
+
+def test_a_relay_in_silence_sends_what_resets_a_watchdog(monkeypatch):
+    monkeypatch.setattr(np, "RESET_SECONDS", 0.1)
+    go = threading.Event()
+    first = opened("m") + BLOCK + WORD
+    slow = [EVENT_STREAM + opened("m")[:9], go, first[9:], go, b"".join(ENDING),
+            FakeNim.CLOSE]
+    with relaying(slow, ping_interval=0.05) as (nim, client):
+        threading.Timer(0.4, go.set).start()
+        raw = client.ask(stream=True)[1]
+    assert raw.partition(b"event: message_start")[0].count(b"event: ping") >= 3
+    assert b"message_delta" not in raw.partition(b"event: message_start")[0]
+    passed = np.Passed("m", "anthropic")
+    assert passed.nudge() == ("ping", {})
+    pass_on(passed, first, *ENDING[:1], b"".join(ENDING[1:]))
+    passed.finish = ""
+    assert passed.nudge()[0] == "message_delta"
+
+
+def test_a_relayed_answer_is_cancelled_when_its_client_leaves():
+    slow = [EVENT_STREAM + opened("m") + BLOCK + WORD, FakeNim.LEFT]
+    with relaying(slow) as (nim, client):
+        body = json.dumps(dict(ASK, stream=True)).encode()
+        with socket.create_connection(client.address, 10) as sock:
+            sock.sendall(POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+            assert b"200 OK" in sock.recv(4096)
+        assert nim.left.wait(5)
+        until(lambda: client.request("GET", "/status")[2]["counts"].get("clients_left"))
+
+
+def test_a_relay_counts_tokens_by_itself_and_lists_upstreams_models():
+    listed = refuses(200, {"data": [{"type": "model", "id": "kimi-k9"}]})
+    with relaying(listed) as (nim, client):
+        assert client.request("POST", "/v1/messages/count_tokens", ASK)[2][
+            "input_tokens"] > 0
+        ids = [row["id"] for row in client.request("GET", "/v1/models")[2]["data"]]
+    assert "kimi-k9" in ids
+    assert [path for _, path, _ in nim.requests] == ["/anthropic/v1/models"]
+    with relaying(refuses(404, b"")) as (nim, client):      # it has none
+        ids = [row["id"] for row in client.request("GET", "/v1/models")[2]["data"]]
+        assert "m" in ids
+
+
+def test_counts_are_calibrated_by_what_is_relayed():
+    raw = json.dumps(dict(json.loads(MESSAGE), usage={
+        "input_tokens": 4, "cache_creation_input_tokens": 3,
+        "cache_read_input_tokens": 5, "output_tokens": 1})).encode()
+    with relaying(response(raw)) as (nim, client):
+        for _ in range(3):
+            client.ask()
+        count = client.request("POST", "/v1/messages/count_tokens", ASK)[2]
+    assert count == {"input_tokens": 12}
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{", b'{"model": 3}', b"\xff"])
+def test_a_body_that_is_no_object_is_not_relayed(body):
+    with relaying(RELAYED) as (nim, client):
+        assert client.request("POST", "/v1/messages", body)[0] == 400
+        assert not nim.asked
+
+
+def test_the_built_in_model_needs_no_relay():
+    with proxy_for("http://127.0.0.1:9/anthropic", api="anthropic-messages",
+                   default_model=np.DEMO_MODEL) as client:
+        assert "built-in" in client.message()["content"][1]["text"]
 
 
 # ---- 25. Server --------------------------------------------------------------
@@ -12641,6 +13093,27 @@ def test_e2e_python_sdk_raises_what_upstream_means(status, name, stream):
         import anthropic
         with pytest.raises(getattr(anthropic, name), match="the reason"):
             sdk.messages.create(**SDK_ASK, stream=stream)
+
+
+@E2E
+def test_e2e_python_sdk_on_a_relay():
+    go = threading.Event()
+    came = [go, chunked(relayed("kimi-k3"))]
+    whole = response(MESSAGE)
+    refused = refuses(429, anthropic_error("rate_limit_error", "the reason"))
+    with relaying(came, whole, refused, ping_interval=0.05) as (nim, client), \
+            python_sdk(client) as sdk:
+        threading.Timer(0.2, go.set).start()    # so that it gets pings before all
+        with sdk.beta.messages.stream(**SDK_ASK, betas=["some"]) as stream:
+            assert "".join(stream.text_stream).count("caf\u00e9") == 2
+            final = stream.get_final_message()
+        assert final.model == "m" and final.usage.output_tokens == 4
+        assert nim.requests[0][1].startswith("/anthropic/v1/messages")
+        assert "some" in nim.requests[0][2]["anthropic-beta"]
+        assert sdk.messages.create(**SDK_ASK).content[0].text == "caf\u00e9"
+        import anthropic
+        with pytest.raises(anthropic.RateLimitError, match="the reason"):
+            sdk.messages.create(**SDK_ASK)
 
 
 TYPESCRIPT = """
