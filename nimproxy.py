@@ -9245,6 +9245,9 @@ class Proxy:
 ROUTES = [
     ("POST", r".*/v1/messages/?", "messages"),
     ("POST", r".*/v1/messages/count_tokens/?", "count_tokens"),
+    ("POST", r".*/v1/chat/completions/?", "messages"),
+    ("POST", r".*/v1/completions/?", "messages"),
+    ("POST", r".*/v1/embeddings/?", "messages"),
     ("GET", r".*/v1/models/?", "models"),
     ("GET", r".*/v1/models/.+", "model"),
     ("GET", r"/", "home"),

@@ -7542,6 +7542,172 @@ def test_the_built_in_model_needs_no_relay():
         assert "built-in" in client.message()["content"][1]["text"]
 
 
+# ---- what passes for OpenAI's clients
+
+OPENAI_ASK = (b'{ "messages" : [{"role":"user","content":"caf\xc3\xa9"}], "n":1.0,\n'
+              b'  "model": "nvidia/acme/one", "logprobs": {"model": 1}}')
+COMPLETION = (b'{ "model":"acme/one", "choices": [{"message":{"content":"caf\xc3\xa9"}}'
+              b'],\n "usage": {"prompt_tokens": 7, "completion_tokens": 3}, "x": 1.0}')
+OPENAI_ROUTES = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+
+
+@pytest.mark.parametrize("path", OPENAI_ROUTES)
+@pytest.mark.parametrize("prefix", ["", "/openai"])
+def test_openai_requests_pass_byte_for_byte(path, prefix):
+    with both(response(COMPLETION)) as (nim, client):
+        sent = {"Authorization": "Bearer sk-client", "OpenAI-Beta": "x"}
+        with contextlib.closing(http.client.HTTPConnection(*client.address)) as link:
+            link.request("POST", prefix + path + "?a=b", OPENAI_ASK, sent)
+            answer = link.getresponse()
+            assert (answer.status, answer.read()) == (200, COMPLETION)
+        counts = client.request("GET", "/status")[2]["counts"]
+    assert answer.headers["x-request-id"] == answer.headers["request-id"]
+    assert answer.headers["x-nimproxy-model"] == "acme/one"
+    assert nim.bodies == [OPENAI_ASK.replace(b"nvidia/acme/one", b"acme/one")]
+    (_, place, headers), = nim.requests
+    assert place == path + "?a=b" and headers["Authorization"] == "Bearer nvapi-test"
+    assert "sk-client" not in str(headers)
+    assert (counts["requests"], counts["answers"], counts["input_tokens"],
+            counts["output_tokens"]) == (1, 1, 7, 3)
+
+
+@pytest.mark.parametrize("asked, model", [
+    ("claude-opus-4-8", "big"), ("haiku", "m"), ("anthropic/a/b[1m]", "a/b"),
+    ("pet", "acme/one"), ("other", "other"), (None, "m")])
+def test_openai_clients_have_aliases_and_tiers(asked, model):
+    with both(response(COMPLETION), opus="big", sonnet="m", haiku="m",
+              model_aliases={"pet": "acme/one"}) as (nim, client):
+        body = {"messages": []} if asked is None else {"model": asked, "messages": []}
+        assert client.request("POST", "/v1/chat/completions", body)[0] == 200
+    assert nim.asked[0]["model"] == model
+
+
+def test_openai_streams_pass_byte_for_byte():
+    ends = [b": hi\n\n" + CHUNKS_PASSED, CHUNKS_PASSED.replace(b"\n", b"\r\n"),
+            sse(*text("Hel"), done=False)]
+    for stream in ends:
+        with both(chunked(stream)) as (nim, client):
+            status, headers, raw = client.request("POST", "/v1/chat/completions",
+                                                  dict(ASK, stream=True))
+        assert (status, raw) == (200, stream)
+        assert headers["content-type"] == "text/event-stream"
+        assert nim.asked == [dict(ASK, stream=True)]
+
+
+def test_a_silent_stream_of_chunks_gets_comments():
+    go = threading.Event()
+    slow = [go, EVENT_STREAM + CHUNKS_PASSED[:30], go, CHUNKS_PASSED[30:],
+            FakeNim.CLOSE]
+    with both(slow, ping_interval=0.05) as (nim, client):
+        threading.Timer(0.3, go.set).start()
+        raw = client.request("POST", "/v1/chat/completions", dict(ASK, stream=True))[2]
+    pings = raw.count(b": ping\n\n")
+    assert pings >= 3 and raw == pings * b": ping\n\n" + CHUNKS_PASSED
+
+
+OPENAI_SAYS = {"error": {"message": "bad x of nvapi-test", "type": "odd", "param": "x",
+                         "code": "c"}}
+OPENAI_ERRORS = [   # (case, upstream's answer, the request, settings, status, error)
+    ("its own", refuses(400, OPENAI_SAYS), {}, {}, 400,
+     {"message": "bad x of ***", "type": "odd", "param": "x", "code": "c"}),
+    ("a 503", refuses(503, OPENAI_SAYS), {}, {}, 503, {"type": "odd"}),
+    ("a 422 of another shape", refuses(422, {"detail": "bad y"}), {}, {}, 422,
+     {"message": "{} answered 422: bad y", "param": None, "code": None}),
+    ("a page", response(b"<h1>Bad Gateway</h1>", 502, "text/html"), {}, {}, 502,
+     {"message": "{} answered 502: Bad Gateway"}),
+    ("in a 200", refuses(200, {"error": {"message": "no", "code": 503}}), {}, {}, 529,
+     {}),
+    ("in a stream", streams('{"error":{"message":"no","code":429}}'),
+     {"body": dict(ASK, stream=True)}, {}, 429, {"message": "no"}),
+    ("no upstream", [FakeNim.RESET], {}, {}, 502, {}),
+    ("no JSON", b"", {"body": b"{"}, {}, 400, {"type": "invalid_request_error"}),
+    ("a model of another type", b"", {"body": {"model": []}}, {}, 400, {}),
+    ("no key", b"", {}, {"proxy_key": "k" * 16}, 401, {"code": "invalid_api_key"}),
+    ("another method", b"", {"method": "PUT"}, {}, 405, {}),
+    ("from a web page", b"", {"headers": {"Origin": "http://evil"}}, {}, 403, {}),
+    ("too large", b"", {"headers": {"Content-Length": "99999999999"}, "body": b""}, {},
+     413, {"type": "request_too_large"}),
+    ("out of turn", refuses(429, b"", "Retry-After: 50"), {}, {"max_wait": 1}, 429,
+     {"code": "rate_limit_exceeded"}),
+    ("Anthropic's language", b"", {}, {"api": "anthropic-messages"}, 404, {}),
+]
+
+
+@pytest.mark.parametrize("answer, asks, settings, status, error", named(OPENAI_ERRORS))
+def test_openai_clients_get_errors_in_their_shape(answer, asks, settings, status,
+                                                  error):
+    asks = {"method": "POST", "body": ASK, "headers": None, **asks}
+    with both(answer, **settings) as (nim, client):
+        found, headers, body = client.request(asks["method"], "/v1/chat/completions",
+                                              asks["body"], asks["headers"])
+        place = client.url and nim.url.split("/")[2]
+    assert found == status, body
+    assert set(body) == {"error"} and set(body["error"]) == {
+        "message", "type", "param", "code"}
+    for name, value in error.items():
+        assert body["error"][name] == (value and value.replace("{}", place))
+    assert headers["x-request-id"] == headers["request-id"]
+
+
+def test_openai_requests_are_asked_again_before_the_first_byte():
+    for bad in (LOADED, refuses(429, b""), [EVENT_STREAM, FakeNim.CLOSE],
+                chunked(b": hi\n\n", sse({"error": {"message": "x", "code": 503}}))):
+        with both(bad, chunked(CHUNKS_PASSED), retries=1, start_retries=1) as (
+                nim, client):
+            raw = client.request("POST", "/v1/chat/completions",
+                                 dict(ASK, stream=True))[2]
+            assert raw == CHUNKS_PASSED and nim.bodies[0] == nim.bodies[1]
+
+
+def test_an_openai_stream_that_breaks_off_says_so():
+    start = sse(*text("Hel")[:1], done=False)
+    broken = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    steps = [broken + np.encode_chunk(start), FakeNim.CLOSE]
+    with both(steps) as (nim, client):
+        raw = client.request("POST", "/v1/chat/completions", dict(ASK, stream=True))[2]
+    assert raw.startswith(start)
+    error = json.loads(raw[len(start):].decode().partition("data: ")[2])
+    assert "broke off" in error["error"]["message"] and b"[DONE]" not in raw
+
+
+def test_an_openai_client_that_leaves_cancels_its_request():
+    for asks, steps in (({"stream": True}, SILENT), ({}, SILENT)):
+        with both(steps) as (nim, client):
+            body = json.dumps(dict(ASK, **asks)).encode()
+            with socket.create_connection(client.address, 10) as sock:
+                sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost"
+                             b"\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+                nim.heard(1)
+            assert nim.left.wait(5)
+
+
+def test_openai_requests_wait_for_their_turn():
+    go = threading.Event()
+    slow = [EVENT_STREAM, go, sse(*HELLO), FakeNim.CLOSE]
+    with both(slow, response(COMPLETION), concurrency=1) as (nim, client):
+        first = background(client.message, stream=True)
+        nim.heard(1)
+        second = background(client.request, "POST", "/v1/chat/completions", ASK)
+        until(lambda: client.request("GET", "/status")[2]["limits"]["waiting"])
+        assert len(nim.asked) == 1
+        go.set()
+        assert first()["content"] and second()[0] == 200
+
+
+def test_an_openai_client_may_ask_the_built_in_model():
+    with proxy_for("http://127.0.0.1:9", default_model=np.DEMO_MODEL) as client:
+        path = "/v1/chat/completions"
+        for body in (ASK, dict(ASK, messages=None), dict(ASK, messages=[3]),
+                     dict(ASK, tools=[{"x": 1}])):
+            status, _, answer = client.request("POST", path, body)
+            assert status == 200
+            assert "built-in" in answer["choices"][0]["message"]["content"]
+        raw = client.request("POST", path, dict(ASK, stream=True))[2]
+        assert raw.endswith(b"data: [DONE]\n\n") and b"built-in" in raw.replace(
+            b'"}}', b"") or b"built" in raw
+        assert client.request("POST", "/v1/embeddings", ASK)[0] == 404
+
+
 # ---- 25. Server --------------------------------------------------------------
 
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
@@ -13114,6 +13280,37 @@ def test_e2e_python_sdk_on_a_relay():
         import anthropic
         with pytest.raises(anthropic.RateLimitError, match="the reason"):
             sdk.messages.create(**SDK_ASK)
+
+
+@E2E
+def test_e2e_openai_sdk():
+    import openai
+    go = threading.Event()
+    named_stream = sse(*[dict(chunk, id="c", object="chat.completion.chunk", model="m")
+                         for chunk in [*text("Hel", "lo"), used()]])
+    vectors = response(b'{"object":"list","data":[{"object":"embedding","index":0,'
+                       b'"embedding":[0.5]}],"model":"m","usage":{"prompt_tokens":1}}')
+    script = [[go, chunked(named_stream)], response(COMPLETION), vectors,
+              refuses(422, OPENAI_SAYS), LISTED]
+    with both(*script, ping_interval=0.05) as (nim, client), openai.OpenAI(
+            base_url=client.url + "/v1", api_key="unused", max_retries=0) as sdk:
+        asks = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+        threading.Timer(0.2, go.set).start()
+        chunks = list(sdk.chat.completions.create(
+            **asks, stream=True, stream_options={"include_usage": True}))
+        said_words = [chunk.choices[0].delta.content for chunk in chunks
+                      if chunk.choices]
+        assert said_words == ["Hel", "lo", None]
+        assert chunks[-1].usage.prompt_tokens == 7
+        done = sdk.chat.completions.create(**asks)
+        assert done.choices[0].message.content == "caf\u00e9"
+        found = sdk.embeddings.create(model="m", input="x", encoding_format="float")
+        assert found.data[0].embedding == [0.5]
+        with pytest.raises(openai.UnprocessableEntityError) as caught:
+            sdk.chat.completions.create(**asks)
+        assert (caught.value.code, caught.value.param) == ("c", "x")
+        assert caught.value.request_id.startswith("req_")
+        assert "acme/one" in [model.id for model in sdk.models.list()]
 
 
 TYPESCRIPT = """
