@@ -7672,11 +7672,13 @@ def learned_rows(tree: Any) -> Dict[str, Dict[str, Dict[str, str]]]:
 
 
 # ---- 21. Journal -------------------------------------------------------------
-# What became of requests: a line of the log for each, and a file a day of those that
-# failed, which is bounded, may be deleted, and never stops an answer.
+# What became of requests: a line of the log for each, a file a day of those that
+# failed, and one of the tokens of the others.  The files are bounded, may be deleted,
+# and never stop an answer.
 
-ERROR_LOG_BYTES = 10 << 20      # of one day; a hundred of the longest a minute
-ERROR_LOG_DAYS = 30             # that are kept: what a bug report looks back on
+DAY_LOG_BYTES = 32 << 20        # of one day: 100,000 answers, or 50,000 errors
+DAY_LOG_DAYS = 30               # that are kept: what a bug report looks back on
+ERROR_LOG, USAGE_LOG = "error_logs", "token_usage"      # the folders' names
 
 
 class Course:
@@ -7747,22 +7749,19 @@ def printable(text: str) -> str:
     return re.sub(r"[^ -~]", lambda match: f"\\x{ord(match[0]):02x}", text[:400])
 
 
-class ErrorLog:
-    """One JSON line for each request that failed, in a file a day."""
+class DayLog:
+    """JSON lines in a folder, in a file a day."""
 
-    def __init__(self, home: str) -> None:
-        self.folder = os.path.join(home, "error_logs") if home else ""
+    def __init__(self, home: str, name: str) -> None:
+        self.folder = os.path.join(home, name) if home else ""
         self.troubled = False               # what stops it is said once
 
-    def add(self, course: Course, error: ProxyError, config: Config) -> None:
+    def add(self, row: Json) -> None:
+        """Append a row, under the time of now; nothing is raised."""
         if not self.folder:
             return
-        line = encode_json({
-            "timestamp": time.strftime("%Y-%m-%dT%H:%M:%S"), "request_id": course.id,
-            "provider": upstream_place(config), "model_name": course.model,
-            "streaming": course.streams, "error": {
-                "message": error.message, "status": error.status, "type": error.kind},
-        }) + "\n"
+        row = {"timestamp": time.strftime("%Y-%m-%dT%H:%M:%S"), **row}
+        line = encode_json(row) + "\n"
         path = os.path.join(self.folder, time.strftime("%Y-%m-%d") + ".jsonl")
         try:
             self.write(path, line.encode("ascii"))
@@ -7783,7 +7782,7 @@ class ErrorLog:
         try:
             if not os.path.isfile(path):
                 raise OSError(errno.EINVAL, "expected a plain file there")
-            if os.fstat(file).st_size + len(line) <= ERROR_LOG_BYTES:
+            if os.fstat(file).st_size + len(line) <= DAY_LOG_BYTES:
                 os.write(file, line)
         finally:
             os.close(file)
@@ -7792,8 +7791,29 @@ class ErrorLog:
         """Delete the days that are too old, before another one begins."""
         days = [name for name in os.listdir(self.folder)
                 if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\.jsonl", name)]
-        for name in sorted(days)[:1 - ERROR_LOG_DAYS]:
+        for name in sorted(days)[:1 - DAY_LOG_DAYS]:
             os.unlink(os.path.join(self.folder, name))
+
+
+def error_row(course: Course, error: ProxyError, config: Config) -> Json:
+    """A request that failed, as the seed's own error log has it."""
+    return {
+        "request_id": course.id, "provider": upstream_place(config),
+        "model_name": course.model, "streaming": course.streams, "error": {
+            "message": error.message, "status": error.status, "type": error.kind}}
+
+
+def usage_row(course: Course, config: Config) -> Json:
+    """An answer's tokens, as the seed's own usage log has them: those of the prompt
+    hold the cached ones."""
+    cached = course.usage.get("cache_read_input_tokens", 0)
+    return {
+        "provider": upstream_place(config),
+        "model_name": course.asked or course.model, "model": course.model,
+        "input_tokens": whole_prompt(course.usage),
+        "output_tokens": course.usage.get("output_tokens", 0),
+        "streaming": course.streams,
+        **({"cached_input_tokens": cached} if cached else {})}
 
 
 # ---- 22. Asking: which model, whose turn, again and instead ------------------
@@ -8837,7 +8857,8 @@ class Proxy:
         self.failures: Dict[int, Tuple[float, ProxyError]] = {}
         self.errors: Any = collections.deque(maxlen=KEPT_ERRORS)
         self.requests: Any = collections.deque(maxlen=KEPT_REQUESTS)
-        self.error_log = ErrorLog(config.home)
+        self.error_log = DayLog(config.home, ERROR_LOG)
+        self.usage_log = DayLog(config.home, USAGE_LOG)
         self.listed: Tuple[float, List[str]] = (0.0, [])
         self.traffic: Callable[[], Json] = dict     # what a server adds to the status
         self.began = time.time()
@@ -8923,7 +8944,7 @@ class Proxy:
         log.warning("%s: %s: %s", printable(facts_line(facts)), error.kind,
                     printable(error.message), extra={"facts": facts})
         if course.model:
-            self.error_log.add(course, error, self.config)
+            self.error_log.add(error_row(course, error, self.config))
 
     def left(self, course: Course) -> None:
         """Count a client that did not wait for its answer's end, or was cut off, and
@@ -9117,6 +9138,8 @@ class Proxy:
         self.counts["input_tokens"] += usage["input_tokens"]
         self.counts["output_tokens"] += usage["output_tokens"]
         course.usage = usage
+        if any(usage.values()):         # else nobody has told
+            self.usage_log.add(usage_row(course, self.config))
         facts = self.ended(course, 200)
         log.info("%s", printable(facts_line(facts)), extra={"facts": facts})
 

@@ -7150,150 +7150,6 @@ def test_a_sticky_fallback_that_is_blind_leaves_images_to_one_before_it():
         assert [chat["model"] for chat in nim.asked] == [SEEING_ONE]
 
 
-# ---- the log of a request
-
-def test_one_line_for_each_request(caplog):
-    caplog.set_level("INFO", "nimproxy")
-    with both(LOADED, streams(*HELLO), retries=1) as (nim, client):
-        status, headers, _ = client.request("POST", "/v1/messages",
-                                            dict(ASK, model="x", stream=True))
-    line, = [each for each in caplog.records if getattr(each, "facts", None)]
-    facts = line.facts
-    assert facts["id"] == headers["request-id"][-8:]
-    assert (facts["asked"], facts["model"], facts["status"]) == ("x", "x", 200)
-    assert (facts["input_tokens"], facts["output_tokens"]) == (7, 3)
-    assert facts["retries"] == 1 and 0 < facts["ttft"] <= facts["seconds"]
-    assert re.fullmatch(r"[0-9a-f]{8} x -> x 200 ttft \d+\.\d\d s, in 7, out 3, "
-                        r"\d+\.\d\d s, retries 1", line.getMessage())
-
-
-def test_the_log_tells_the_pause_that_its_model_makes(monkeypatch, caplog):
-    caplog.set_level("INFO", "nimproxy")
-    pauses = [0.3, 9.0]                     # the model's, and what the request would do
-    monkeypatch.setattr(np, "back_off", lambda *_: pauses.pop(0))
-    with both(refuses(429, b"{}"), completes("ok"), retries=1) as (nim, client):
-        assert client.ask()[0] == 200
-    assert "(asking again in 0.3 s)" in caplog.text
-
-
-SILENT = [EVENT_STREAM, FakeNim.LEFT]
-LEAVERS = [     # what upstream says, what the client asks, settings
-    ("before the first word", SILENT, {"stream": True}, {}),
-    ("before the status", SILENT, {"stream": True}, {"eager_after": 9}),
-    ("in the answer", [EVENT_STREAM + sse(*text("Hel")[:1], done=False), FakeNim.LEFT],
-     {"stream": True}, {}),
-    ("without streaming", [b"HTTP/1.1 200 OK\r\n\r\n", FakeNim.LEFT], {}, {}),
-    ("while it backs off", refuses(503, b"", "Retry-After: 20"), {"stream": True},
-     {"retries": 1}),
-    ("while it backs off, without streaming", refuses(503, b"", "Retry-After: 20"), {},
-     {"retries": 1}),
-    ("in the pause of its model", refuses(429, b"", "Retry-After: 20"),
-     {"stream": True}, {"retries": 1}),
-]
-
-
-@pytest.mark.parametrize("answer, asks, settings", named(LEAVERS))
-def test_a_client_that_leaves_has_a_line_too(answer, asks, settings, caplog):
-    caplog.set_level("INFO", "nimproxy")
-    with both(answer, **settings) as (nim, client):
-        body = json.dumps(dict(ASK, **asks)).encode()
-        with socket.create_connection(client.address, 10) as sock:
-            sock.sendall(b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n"
-                         b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
-            nim.heard(1)
-            time.sleep(0.1)
-        until(lambda: client.request("GET", "/status")[2]["counts"].get("clients_left"))
-        limits = client.request("GET", "/status")[2]["limits"]
-        assert (limits["running"], limits["waiting"]) == (0, 0)
-    line, = [each for each in caplog.records if getattr(each, "facts", None)]
-    assert line.facts["status"] == np.CLIENT_LEFT and line.facts["asked"] == "m"
-
-
-def test_a_line_of_few_words():
-    facts = {"id": "1a2b3c4d", "asked": "/x", "status": 404}    # refused at once
-    assert np.facts_line(facts) == "1a2b3c4d /x 404"
-
-
-def test_failures_are_kept_for_a_day(tmp_path):
-    with both(refuses(404, {"message": "no nvapi-test"}), home=str(tmp_path / "new"),
-              ) as (nim, client):
-        status, headers, error = client.request("POST", "/v1/messages", ASK)
-    path, = (tmp_path / "new" / "error_logs").iterdir()
-    row = json.loads(path.read_text())
-    assert path.name == row["timestamp"][:10] + ".jsonl"
-    assert row["request_id"] == headers["request-id"] == error["request_id"]
-    assert (row["provider"], row["model_name"]) == (nim.url, "m")
-    assert row["streaming"] is False
-    assert row["error"]["status"] == 404 and "***" in row["error"]["message"]
-    assert "nvapi-test" not in path.read_text()
-    if os.name == "posix":
-        assert path.stat().st_mode & 0o777 == 0o600
-        for folder in (path.parent, path.parent.parent):
-            assert folder.stat().st_mode & 0o777 == 0o700
-
-
-def test_the_error_log_is_bounded(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(np, "ERROR_LOG_BYTES", 1000)
-    folder = tmp_path / "error_logs"
-    folder.mkdir()
-    for number in range(40):
-        (folder / ("2020-01-%02d.jsonl" % number)).write_text("{}\n")
-    (folder / "notes.txt").write_text("mine")
-    error_log = np.ErrorLog(str(tmp_path))
-    for _ in range(99):
-        error_log.add(np.Course(), np.ProxyError(500, "x"), np.Config())
-    days = sorted(path.name for path in folder.iterdir())
-    assert len(days) == np.ERROR_LOG_DAYS + 1 and "notes.txt" in days
-    assert 500 < (folder / days[-2]).stat().st_size <= 1000
-
-
-def test_an_error_log_that_cannot_be_written_is_said_once(tmp_path, caplog):
-    (tmp_path / "error_logs").write_text("a file")
-    error_log = np.ErrorLog(str(tmp_path))
-    for _ in range(3):
-        error_log.add(np.Course(), np.ProxyError(500, "x"), np.Config())
-    assert len(caplog.records) == 1
-    (tmp_path / "error_logs").unlink()      # as a disk that has room again
-    error_log.add(np.Course(), np.ProxyError(500, "x"), np.Config())
-    assert len(list((tmp_path / "error_logs").iterdir())) == 1
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs symbolic links")
-def test_the_error_log_follows_no_link(tmp_path):
-    folder = tmp_path / "error_logs"
-    folder.mkdir()
-    (folder / time.strftime("%Y-%m-%d.jsonl")).symlink_to(tmp_path / "other")
-    np.ErrorLog(str(tmp_path)).add(np.Course(), np.ProxyError(500, "x"), np.Config())
-    assert not (tmp_path / "other").exists()
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_the_error_log_waits_for_nobody_at_a_pipe(tmp_path, caplog):
-    folder = tmp_path / "error_logs"
-    folder.mkdir()
-    pipe = folder / time.strftime("%Y-%m-%d.jsonl")
-    os.mkfifo(str(pipe))
-    for reader in (False, True):
-        error_log = np.ErrorLog(str(tmp_path))
-        if reader:
-            reader = os.open(str(pipe), os.O_RDONLY | os.O_NONBLOCK)
-        done = background(error_log.add, np.Course(), np.ProxyError(500, "x"),
-                          np.Config())
-        assert done() is None and error_log.troubled
-    assert os.read(reader, 99) == b""
-    os.close(reader)
-
-
-def test_a_long_silence_is_said(caplog):
-    go = threading.Event()
-    with both([go, streams(*HELLO)], connect_warning=0.05) as (nim, client):
-        threading.Timer(0.3, go.set).start()
-        client.stream()
-        client.stream()
-    assert sum("not a word for 0.05 s" in each.getMessage()
-               for each in caplog.records) == 1
-
-
 # ---- what is relayed
 
 @contextlib.contextmanager
@@ -7706,6 +7562,210 @@ def test_an_openai_client_may_ask_the_built_in_model():
         assert raw.endswith(b"data: [DONE]\n\n") and b"built-in" in raw.replace(
             b'"}}', b"") or b"built" in raw
         assert client.request("POST", "/v1/embeddings", ASK)[0] == 404
+
+
+# ---- the log of a request
+
+def test_one_line_for_each_request(caplog):
+    caplog.set_level("INFO", "nimproxy")
+    with both(LOADED, streams(*HELLO), retries=1) as (nim, client):
+        status, headers, _ = client.request("POST", "/v1/messages",
+                                            dict(ASK, model="x", stream=True))
+    line, = [each for each in caplog.records if getattr(each, "facts", None)]
+    facts = line.facts
+    assert facts["id"] == headers["request-id"][-8:]
+    assert (facts["asked"], facts["model"], facts["status"]) == ("x", "x", 200)
+    assert (facts["input_tokens"], facts["output_tokens"]) == (7, 3)
+    assert facts["retries"] == 1 and 0 < facts["ttft"] <= facts["seconds"]
+    assert re.fullmatch(r"[0-9a-f]{8} x -> x 200 ttft \d+\.\d\d s, in 7, out 3, "
+                        r"\d+\.\d\d s, retries 1", line.getMessage())
+
+
+def test_the_log_tells_the_pause_that_its_model_makes(monkeypatch, caplog):
+    caplog.set_level("INFO", "nimproxy")
+    pauses = [0.3, 9.0]                     # the model's, and what the request would do
+    monkeypatch.setattr(np, "back_off", lambda *_: pauses.pop(0))
+    with both(refuses(429, b"{}"), completes("ok"), retries=1) as (nim, client):
+        assert client.ask()[0] == 200
+    assert "(asking again in 0.3 s)" in caplog.text
+
+
+SILENT = [EVENT_STREAM, FakeNim.LEFT]
+LEAVERS = [     # what upstream says, what the client asks, settings
+    ("before the first word", SILENT, {"stream": True}, {}),
+    ("before the status", SILENT, {"stream": True}, {"eager_after": 9}),
+    ("in the answer", [EVENT_STREAM + sse(*text("Hel")[:1], done=False), FakeNim.LEFT],
+     {"stream": True}, {}),
+    ("without streaming", [b"HTTP/1.1 200 OK\r\n\r\n", FakeNim.LEFT], {}, {}),
+    ("while it backs off", refuses(503, b"", "Retry-After: 20"), {"stream": True},
+     {"retries": 1}),
+    ("while it backs off, without streaming", refuses(503, b"", "Retry-After: 20"), {},
+     {"retries": 1}),
+    ("in the pause of its model", refuses(429, b"", "Retry-After: 20"),
+     {"stream": True}, {"retries": 1}),
+]
+
+
+@pytest.mark.parametrize("answer, asks, settings", named(LEAVERS))
+def test_a_client_that_leaves_has_a_line_too(answer, asks, settings, caplog):
+    caplog.set_level("INFO", "nimproxy")
+    with both(answer, **settings) as (nim, client):
+        body = json.dumps(dict(ASK, **asks)).encode()
+        with socket.create_connection(client.address, 10) as sock:
+            sock.sendall(b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n"
+                         b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+            nim.heard(1)
+            time.sleep(0.1)
+        until(lambda: client.request("GET", "/status")[2]["counts"].get("clients_left"))
+        limits = client.request("GET", "/status")[2]["limits"]
+        assert (limits["running"], limits["waiting"]) == (0, 0)
+    line, = [each for each in caplog.records if getattr(each, "facts", None)]
+    assert line.facts["status"] == np.CLIENT_LEFT and line.facts["asked"] == "m"
+
+
+def test_a_line_of_few_words():
+    facts = {"id": "1a2b3c4d", "asked": "/x", "status": 404}    # refused at once
+    assert np.facts_line(facts) == "1a2b3c4d /x 404"
+
+
+def test_failures_are_kept_for_a_day(tmp_path):
+    with both(refuses(404, {"message": "no nvapi-test"}), home=str(tmp_path / "new"),
+              ) as (nim, client):
+        status, headers, error = client.request("POST", "/v1/messages", ASK)
+    path, = (tmp_path / "new" / "error_logs").iterdir()
+    row = json.loads(path.read_text())
+    assert path.name == row["timestamp"][:10] + ".jsonl"
+    assert row["request_id"] == headers["request-id"] == error["request_id"]
+    assert (row["provider"], row["model_name"]) == (nim.url, "m")
+    assert row["streaming"] is False
+    assert row["error"]["status"] == 404 and "***" in row["error"]["message"]
+    assert "nvapi-test" not in path.read_text()
+    if os.name == "posix":
+        assert path.stat().st_mode & 0o777 == 0o600
+        for folder in (path.parent, path.parent.parent):
+            assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_error_log_is_bounded(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(np, "DAY_LOG_BYTES", 1000)
+    folder = tmp_path / "error_logs"
+    folder.mkdir()
+    for number in range(40):
+        (folder / ("2020-01-%02d.jsonl" % number)).write_text("{}\n")
+    (folder / "notes.txt").write_text("mine")
+    error_log = np.DayLog(str(tmp_path), "error_logs")
+    for _ in range(99):
+        error_log.add({"error": "x"})
+    days = sorted(path.name for path in folder.iterdir())
+    assert len(days) == np.DAY_LOG_DAYS + 1 and "notes.txt" in days
+    assert 500 < (folder / days[-2]).stat().st_size <= 1000
+
+
+def test_an_error_log_that_cannot_be_written_is_said_once(tmp_path, caplog):
+    (tmp_path / "error_logs").write_text("a file")
+    error_log = np.DayLog(str(tmp_path), "error_logs")
+    for _ in range(3):
+        error_log.add({"error": "x"})
+    assert len(caplog.records) == 1
+    (tmp_path / "error_logs").unlink()      # as a disk that has room again
+    error_log.add({"error": "x"})
+    assert len(list((tmp_path / "error_logs").iterdir())) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs symbolic links")
+def test_the_error_log_follows_no_link(tmp_path):
+    folder = tmp_path / "error_logs"
+    folder.mkdir()
+    (folder / time.strftime("%Y-%m-%d.jsonl")).symlink_to(tmp_path / "other")
+    np.DayLog(str(tmp_path), "error_logs").add({"error": "x"})
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_the_error_log_waits_for_nobody_at_a_pipe(tmp_path, caplog):
+    folder = tmp_path / "error_logs"
+    folder.mkdir()
+    pipe = folder / time.strftime("%Y-%m-%d.jsonl")
+    os.mkfifo(str(pipe))
+    for reader in (False, True):
+        error_log = np.DayLog(str(tmp_path), "error_logs")
+        if reader:
+            reader = os.open(str(pipe), os.O_RDONLY | os.O_NONBLOCK)
+        done = background(error_log.add, {"error": "x"})
+        assert done() is None and error_log.troubled
+    assert os.read(reader, 99) == b""
+    os.close(reader)
+
+
+def usage_rows(home):
+    path, = (home / "token_usage").iterdir()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", row["timestamp"])
+        assert path.name == row.pop("timestamp")[:10] + ".jsonl"
+    return rows
+
+
+CACHED = used(7, 3, prompt_tokens_details={"cached_tokens": 5})
+LOGGED = [      # (case, path, request, upstream's answer, settings, the row)
+    ("translated", "/v1/messages", {"stream": True}, streams(*text("a"), CACHED), {},
+     {"streaming": True, "cached_input_tokens": 5}),
+    ("in one piece", "/v1/messages", {}, completes("ok"), {}, {}),
+    ("estimated", "/v1/messages", {"stream": True}, streams(*text("a")), {},
+     {"streaming": True, "input_tokens": np.count_tokens(ASK), "output_tokens": 1}),
+    ("relayed", "/v1/messages", {}, response(MESSAGE), {"api": "anthropic-messages"},
+     {"input_tokens": 9, "output_tokens": 4}),
+    ("relayed as a stream", "/v1/messages", {"stream": True}, RELAYED,
+     {"api": "anthropic-messages"}, {"streaming": True, "cached_input_tokens": 5,
+                                     "input_tokens": 14, "output_tokens": 4}),
+    ("passed", "/v1/chat/completions", {}, response(COMPLETION), {}, {}),
+    ("passed as a stream", "/v1/chat/completions", {"stream": True},
+     chunked(sse(*text("a"), CACHED)), {},
+     {"streaming": True, "cached_input_tokens": 5}),
+    ("embeddings", "/v1/embeddings", {},
+     response(b'{"data":[],"usage":{"prompt_tokens":4,"total_tokens":4}}'), {},
+     {"input_tokens": 4, "output_tokens": 0}),
+]
+
+
+@pytest.mark.parametrize("path, asks, answer, settings, row", named(LOGGED))
+def test_tokens_are_logged_by_day(path, asks, answer, settings, row, tmp_path):
+    with both(answer, home=str(tmp_path / "new"), opus="big", **settings) as (
+            nim, client):
+        client.request("POST", path, dict(ASK, model="claude-opus-4-8", **asks))
+        until(lambda: (tmp_path / "new" / "token_usage").exists())
+    wanted = {"provider": nim.url, "model_name": "claude-opus-4-8", "model": "big",
+              "input_tokens": 7, "output_tokens": 3, "streaming": False}
+    found, = usage_rows(tmp_path / "new")
+    assert found == {**wanted, **row}
+    assert list(found)[:6] == list(wanted)
+    if os.name == "posix":
+        path, = (tmp_path / "new" / "token_usage").iterdir()
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_tokens_that_nobody_tells_are_not_logged(tmp_path):
+    for answer in (chunked(sse(*text("a"))), refuses(404, b"")):
+        with both(answer, home=str(tmp_path)) as (nim, client):
+            client.request("POST", "/v1/chat/completions", dict(ASK, stream=True))
+        assert not (tmp_path / "token_usage").exists()
+
+
+def test_a_usage_log_that_cannot_be_written_stops_no_answer(tmp_path, caplog):
+    (tmp_path / "token_usage").write_text("a file")
+    with both(completes("ok"), home=str(tmp_path)) as (nim, client):
+        assert client.ask()[0] == client.ask()[0] == 200
+    assert sum("cannot write" in each.getMessage() for each in caplog.records) == 1
+
+
+def test_a_long_silence_is_said(caplog):
+    go = threading.Event()
+    with both([go, streams(*HELLO)], connect_warning=0.05) as (nim, client):
+        threading.Timer(0.3, go.set).start()
+        client.stream()
+        client.stream()
+    assert sum("not a word for 0.05 s" in each.getMessage()
+               for each in caplog.records) == 1
 
 
 # ---- 25. Server --------------------------------------------------------------
