@@ -1399,6 +1399,7 @@ KINDS = {
     "tokens": ("a whole number of tokens, 1 to 134217728", as_tokens),
     "input": ('a list of "text" and "image"', as_input),
     "cost": ("dollars for a million tokens, as in {input: 0, output: 0}", as_cost),
+    "days": ("a number of days, 1 to 30", within(1, 30, int)),
     "window": ("tokens such as 32768, 128k or 1m", as_window),
     "model": ("a model's id, without spaces", as_model),
 }
@@ -7816,6 +7817,27 @@ def usage_row(course: Course, config: Config) -> Json:
         **({"cached_input_tokens": cached} if cached else {})}
 
 
+# The figures of a row, under the names of the seed and of its own ancestor.
+USAGE_FIGURES = [("input_tokens", "inputTokens"), ("output_tokens", "outputTokens"),
+                 ("cached_input_tokens", "cachedInputTokens")]
+USAGE_MODELS = ("model", "model_name", "modelName")
+
+
+def usage_figures(line: str) -> Tuple[str, List[int]]:
+    """The model of a line of a usage log, and its figures: 1 for the answer, tokens in,
+    out and cached.  ValueError, RecursionError for a line that is none."""
+    row = decode_json(line)
+    if not isinstance(row, dict):
+        raise ValueError("expected an object")
+    model = next((row[name] for name in USAGE_MODELS if row.get(name)), None)
+    values = [next((row[name] for name in names if row.get(name) is not None), 0)
+              for names in USAGE_FIGURES]
+    if not isinstance(model, str) or not all(type(value) is int and value >= 0
+                                             for value in values):
+        raise ValueError("expected a model and whole numbers of tokens")
+    return model, [1, *values]
+
+
 # ---- 22. Asking: which model, whose turn, again and instead ------------------
 # A question's way to upstream: the model that it goes to, the turn that it waits for,
 # how it is mended, repeated, or asked of another model, until an answer begins.
@@ -11505,6 +11527,7 @@ COMMANDS = {
     "test": Command("run_test", "one request, streamed to the terminal: test [PROMPT]"),
     "models": Command("run_models", "what the provider offers (--live: ask it)"),
     "status": Command("run_status", "is a proxy up here, for which upstream"),
+    "usage": Command("run_usage", "tokens per day and model, as they were logged"),
     "openclaw": Command("run_openclaw", "OpenClaw's configuration for this proxy"),
     "install": Command("run_install", "lead every Claude Code here, in its settings"),
     "uninstall": Command("run_uninstall", "put Claude Code's settings back"),
@@ -11525,7 +11548,8 @@ OPTIONS = {                 # name: (what it takes, or "" for a switch; help)
     "--demo": ("", "use the built-in upstream"),
     "--show-config": ("", "print each setting with its source, and exit"),
     "--live": ("", "models: ask the provider"),
-    "--json": ("", "models, status, openclaw: as JSON"),
+    "--json": ("", "models, status, usage, openclaw: as JSON"),
+    "--days": ("N", "usage: of so many days (default 7, at most 30)"),
     "--shell": ("SHELL", "env: sh, fish or powershell"),
     "--reconfigure": ("", "set the active provider up anew, then serve"),
     "--force": ("", "rm: without a question"),
@@ -12753,6 +12777,148 @@ def run_openclaw(context: Context) -> int:
         return 0
     say(OPENCLAW_NOTE.format(*OPENCLAW) * (not context.arguments) + json5_text(tree))
     return 0
+
+
+USAGE_DAYS = 7              # a week, unless told otherwise
+TABLE_COLUMNS = 80          # at most, however wide the terminal is
+NAME_COLUMNS = 28           # of a usage table: models are cut
+LEAST_BAR = 8               # columns for the longest; in less there are none
+FIGURES = ("answers", "input_tokens", "output_tokens", "cached_input_tokens")
+Usage = Dict[str, Dict[str, List[int]]]     # figures by day and model
+
+
+def run_usage(context: Context) -> int:
+    """Tokens per day and model, from the usage log."""
+    days = convert("days", context.options.days or USAGE_DAYS, "--days")
+    oldest = time.strftime("%Y-%m-%d", time.localtime(
+        time.time() - 86400 * (days - 1)))
+    usage: Usage = {}
+    unread = 0
+    for date, path in sorted(usage_files(context.config.home).items()):
+        if date >= oldest:
+            usage[date], count = read_usage(path)
+            unread += count
+    usage = {date: models for date, models in usage.items() if models}
+    if context.options.json:
+        say(json.dumps(usage_json(usage, unread), indent=1))
+        return 0
+    if not usage:
+        say(f"no tokens logged in {days} day{'s' * (days > 1)}, in "
+            f"{os.path.join(context.config.home or '(no home)', USAGE_LOG)}")
+    else:
+        say("\n".join(usage_lines(usage, terminal_columns(), bar_mark())))
+    if unread:
+        say(f"{unread} line{'s' * (unread > 1)} could not be read")
+    return 0
+
+
+def usage_files(home: str) -> Dict[str, str]:
+    """The log of each day, by its date; the older program's where ours has none."""
+    older = os.path.expanduser(os.path.join("~", ".claude-adapter", USAGE_LOG))
+    found = {}
+    for folder in (older, os.path.join(home, USAGE_LOG) if home else ""):
+        names: List[str] = []
+        with contextlib.suppress(OSError):
+            names = os.listdir(folder) if folder else []
+        for name in names:
+            path = os.path.join(folder, name)
+            if re.fullmatch(r"\d{4}-\d\d-\d\d\.jsonl", name) and os.path.isfile(path):
+                found[name[:10]] = path
+    return found
+
+
+def read_usage(path: str) -> Tuple[Dict[str, List[int]], int]:
+    """The figures of a day by model, and how many lines could not be read."""
+    models: Dict[str, List[int]] = {}
+    unread = 0
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in filter(str.strip, file):
+                try:
+                    model, figures = usage_figures(line)
+                except (ValueError, RecursionError):
+                    unread += 1
+                    continue
+                models[model] = summed([models.get(model, [0, 0, 0, 0]), figures])
+    except OSError as error:
+        complain(f"cannot read {path}: {error.strerror}")
+    return models, unread
+
+
+def summed(rows: Iterable[List[int]]) -> List[int]:
+    return [sum(column) for column in zip(*rows)]
+
+
+def usage_totals(usage: Usage) -> Dict[str, List[int]]:
+    """The figures of all days by model, the largest first."""
+    totals: Dict[str, List[int]] = {}
+    for models in usage.values():
+        for model, figures in models.items():
+            totals[model] = summed([totals.get(model, [0, 0, 0, 0]), figures])
+    return largest_first(totals)
+
+
+def largest_first(models: Dict[str, List[int]]) -> Dict[str, List[int]]:
+    return dict(sorted(models.items(), key=lambda row: (-tokens_of(row[1]), row[0])))
+
+
+def tokens_of(figures: List[int]) -> int:
+    return figures[1] + figures[2]
+
+
+def usage_json(usage: Usage, unread: int) -> Json:
+    def named(models: Dict[str, List[int]]) -> Json:
+        rows = [{"model": model, **dict(zip(FIGURES, figures))}
+                for model, figures in largest_first(models).items()]
+        total = summed(models.values()) or [0, 0, 0, 0]
+        return {**dict(zip(FIGURES, total)), "models": rows}
+    return {"days": [{"day": date, **named(models)} for date, models in usage.items()],
+            "total": named(usage_totals(usage)), "unreadable_lines": unread}
+
+
+def usage_lines(usage: Usage, columns: int, mark: str) -> List[str]:
+    """The table: each day with its models, then all days; bars are to one scale in
+    either."""
+    rows: List[Tuple[str, List[str], float]] = [("", ["answers", "in", "out"], 0.0)]
+    days = {date: summed(models.values()) for date, models in usage.items()}
+    totals = usage_totals(usage)
+    most = max(map(tokens_of, days.values()))
+    blocks = [(date, most, models) for date, models in usage.items()]
+    blocks.append((f"{len(days)} day{'s' * (len(days) > 1)}",
+                   tokens_of(summed(totals.values())), totals))
+    for title, scale, models in blocks:
+        found = {title: summed(models.values())}
+        found.update(("  " + name, row) for name, row in largest_first(models).items())
+        rows += [(name, [f"{value:,}" for value in row[:3]],
+                  tokens_of(row) / max(scale, 1)) for name, row in found.items()]
+    room = columns - max(len(usage_line(*row[:2])) for row in rows) - 2
+    return [usage_line(name, figures, bar(part, room) * mark)
+            for name, figures, part in rows]
+
+
+def usage_line(name: str, figures: List[str], marks: str = "") -> str:
+    name = printable(name)
+    name = name if len(name) <= NAME_COLUMNS else name[:NAME_COLUMNS - 3] + "..."
+    answers, taken, given = figures
+    line = f"{name:{NAME_COLUMNS}} {answers:>7} {taken:>13} {given:>11}"
+    return f"{line}  {marks}".rstrip()
+
+
+def bar(part: float, room: int) -> int:
+    """How long a bar is; one that stands for anything can be seen."""
+    return max(round(room * part), 1) if part and room >= LEAST_BAR else 0
+
+
+def bar_mark() -> str:
+    """What bars are made of: blocks where the output can show them."""
+    coding = getattr(sys.stdout, "encoding", None) or "ascii"
+    block = "\u2588"
+    return block if block.encode(coding, "ignore") else "#"
+
+
+def terminal_columns() -> int:
+    import shutil
+    return min(shutil.get_terminal_size((TABLE_COLUMNS, 24)).columns, TABLE_COLUMNS)
 
 
 def run_version() -> int:

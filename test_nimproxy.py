@@ -10134,6 +10134,10 @@ MISTAKES = [    # (arguments, environment, words)
     (["serve", "--demo"], {"SSL_CERT_FILE": "/nope.pem"}, "SSL_CERT_FILE=/nope.pem"),
     (["status"], {"PROXY_PORT": "many"}, "environment PROXY_PORT"),
     (["status"], {"PROXY_CONFIG": "nope.json"}, "nope.json"),
+    (["usage", "--days", "lots"], {}, "--days: expected a number of days, 1 to 30, "
+                                      "found 'lots'"),
+    (["usage", "--days", "31"], {}, "1 to 30, found '31'"),
+    (["usage", "--days", "0"], {}, "1 to 30, found '0'"),
 ]
 
 
@@ -11129,6 +11133,107 @@ def test_serve_with_openclaws_file(shell):
     chats = [chat["model"] for chat in nim.asked]
     assert chats == ["acme/one"] * 2
     assert nim.requests[-1][2]["Authorization"] == "Bearer local"
+# ---- usage
+
+def log_usage(folder, ago, *lines):
+    """Lines of a usage log, of a day so many days ago; its date."""
+    date = time.strftime("%Y-%m-%d", time.localtime(time.time() - 86400 * ago))
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n"
+                   for line in lines)
+    (folder / (date + ".jsonl")).write_text(text, encoding="utf-8")
+    return date
+
+
+def tokens(model, taken, given, **more):
+    return {"timestamp": "x", "provider": "p", "model_name": "asked", "model": model,
+            "input_tokens": taken, "output_tokens": given, "streaming": True, **more}
+
+
+def test_usage_by_day_and_model(shell, capsys):
+    home = shell / ".nimproxy" / "token_usage"
+    today = log_usage(home, 0, tokens("acme/one", 900, 100), tokens("acme/two", 40, 10),
+                      tokens("acme/one", 900, 100, cached_input_tokens=5))
+    before = log_usage(home, 1, tokens("acme/" + 40 * "x", 1000, 25), "")
+    log_usage(home, 9, tokens("too/old", 1, 1))
+    (home / "notes.txt").write_text("mine")
+    code, out, err = run(capsys, "usage")
+    assert (code, err) == (0, "")
+    lines = [line.split() for line in out.replace("\u2588", "#").splitlines()]
+    assert [line[:4] for line in lines] == [
+        ["answers", "in", "out"],
+        [before, "1", "1,000", "25"],
+        ["acme/" + 18 * "x" + "...", "1", "1,000", "25"],
+        [today, "3", "1,840", "210"],
+        ["acme/one", "2", "1,800", "200"], ["acme/two", "1", "40", "10"],
+        ["2", "days", "4", "2,840"],
+        ["acme/one", "2", "1,800", "200"],
+        ["acme/" + 18 * "x" + "...", "1", "1,000", "25"], ["acme/two", "1", "40", "10"]]
+    assert max(map(len, out.splitlines())) <= 80
+    bars = [line[4] for line in lines[1:6]]
+    assert all(set(marks) == {"#"} for marks in bars)
+    assert len(bars[2]) > 15 and len(bars[0]) == round(len(bars[2]) / 2)
+    assert len(bars[4]) == 1
+
+
+def test_usage_as_json(shell, capsys):
+    home = shell / ".nimproxy" / "token_usage"
+    today = log_usage(home, 0, tokens("a", 9, 1, cached_input_tokens=5), "{", "[]",
+                      {"model": "a"}, {"input_tokens": 3}, tokens("a", "many", 1),
+                      tokens(3, 1, 1), tokens("a", -1, True), "[" * 99999)
+    old = log_usage(home, 29, tokens("b", 1, 1))
+    code, out, _ = run(capsys, "usage", "--json", "--days", "30")
+    found = json.loads(out)
+    assert code == 0 and found["unreadable_lines"] == 7
+    assert [row["day"] for row in found["days"]] == [old, today]
+    assert found["days"][1]["models"] == [{
+        "model": "a", "answers": 2, "input_tokens": 9, "output_tokens": 1,
+        "cached_input_tokens": 5}]
+    assert (found["total"]["answers"], found["total"]["input_tokens"]) == (3, 10)
+    code, out, _ = run(capsys, "usage", "--days", "1")
+    assert code == 0 and out.endswith("7 lines could not be read\n")
+
+
+def test_usage_of_the_older_program_fills_the_gaps(shell, capsys):
+    older = shell / ".claude-adapter" / "token_usage"
+    log_usage(older, 0, tokens("old/one", 5, 5))
+    log_usage(older, 1, {"modelName": "old/two", "inputTokens": 7, "outputTokens": 3})
+    log_usage(shell / ".nimproxy" / "token_usage", 0, tokens("new/one", 5, 5))
+    out = run(capsys, "usage")[1]
+    assert "new/one" in out and "old/two" in out and "old/one" not in out
+
+
+def test_no_usage_is_no_mistake(shell, capsys):
+    code, out, err = run(capsys, "usage")
+    assert (code, err) == (0, "") and "no tokens logged in 7 days" in out
+    code, out, _ = run(capsys, "usage", "--json")
+    assert code == 0 and json.loads(out) == {
+        "days": [], "total": {"answers": 0, "input_tokens": 0, "output_tokens": 0,
+                              "cached_input_tokens": 0, "models": []},
+        "unreadable_lines": 0}
+
+
+@pytest.mark.parametrize("coding, mark", [("ascii", "#"), ("utf-8", "\u2588"),
+                                          ("latin-1", "#"), ("cp437", "\u2588")])
+@pytest.mark.parametrize("columns", [20, 60, 80, 300])
+def test_bars_fit_the_terminal(shell, coding, mark, columns, monkeypatch):
+    log_usage(shell / ".nimproxy" / "token_usage", 0, tokens("a", 10 ** 12, 10 ** 10))
+    done = subprocess.run(
+        [sys.executable, np.__file__, "usage"], stdout=subprocess.PIPE,
+        env={"PATH": os.environ["PATH"], "HOME": str(shell), "COLUMNS": str(columns),
+             "PYTHONIOENCODING": coding}, cwd=str(shell), timeout=60)
+    out = done.stdout.decode(coding)
+    assert done.returncode == 0 and max(map(len, out.splitlines())) <= 80
+    assert (mark in out) is (columns >= 80), out
+
+
+@pytest.mark.skipif(os.name != "posix" or not os.getuid(), reason="needs modes")
+def test_a_usage_log_that_cannot_be_read_is_said(shell, capsys):
+    home = shell / ".nimproxy" / "token_usage"
+    date = log_usage(home, 0, tokens("a", 1, 1))
+    (home / (date + ".jsonl")).chmod(0)
+    code, out, err = run(capsys, "usage")
+    assert code == 0 and "cannot read" in err
 
 
 # ---- Faults: what upstream does, and when ------------------------------------
