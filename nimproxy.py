@@ -6028,9 +6028,10 @@ class Passed:
             return out
         if self.complete():
             return out + encoded(self.events([DONE]))
-        if not self.begun and not rest:
+        torn = rest.strip() and not sound
+        if not self.begun and not torn:
             raise empty_answer(self.reading.asked)
-        if self.tongue == "anthropic" or rest.strip() and not sound:
+        if torn or self.tongue == "anthropic":
             words = "upstream broke off in the middle of its answer"
             raise ProxyError(502, words, again="broken")
         self.over = True
@@ -6092,6 +6093,8 @@ def watch_messages(passed: Passed, frames: bytes) -> bytes:
     out = b""
     for raw in FRAME.findall(frames):
         kind, value, text = frame_event(raw)
+        if kind == "error" and passed.finish:       # all is said
+            kind, raw = "message_stop", encode_event("message_stop", {})
         if kind == "error":
             passed.ahead = passed.lead + out if passed.begun else b""
             raise stream_error(passed, value, text)
@@ -6159,7 +6162,8 @@ def kept_words(passed: Passed, error: ProxyError, status: int,
         error.details = {name: redacted(said[name], secret)
                          for name in ("type", "param", "code")
                          if isinstance(said.get(name), str)}
-    elif error.fallback == "window" or not isinstance(said.get("type"), str):
+    elif (error.fallback == "window" or not isinstance(said.get("type"), str)
+          or not 400 <= status < 600):
         return error
     else:
         error.status, error.kind = status, said["type"]
@@ -8921,7 +8925,8 @@ class Proxy:
                  if re.fullmatch(pattern, path)}
         method = "GET" if request.method == "HEAD" else request.method
         if not found:
-            known = "POST /v1/messages, POST /v1/messages/count_tokens, GET /v1/models"
+            known = ("POST /v1/messages, POST /v1/messages/count_tokens, "
+                     "POST /v1/chat/completions, GET /v1/models")
             raise ProxyError(404, f"no such path; there are {known}, GET /health")
         if method not in found:
             allow = ", ".join(sorted({*found, *(["HEAD"] if "GET" in found else [])}))

@@ -4530,7 +4530,9 @@ SHORT_ENDS = [      # (case, what follows the first word, what the client gets o
     ("no line end", b"".join(ENDING)[:-2], b"".join(ENDING)),
     ("half an event behind the stop reason", b"".join(ENDING)[:-9],
      b"".join([*ENDING[:2], np.encode_event("message_stop", {})])),
-    ("an error behind the stop reason", b"".join(ENDING[:2]) + OVERLOADED, None),
+    ("an error behind the stop reason", b"".join(ENDING[:2]) + OVERLOADED,
+     b"".join([*ENDING[:2], np.encode_event("message_stop", {})])),
+    ("more behind the end", b"".join(ENDING) + OVERLOADED, b"".join(ENDING)),
     ("half an event", WORD[:-9], None),
     ("nothing", b"", None),
 ]
@@ -4565,8 +4567,9 @@ def test_a_completion_stream_need_not_say_that_it_is_done():
     assert b"".join(pass_on(passed, chunks)) == chunks and passed.over
     with pytest.raises(np.ProxyError):
         pass_on(np.Passed("m", "openai"), chunks, b'data: {"choi')
-    with pytest.raises(np.ProxyError):
-        pass_on(np.Passed("m", "openai"))
+    for nothing in (b"", b"\n", b": hi\n\n", b": hi"):
+        with pytest.raises(np.ProxyError):
+            pass_on(np.Passed("m", "openai"), nothing)
 
 
 def test_a_frame_without_end_is_an_error(monkeypatch):
@@ -7306,8 +7309,12 @@ def test_half_an_answer_is_not_relayed_as_a_whole_one(steps, kind, words):
     start = opened("m") + BLOCK + WORD
     go = threading.Event()
     with relaying([EVENT_STREAM + start, go, *steps]) as (nim, client):
-        threading.Timer(0.1, go.set).start()
-        status, raw = client.ask(stream=True)
+        with contextlib.closing(http.client.HTTPConnection(*client.address)) as link:
+            link.request("POST", "/v1/messages", json.dumps(dict(ASK, stream=True)))
+            answer = link.getresponse()
+            raw = answer.read(len(start))
+            go.set()
+            raw += answer.read()
         counts = client.request("GET", "/status")[2]["counts"]
     assert raw.startswith(start) and "answers" not in counts
     more = raw[len(start):]
@@ -12847,6 +12854,49 @@ def test_e2e_a_call_beyond_repair_is_asked_for_again(tmp_path):
         assert tool_results(told) == ["one", "42"]
         counts = it.counts()
         assert (counts["requests"], counts["calls_asked_again"]) == (3, 1)
+
+
+# ---- servers of its own language
+
+def calls_bash(model):
+    """A message stream with thinking and one call, as its maker signs and cuts it."""
+    call = {"type": "tool_use", "id": "toolu_1", "name": "Bash", "input": {}}
+    deltas = [{"type": "input_json_delta", "partial_json": piece}
+              for piece in ('{"comm', 'and": "echo caf\u00e9"}')]
+    thinks = [{"type": "thinking_delta", "thinking": "Hm."},
+              {"type": "signature_delta", "signature": "3f1c-77"}]
+    usage = {"output_tokens": 4}
+    return b"".join([
+        opened(model),
+        an_event("content_block_start", index=0, content_block={
+            "type": "thinking", "thinking": "", "signature": ""}),
+        *[an_event("content_block_delta", index=0, delta=delta) for delta in thinks],
+        an_event("content_block_stop", index=0),
+        an_event("content_block_start", index=1, content_block=call),
+        *[an_event("content_block_delta", index=1, delta=delta) for delta in deltas],
+        an_event("content_block_stop", index=1),
+        an_event("message_delta", delta={"stop_reason": "tool_use"}, usage=usage),
+        an_event("message_stop")])
+
+
+@E2E
+def test_e2e_claude_code_on_a_relay(tmp_path):
+    def script(chat):
+        turns = json.dumps(chat["messages"])
+        step = relayed if "tool_result" in turns else calls_bash
+        if not chat.get("stream"):
+            return response(MESSAGE)
+        return chunked(step("kimi-k3") if chat.get("tools") else relayed("kimi-k3"))
+    with desk(tmp_path, script, api="anthropic-messages") as it:
+        lines = it.succeeds("Say it.", 2 * 'caf\u00e9 "message_ "error" \r\n')
+        results = [block for line in lines if line["type"] == "user"
+                   for block in line["message"]["content"]]
+        assert results[0]["content"] == "caf\u00e9"
+        last = [chat for chat in it.nim.asked if "tool_result" in json.dumps(chat)][-1]
+        thoughts = [block for turn in last["messages"] if turn["role"] == "assistant"
+                    for block in turn["content"] if block["type"] == "thinking"]
+        assert [block["signature"] for block in thoughts] == ["3f1c-77"]
+        assert all(chat["model"] == E2E_MODEL for chat in it.nim.asked)
 
 
 # ---- what goes wrong
