@@ -5639,7 +5639,8 @@ def fold(events: Iterable[Event]) -> Json:
         elif name == "content_block_stop" and arguments:
             message["content"][-1]["input"] = parsed_input("".join(arguments))
         elif name == "message_delta":
-            message.update(data["delta"], usage=data["usage"])
+            usage = {**message.get("usage", {}), **data["usage"]}
+            message.update(data["delta"], usage=usage)
     return message
 
 

@@ -7434,6 +7434,16 @@ def test_openai_requests_pass_byte_for_byte(path, prefix):
             counts["output_tokens"]) == (1, 1, 7, 3)
 
 
+def test_openai_clients_get_a_retired_models_successor():
+    retired, successor = next(iter(np.SUCCESSORS.items()))
+    body = json.dumps({"model": retired, "messages": []}).encode()
+    course = np.Course()
+    course.tongue = "openai"
+    request = np.Request("POST", "/v1/chat/completions", [], body)
+    _, parcel = np.Proxy(np.Config()).question(request, course)
+    assert parcel.model == successor and json.loads(parcel.data)["model"] == successor
+
+
 @pytest.mark.parametrize("asked, model", [
     ("claude-opus-4-8", "big"), ("haiku", "m"), ("anthropic/a/b[1m]", "a/b"),
     ("pet", "acme/one"), ("other", "other"), (None, "m")])
@@ -8024,6 +8034,27 @@ def test_half_a_request_does_not_hold_the_end_up(monkeypatch):
             until(lambda: len(receiving(server)) == 2)
             on_loop(server.close(10)).result(5)
             assert received(head) == received(body) == b""
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_openai_client_is_cut_off_in_its_own_words(stream):
+    start = sse(says(content="Hel"), done=False)
+    begun = [EVENT_STREAM + start + b'data: {"half'] if stream else []
+    with FakeNim([*begun, FakeNim.LEFT]) as nim, \
+            server_for(nim) as (client, server, on_loop):
+        link = http.client.HTTPConnection(*client.address, timeout=10)
+        with contextlib.closing(link):
+            link.request("POST", "/v1/chat/completions",
+                         json.dumps(dict(ASK, stream=stream)))
+            until(lambda: nim.asked)
+            answer = link.getresponse() if stream else None
+            raw = answer.read(len(start)) if stream else b""
+            on_loop(server.close(0.01)).result(5)
+            raw += (answer or link.getresponse()).read()
+        assert nim.left.wait(5)
+    assert raw.startswith(start) or not stream
+    error = json.loads(raw[len(start) if stream else 0:].decode().replace("data: ", ""))
+    assert "being stopped" in error["error"]["message"] and "param" in error["error"]
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -10321,6 +10352,10 @@ def test_test_asks_and_measures(shell, capsys):
     assert re.search(r", (all at once|[0-9.]+ tokens/s), in 7, out 3, end_turn\n", out)
     said = " ".join(out.split())
     assert f" x/y at {nim.url}, by way of http://127.0.0.1:" in said
+    with FakeNim(RELAYED) as nim:
+        url = nim.url.replace("/v1", "/anthropic")
+        code, out, _ = run(capsys, "test", "--base-url", url, "--port", "1")
+    assert code == 0 and "in 9, out 4" in out
     with FakeNim(refuses(401, {"detail": "Authentication failed"})) as nim:
         code, _, err = run(capsys, "test", "--base-url", nim.url, "--port", "1")
     assert code == 1 and "Authentication failed" in err
