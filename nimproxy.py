@@ -5940,12 +5940,11 @@ class Passed:
                  headers: Headers = []) -> None:
         self.model, self.tongue = model, tongue     # as the client asked for it
         self.path, self.headers = path, headers     # of its request
-        self.restart()
+        self.restart(Reading())
 
-    def restart(self, reading: Reading = Reading()) -> None:
+    def restart(self, reading: Optional[Reading] = None) -> None:
         """Forget an answer of which nothing is out yet: upstream is asked anew."""
-        asked = reading.asked.model
-        self.reading = reading if asked else getattr(self, "reading", reading)
+        self.reading = reading or self.reading      # for error texts
         # what is held
         self.lead = b""             # before the first word
         self.ahead = b""            # what came in one read with an error, before it
@@ -6128,7 +6127,7 @@ def watch_completions(passed: Passed, frames: bytes) -> bytes:
     """Frames of a completion stream, which stay as they are: usage is noted; an error
     before the first word is raised."""
     last = b"[DONE]" in frames[-16:]
-    if not passed.begun or b'"usage"' in frames:
+    if not passed.begun or b'"usage"' in frames and USAGE.search(frames):
         for raw in FRAME.findall(frames):
             kind, value, text = frame_event(raw)
             if not passed.begun and (kind == "error" or value.get("error")):
@@ -6138,6 +6137,9 @@ def watch_completions(passed: Passed, frames: bytes) -> bytes:
     if last:
         passed.finish, passed.over = "stop", True
     return frames
+
+
+USAGE = re.compile(rb'"usage"\s*:\s*\{')         # some say null with every token
 
 
 def stream_error(passed: Passed, value: Json, text: str) -> ProxyError:
@@ -7858,17 +7860,18 @@ LOOK_SECONDS = 2.0          # for windows; a server that is near takes milliseco
 
 
 class Question(NamedTuple):
-    """One Messages request on its way upstream; held as long as its answer takes, so
+    """One request on its way upstream; held as long as its answer takes, so
     the parsed body is not in it."""
     raw: bytes              # the body as it came: a failure is remembered under it
     estimate: int           # of its tokens, before calibration
     model: str              # upstream's id
-    message: Message
+    message: Union[Message, Passed]     # what becomes of the answer
     course: Course
 
 
 Again = Callable[[], Awaitable[Json]]   # asks anew, without streaming
-Attempt = Callable[[Question, Json], Awaitable[Any]]
+Sent = Union[Json, Parcel]              # a chat, or a body that passes
+Attempt = Callable[[Question, Sent], Awaitable[Any]]
 
 
 class Trial(NamedTuple):
@@ -7907,7 +7910,7 @@ class Asker:
 
     # which model answers
 
-    async def answered(self, question: Question, chat: Json, attempt: Attempt) -> Any:
+    async def answered(self, question: Question, chat: Sent, attempt: Attempt) -> Any:
         """What an attempt gives: of the model, or else of its fallbacks in turn."""
         course, first = question.course, None
         while True:
@@ -7941,7 +7944,7 @@ class Asker:
             name, question.raw, question.estimate)), "")
 
     def turned(self, question: Question, model: str,
-               error: ProxyError) -> Tuple[Question, Json]:
+               error: ProxyError) -> Tuple[Question, Sent]:
         """The same question for another model, and its chat."""
         course = question.course
         log.warning("%s %s: %s (asking %s instead)", course.id[-8:],
@@ -8021,7 +8024,7 @@ class Asker:
 
     # mended and repeated
 
-    async def taken(self, question: Question, chat: Json, attempt: Attempt) -> Any:
+    async def taken(self, question: Question, chat: Sent, attempt: Attempt) -> Any:
         """What an attempt gives, of a chat that is mended as long as upstream's
         refusals say how; what helped is learned."""
         tried: List[str] = []
@@ -8053,7 +8056,7 @@ class Asker:
                 self.learn(question.model, [last.mend])
                 return done
 
-    def mend(self, question: Question, chat: Json, error: ProxyError,
+    def mend(self, question: Question, chat: Sent, error: ProxyError,
              tried: List[str]) -> str:
         """The mend that a refusal asks for; "" if there is none, or no more."""
         if isinstance(chat, Parcel):
@@ -8110,7 +8113,7 @@ class Asker:
         if error.again == "rate":
             self.gate.pacer.refused(course.ticket, error.pause, dice())
 
-    def image_hint(self, chat: Json, error: ProxyError) -> str:
+    def image_hint(self, chat: Sent, error: ProxyError) -> str:
         """A word on images that may be the reason of a refusal."""
         most = host_row(self.config).image_bytes
         if not error.words or not most:
@@ -8132,7 +8135,7 @@ class Asker:
 
     # one attempt
 
-    async def told(self, question: Question, chat: Json) -> Telling:
+    async def told(self, question: Question, chat: Sent) -> Telling:
         """One attempt at a chat that streams, up to its first words."""
         telling = await self.taking(question, chat)
         try:
@@ -8144,7 +8147,7 @@ class Asker:
         course.first = time.monotonic() - course.began
         return telling
 
-    async def read_whole(self, question: Question, chat: Json) -> bytes:
+    async def read_whole(self, question: Question, chat: Sent) -> bytes:
         """One attempt at a chat that does not stream: the JSON that answers it."""
         telling = await self.taking(question, chat)
         try:
@@ -8152,7 +8155,7 @@ class Asker:
         finally:
             telling.release()
 
-    async def taking(self, question: Question, chat: Json) -> Telling:
+    async def taking(self, question: Question, chat: Sent) -> Telling:
         """An answer that takes the chat, about to be told; ProxyError for any other."""
         payload, course = self.payload(chat), question.course
         ticket = Ticket(question.model, course.session, course.rank, course.began)
@@ -8171,7 +8174,7 @@ class Asker:
         return Telling(question.message, answer, self.again(question, wanted),
                        lambda: self.gate.leave(ticket))
 
-    async def accepted(self, question: Question, chat: Json,
+    async def accepted(self, question: Question, chat: Sent,
                        payload: Tuple[str, str]) -> Any:
         """Upstream's answer, if it is a 200."""
         answer = await self.ask(chat, payload)
@@ -8182,7 +8185,7 @@ class Asker:
             raise
         return answer
 
-    async def ask(self, chat: Json, payload: Tuple[str, str]) -> Any:
+    async def ask(self, chat: Sent, payload: Tuple[str, str]) -> Any:
         """Upstream's answer to a chat, which is sent as its payload."""
         parcel = chat
         if not isinstance(chat, Parcel):
@@ -8234,7 +8237,7 @@ class Asker:
                 return {}
         return ask
 
-    async def once_more(self, question: Question, chat: Json) -> Json:
+    async def once_more(self, question: Question, chat: Sent) -> Json:
         course = question.course
         ticket = Ticket(question.model, course.session, MAIN, time.monotonic())
         course.ticket = ticket
@@ -8250,7 +8253,7 @@ class Asker:
 
     # the chat
 
-    def chat(self, question: Question, body: Json) -> Any:
+    def chat(self, question: Question, body: Json) -> Sent:
         """The chat that puts a question to its model; its message is to be read so."""
         model, config = question.model, self.config
         if isinstance(question.message, Passed):
@@ -8294,7 +8297,7 @@ class Asker:
             self.toolboxes.append(tools)
         return tools if known is None else known
 
-    def payload(self, chat: Json) -> Tuple[str, str]:
+    def payload(self, chat: Sent) -> Tuple[str, str]:
         """The JSON of a chat in two pieces; the second one, the tools, is shared."""
         if isinstance(chat, Parcel):
             return "", ""               # that has its own bytes
@@ -9015,7 +9018,7 @@ class Proxy:
             self.left(course)
             raise
 
-    async def streamed(self, question: Question, chat: Any) -> Response:
+    async def streamed(self, question: Question, chat: Sent) -> Response:
         """A request that streams: its 200 goes out soon, or the error before it."""
         start = asyncio.ensure_future(self.begin(question, chat))
         try:
@@ -9029,7 +9032,7 @@ class Proxy:
         return Response(200, EVENT_STREAM + served(course), self.relay(question, start),
                         self.pulse(question), lambda error: failed_event(course, error))
 
-    def patience(self, message: Any) -> Optional[float]:
+    def patience(self, message: Union[Message, Passed]) -> Optional[float]:
         """Seconds until a stream's 200 goes out, whatever upstream says; None: never
         before that.
 
@@ -9039,7 +9042,7 @@ class Proxy:
         passes = isinstance(message, Passed)
         return self.config.ping_interval or None if passes else self.config.eager_after
 
-    def question(self, request: Request, course: Course) -> Tuple[Question, Any]:
+    def question(self, request: Request, course: Course) -> Tuple[Question, Sent]:
         """The question, and the chat that asks it, or the parcel."""
         body = parse_body(request.body)
         asked = typed(body, "model", str, "a string") or ""
@@ -9060,7 +9063,8 @@ class Proxy:
         self.counts["requests"] += 1
         return question, chat
 
-    def message(self, request: Request, course: Course, model: str) -> Any:
+    def message(self, request: Request, course: Course,
+                model: str) -> Union[Message, Passed]:
         """What becomes of an answer: a Message, or one that passes as it is."""
         relays = speaks_messages(self.config)
         openai = course.tongue == "openai"
@@ -9077,7 +9081,7 @@ class Proxy:
         return Passed(model, course.tongue, path.rstrip("/") + query[1] + query[2],
                       headers if relays else [])
 
-    async def begin(self, question: Question, chat: Any) -> Telling:
+    async def begin(self, question: Question, chat: Sent) -> Telling:
         """Ask upstream, up to the first words of its answer; ProxyError if it fails."""
         with guarded():
             return await self.asker.answered(question, chat, self.asker.told)
@@ -9114,7 +9118,7 @@ class Proxy:
         finally:
             drop(start)
 
-    async def whole(self, question: Question, chat: Any) -> Response:
+    async def whole(self, question: Question, chat: Sent) -> Response:
         """A request that does not stream: the same translation, folded."""
         failure = self.remembered(question)
         if failure:
