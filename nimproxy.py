@@ -698,6 +698,8 @@ def limits_of(provider: str, model: str, thinks: bool) -> Limits:
 
 
 APIS = ("openai-completions", "anthropic-messages")     # OpenClaw's words for them
+OPENCLAW = ("nimproxy", "nimproxy-openai")      # what this proxy is called there: asked
+                                                # in Anthropic's words, in OpenAI's
 DEMO_MODEL = "nimproxy/demo"    # answered inside this process
 TIERS = ("opus", "sonnet", "haiku")
 
@@ -1532,7 +1534,7 @@ MODEL_KINDS = {             # key of a model there: (field of Model, row of KIND
     "maxTokens": ("output", "tokens"),
     "cost": ("cost", "cost"),
 }
-KEPT_KEY = ("openclaw", "key")      # set: no variable takes the place of the file's key
+KEPT_KEY = ("openclaw", "key")      # set: no variable's key goes to that server
 FACTS = "openclaw models"           # the section of what is told of models
 
 
@@ -1559,8 +1561,8 @@ def openclaw_entries(tree: Node, environ: Mapping[str, str], wanted: str) -> Ent
     `wanted` is the provider's name there, "" for the one of the primary model.
     """
     block = env_block(tree)
-    told = OpenclawValues({**environ, **block,
-                 **{name: value for name, value in environ.items() if value}})
+    really = {name: value for name, value in environ.items() if value}
+    told = OpenclawValues({**environ, **block, **really})
     primary = beneath(tree, *PRIMARY, "primary") or beneath(tree, *PRIMARY)
     ref = told.text(primary, "agents.defaults.model.primary")
     name, node = openclaw_provider(tree, wanted, ref.partition("/")[0])
@@ -1570,13 +1572,17 @@ def openclaw_entries(tree: Node, environ: Mapping[str, str], wanted: str) -> Ent
     if not (base_url or row.base_url):
         raise ProxyError(400, f"{node.where}: {at}: expected a baseUrl, found none")
     rows = told.models(beneath(node, "models"), f"{at}.models")
-    mine = ref.startswith(name + "/")
+    mine = ref.startswith(tuple(each + "/" for each in (name, *OPENCLAW)))
+    if mine and not ref.startswith(name + "/"):
+        ref = f"{name}/{ref.partition('/')[2]}"     # through this proxy: the same id
     default = openclaw_id(name, rows, ref) if mine else next(iter(rows), "")
     key = told.key(beneath(node, "apiKey"), f"{at}.apiKey")
+    host = urlsplit(base_url).netloc.lower()
+    own = not base_url or re.fullmatch(row.hosts or "-", host)
     found = {
         "provider": (row.name, node),
         "upstream.base_url": (base_url, beneath(node, "baseUrl")),
-        "upstream.api_key": (key or block.get(row.key_variable, ""),
+        "upstream.api_key": (key or own and block.get(row.key_variable, ""),
                              beneath(node, "apiKey")),
         "upstream.api": (told.value("api", beneath(node, "api"), f"{at}.api"),
                          beneath(node, "api")),
@@ -1584,8 +1590,7 @@ def openclaw_entries(tree: Node, environ: Mapping[str, str], wanted: str) -> Ent
             default, primary if mine else beneath(node, "models"))}
     entries: Entries = {tuple(path.split(".")): (value, (there or node).where)
                         for path, (value, there) in found.items()}
-    own = not base_url or re.fullmatch(row.hosts or "-", urlsplit(base_url).netloc)
-    if key and not own:
+    if not own:
         entries[KEPT_KEY] = True, node.where
     others = told.ids(beneath(tree, *PRIMARY, "fallbacks"), name, rows)
     for model in {default, SUCCESSORS.get(default, default)} if others else ():
@@ -1600,12 +1605,16 @@ def openclaw_facts(entries: Entries) -> Json:
 
 
 def openclaw_provider(tree: Node, wanted: str, primary: str) -> Tuple[str, Node]:
-    """The provider that is asked for, or the primary model's, or the only one."""
+    """The provider that is asked for, or the primary model's, or the only one; never
+    this proxy, which would ask itself."""
     node = beneath(openclaw_section(tree), "providers") or tree
     if not isinstance(node.value, dict) or not node.value:
         raise ProxyError(400, f"{node.where}: models.providers: expected a map of "
                               f"providers, found {json_kind(plain_value(node))}")
-    rows = node.value
+    rows = {name: row for name, row in node.value.items() if name not in OPENCLAW}
+    if not rows:
+        raise ProxyError(400, f"{node.where}: models.providers: expected one that is "
+                              f"not this proxy itself, found {', '.join(node.value)}")
     names = [wanted] if wanted else [primary] * (primary in rows) + list(rows)
     name = names[0]
     if name not in rows or len(rows) > 1 and name not in (wanted, primary):
@@ -9987,10 +9996,6 @@ def hand_on(children: List[subprocess.Popen]) -> Callable[[int, Any], None]:
             if number != signal.SIGINT and child.poll() is None:
                 child.send_signal(number)
     return handler
-
-
-OPENCLAW = "nimproxy", "nimproxy-openai"    # what the proxy is called there: asked in
-                                            # Anthropic's words, and in OpenAI's
 
 
 def openclaw_config(config: Config, url: str) -> Json:

@@ -1057,6 +1057,11 @@ OPENCLAW_FORMS = [  # (case, file, what of the config is expected, flags)
      {"api_key": "sk-one", "default_model": "foo"}, {"provider": "one"}),
     ("another model", two_providers("two/a/b"), {"default_model": "z"},
      {"default_model": "z"}),
+    ("this proxy, and what it is to ask", json.dumps({"agents": {"defaults": {"model": {
+        "primary": "nimproxy/a/b"}}}, "models": {"providers": {
+            "nimproxy": {"baseUrl": "http://127.0.0.1:8787"},
+            "box": {"baseUrl": "http://box/v1", "models": [{"id": "c"}]}}}}),
+     {"base_url": "http://box/v1", "default_model": "a/b"}, {}),
     ("a primary model as text", '{agents: {defaults: {model: "x/m/n"}}, models: '
      '{providers: {x: {baseUrl: "http://h/v1"}}}}', {"default_model": "m/n"}, {}),
 ]
@@ -1068,15 +1073,34 @@ def test_forms_of_openclaws_file(file, wanted, flags):
     assert {name: getattr(config, name) for name in wanted} == wanted
 
 
+def test_the_real_environment_goes_before_openclaws_env():
+    file = ('{env: {K: "in the file", vars: {L: "l"}}, models: {providers: {x: '
+            '{baseUrl: "http://h/v1", apiKey: "${K}${L}"}}}}')
+    for environ, key in (({"K": "real-"}, "real-l"), ({"K": "real", "L": ""}, "reall")):
+        assert resolved(file, environ)[0].api_key == key
+
+
+def test_fallbacks_of_a_retired_model_are_its_successors_too():
+    config, _ = resolved(NIM_FILE)
+    successor = np.SUCCESSORS[config.default_model]
+    assert config.fallbacks[successor] == config.fallbacks[config.default_model]
+
+
 def test_a_key_of_openclaws_file_stays_with_its_server():
     environ = {"NVIDIA_API_KEY": "nvapi-1", "OPENAI_API_KEY": "sk-mine"}
     assert resolved(OWN_NIM, environ)[0].api_key == "local"
     assert resolved(two_providers("one/foo"), environ)[0].api_key == "sk-one"
+    keyless = two_providers("one/foo", apiKey="")
+    assert resolved(keyless, environ)[0].api_key == ""
+    keyless = keyless.replace("{", '{"env": {"OPENAI_API_KEY": "sk-mine"}, ', 1)
+    assert resolved(keyless)[0].api_key == ""
 
 
 BAD_OPENCLAW = [
     ("two providers", two_providers(),
      "config.yaml:1: models.providers: expected --provider with one of one, two"),
+    ("this proxy alone", '{providers: {nimproxy: {baseUrl: "http://127.0.0.1:8787"}}}',
+     "expected one that is not this proxy itself, found nimproxy"),
     ("another primary", two_providers("three/foo"), "with one of one, two"),
     ("no providers", "{models: {providers: {}}}", "expected a map of providers"),
     ("a provider that is text", "{models: {providers: {x: 'y'}}}",
@@ -6565,6 +6589,16 @@ def test_what_the_file_tells_of_a_model_holds():
     assert "qwen3-x" in [row["id"] for row in rows]
 
 
+def test_a_window_in_the_file_goes_before_what_the_server_says():
+    listed = refuses(200, {"data": [{"id": name, "max_model_len": 8192}
+                                    for name in ("m", "n")]})
+    models = {"m": TOLD, "n": TOLD._replace(window=0)}
+    with both(listed, models=models, context_window=0, provider="custom") as (_, it):
+        windows = [it.request("GET", "/v1/models/" + name)[2]["max_input_tokens"]
+                   for name in models]
+    assert windows == [32768, 8192]
+
+
 OUTPUTS = [     # (case, what the file tells, the output that upstream is asked for)
     ("nothing", TOLD._replace(window=0, output=0), 9000),
     ("output alone", TOLD._replace(window=0), 2048),
@@ -11120,6 +11154,7 @@ def test_openclaw_prints_providers_for_the_proxy_and_for_nim(shell, capsys,
     config = np.Config()
     assert {config.opus, config.sonnet, config.haiku} < set(rows)
     assert not any(np.MODELS[name].retired for name in rows)
+    assert not set(rows) & set(np.SUCCESSORS)
     assert "glm-4.7-flash" not in str(list(rows))       # of other providers
     assert rows["z-ai/glm-5.3-flash"] == {
         "id": "z-ai/glm-5.3-flash", "name": "glm-5.3-flash", "reasoning": True,
@@ -11134,6 +11169,9 @@ def test_openclaw_prints_providers_for_the_proxy_and_for_nim(shell, capsys,
 
 def test_what_openclaw_prints_is_a_configuration_of_ours(shell, capsys, monkeypatch):
     monkeypatch.setenv("NVIDIA_API_KEY", "nvapi-1")
+    whole = np.File("all.json", run(capsys, "openclaw")[1])
+    assert np.resolve_config({}, os.environ, {}, whole)[0].base_url == (
+        np.Config().base_url)           # of three providers, two are the proxy itself
     (shell / "printed.json").write_text(run(capsys, "openclaw", "nvidia")[1])
     code, out, _ = run(capsys, "openclaw", "nvidia", "--config", "printed.json")
     assert code == 0 and out == (shell / "printed.json").read_text()
@@ -11155,6 +11193,15 @@ def test_openclaw_keeps_what_its_file_tells(shell, capsys):
     [row] = json5(out)["models"]["providers"]["two"]["models"]
     assert (row["name"], row["contextWindow"], row["maxTokens"]) == ("Foo", 4096, 4096)
     assert row["cost"] == {"input": 0, "output": 1.5, "cacheRead": 0, "cacheWrite": 0}
+
+
+def test_models_that_openclaws_file_tells(shell, capsys):
+    (shell / "own.json").write_text(two_providers("two/foo", models=[
+        {"id": "foo", "contextWindow": 4096, "input": ["text"]}]))
+    code, out, _ = run(capsys, "models", "--json", "--config", "own.json")
+    assert code == 0 and json.loads(out) == [
+        {"id": "foo", "retired": False, "window": 4096, "images": False,
+         "instead": None}]
 
 
 def test_openclaw_of_an_unknown_provider(shell, capsys):
