@@ -779,8 +779,9 @@ def is_json5(file: File) -> bool:
     return re.match(r"\s*(\{|//|/\*)", file.text.lstrip("\ufeff")) is not None
 
 
-# https://spec.json5.org; a name's letters are checked when it is used.
-JSON5_TOKEN = re.compile(r"""
+# https://spec.json5.org; a name's letters are checked when it is used.  Both patterns
+# are compiled by the few starts that need them.
+JSON5_TOKEN = r"""
     (?P<blank>[\t\n\v\f\r\ \xa0\u1680\u2000-\u200a]+
       | [\u2028\u2029\u202f\u205f\u3000\ufeff]+
       | //[^\n\r\u2028\u2029]* | /\*(?:[^*]|\*(?!/))*\*/)
@@ -791,13 +792,13 @@ JSON5_TOKEN = re.compile(r"""
         |(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)
         |[+-](?:Infinity|NaN))(?![\w$.\\]))
   | (?P<name>(?:[$\w]|\\u[0-9a-fA-F]{4})(?:[$\w\u200c\u200d]|\\u[0-9a-fA-F]{4})*)
-    """, re.VERBOSE)
+    """
 # What is missing where no token can be read, by its first character.
 JSON5_OPEN = {'"': 'a closing " on the same line', "'": "a closing ' on the same line",
               "/": "a // or /* comment */"}
 JSON5_WORDS = {"null": None, "true": True, "false": False,
                "Infinity": math.inf, "NaN": math.nan}
-JSON5_ESCAPE = re.compile(
+JSON5_ESCAPE = (
     r"\\(?:(?P<hex>x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})"
     r"|(?P<joined>\r\n|[\n\r\u2028\u2029])|(?P<bad>[xu1-9]|0[0-9])|(?P<sign>[\s\S]))")
 JSON5_SIGNS = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v",
@@ -823,9 +824,10 @@ class Json5:
         self.token = next(self.tokens)
 
     def scan(self) -> Iterator[Token]:
+        token_at = re.compile(JSON5_TOKEN, re.VERBOSE).match
         at, line, begins = 0, 1, 0          # begins: where the line does
         while at < len(self.text):
-            match = JSON5_TOKEN.match(self.text, at)
+            match = token_at(self.text, at)
             found = match[0] if match else self.text[at]
             token = Token(match.lastgroup if match else "none", found, line,
                           at - begins + 1)
@@ -903,14 +905,14 @@ class Json5:
             return self.unquoted(self.token)
         name = self.token.text
         if self.token.kind == "name":
-            name = JSON5_ESCAPE.sub(self.escape, name)
+            name = re.sub(JSON5_ESCAPE, self.escape, name)
         spelled = re.sub("[$\u200c\u200d]", "_", name)
         if self.token.kind != "name" or not spelled.isidentifier():
             raise self.error("a key or '}'")
         return name
 
     def unquoted(self, token: Token) -> str:
-        text = JSON5_ESCAPE.sub(self.escape, token.text[1:-1])
+        text = re.sub(JSON5_ESCAPE, self.escape, token.text[1:-1])
         try:                                # two escapes may be one character
             return text.encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError:
