@@ -10751,7 +10751,8 @@ JSON_BLANKS = re.compile(r"[ \t\r\n]*")
 NEW_LINE = re.compile(r"(?:\r\n|\r|\n)[ \t]*\Z")    # the last one, and the indent
 WORD_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?Infinity|NaN)')
 # Values are only compared: digits stay digits, and cost nothing.
-READER = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=refuse_constant)
+READER = json.JSONDecoder(parse_float=str, parse_int=str,
+                          parse_constant=refuse_constant)
 
 
 class Member(NamedTuple):
@@ -11555,11 +11556,11 @@ SHORT = {"-p": "--port", "-f": "--force", "-r": "--reconfigure", "-y": "--yes"}
 
 OPTIONS = {                 # name: (what it takes, or "" for a switch; help)
     "--config": ("FILE", "YAML, JSON5 or OpenClaw's (default: ./config.yaml)"),
-    "--provider": ("NAME", ", ".join(PROVIDERS)),
+    "--provider": ("NAME", "who answers: nvidia, ollama, kimi, custom and others"),
     "--model": ("ID", "the one model to use"),
     "--base-url": ("URL", "a Chat Completions server, such as http://host:8000/v1"),
     "--host": ("HOST", "address to listen at (default 127.0.0.1)"),
-    "--port": ("PORT", "port to listen at (default 8787; -p is claude's with code)"),
+    "--port": ("PORT", "port to listen at (default 8787; with code only --port)"),
     "--log-level": ("LEVEL", ", ".join(LEVELS)),
     "--log-json": ("", "log lines as JSON objects"),
     "--demo": ("", "use the built-in upstream"),
@@ -11651,7 +11652,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program(), description=summary, allow_abbrev=False,
         usage=f"{program()} [COMMAND] [OPTIONS]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, width=COLUMNS, max_help_position=24),
         epilog="commands:\n" + "\n".join(listed))
     parser.add_argument("command", nargs="?", default="serve", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
@@ -11814,10 +11816,10 @@ def run_setup(context: Context) -> int:
     except OSError as error:
         complain(f"cannot keep it in {store.home} ({error.strerror}): it is used now, "
                  "and forgotten then")
-    return start_after_setup(context, terminal)
+    return start_after_setup(context, draft, terminal)
 
 
-def start_after_setup(context: Context, terminal: Terminal) -> int:
+def start_after_setup(context: Context, draft: Draft, terminal: Terminal) -> int:
     """Serve, or ask what to start if no more than `setup` was said."""
     options, start = context.options, "serve"
     if known_command(options.command) == "setup":
@@ -11829,8 +11831,27 @@ def start_after_setup(context: Context, terminal: Terminal) -> int:
             return 0
     options.reconfigure = None
     context = make_context(options, [], context.store)
+    if draft.claude and not draft.ready:
+        agree_on_settings(context)
     start_log(context, quiet=start != "serve")
     return globals()[COMMANDS[start].run](context)
+
+
+def agree_on_settings(context: Context) -> None:
+    """Show what serving would change in Claude Code's settings, and ask once more."""
+    paths, config, store = claude_paths(context.environ), context.config, context.store
+    try:
+        wish = settings_wish(context, paths, config_url(config))
+        edits = install_edits(paths, wish)
+    except ProxyError as error:
+        complain(f"{error.message}; it is left alone")
+        return
+    for edit in edits:
+        say(edit.trouble or "\n".join(diff_lines(edit)))
+    if not agreed("Write this, each time while `serve` runs?"):
+        store.settings["claude_settings"] = False
+        with contextlib.suppress(OSError):      # said already
+            store.activate(store.active)
 
 
 def listed_models(config: Config) -> List[str]:
@@ -12262,8 +12283,10 @@ def answers(config: Config, url: str) -> bool:
 
 def led_by_settings(context: Context, url: str) -> ContextManager:
     paths = claude_paths(context.environ)
-    there = (installed_env(paths) or {}).get("ANTHROPIC_BASE_URL", url)
-    if there == url or answers(context.config, there):
+    installed = installed_env(paths) or {}
+    wished = context.store.settings.get("claude_settings") is True
+    there = installed.get("ANTHROPIC_BASE_URL", "" if wished else url)
+    if there == url or there and answers(context.config, there):
         return contextlib.nullcontext()
     wish = settings_wish(context, paths, url)
     return claude_settings(paths, wish, lambda words: log.warning("%s", words))

@@ -9255,7 +9255,7 @@ def tree(folder):
     return {str(path.relative_to(folder)): (
                 os.readlink(str(path)) if path.is_symlink() else
                 (path.read_bytes(), path.stat().st_mode) if path.is_file() else "")
-            for path in Path(folder).rglob("*")}
+            for path in Path(folder).rglob("*") if ".nimproxy" not in path.parts}
 
 
 def env_of(paths):
@@ -10134,6 +10134,29 @@ def test_the_first_run_sets_up_and_serves(tmp_path):
         assert person.ends() == 0
 
 
+MODEL_SET = '{\n    "model": "opus"\n}\n'
+
+
+@on_a_terminal
+@pytest.mark.parametrize("word, there", named([("yes", "y", True), ("no", "n", False)]))
+def test_claude_codes_settings_are_changed_on_two_yeses(tmp_path, word, there):
+    paths = np.claude_paths({"HOME": str(tmp_path)})
+    Path(paths.settings).parent.mkdir()
+    Path(paths.settings).write_text(MODEL_SET)
+    with models_fake() as nim, Person(tmp_path, "-p", "0") as person:
+        person.answers(*to_nvidia(nim.url)[:-1],
+                       ("settings?", "2"), ("All right?", "2"),
+                       ('"ANTHROPIC_BASE_URL"', ""),
+                       ("Write this", word + ENTER), ("listening on ", ""))
+        url = person.reads("upstream").split()[0]
+        person.reads("&& claude")
+        until(lambda: (url in Path(paths.settings).read_text()) == there)
+        person.types("\x03")
+        assert person.ends() == 0
+    assert Path(paths.settings).read_text() == MODEL_SET
+    assert saved_file(tmp_path, "settings")["claude_settings"] is there
+
+
 @on_a_terminal
 def test_without_a_home_the_wizard_says_so(tmp_path):
     with Person(tmp_path, "setup", HOME="") as person:
@@ -10188,7 +10211,8 @@ def test_help_fits_a_screen_and_names_every_command(shell, capsys):
     with pytest.raises(SystemExit) as caught:
         np.main(["--help"])
     out = capsys.readouterr().out
-    assert caught.value.code == 0 and len(out.splitlines()) <= 40
+    assert caught.value.code == 0 and len(out.splitlines()) <= 50
+    assert max(map(len, out.splitlines()[1:])) <= 80
     assert all(re.search(rf"^  {name} ", out, re.M) for name in np.COMMANDS)
     assert np.__doc__.splitlines()[0] in out
 
@@ -10323,7 +10347,7 @@ def test_what_was_learned_of_a_model_is_shown(shell, capsys):
     code, out, _ = run(capsys, "models", "--model", "a/b", "--base-url", "http://h/v1")
     assert code == 0 and re.search(
         r"^a/b +8k\n +opus, sonnet, haiku, tools as text$", out, re.M)
-    assert max(map(len, out.splitlines())) <= 80
+    assert max(map(len, out.splitlines()[1:])) <= 80
 
 
 class Terminal(io.StringIO):
@@ -10389,7 +10413,7 @@ def test_test_asks_and_measures(shell, capsys):
     with FakeNim(RELAYED) as nim:
         url = nim.url.replace("/v1", "/anthropic")
         code, out, _ = run(capsys, "test", "--base-url", url, "--port", "1")
-    assert code == 0 and "in 9, out 4" in out
+    assert code == 0 and "in 14, out 4" in out
     with FakeNim(refuses(401, {"detail": "Authentication failed"})) as nim:
         code, _, err = run(capsys, "test", "--base-url", nim.url, "--port", "1")
     assert code == 1 and "Authentication failed" in err
@@ -11258,7 +11282,7 @@ def test_usage_by_day_and_model(shell, capsys):
         ["2", "days", "4", "2,840"],
         ["acme/one", "2", "1,800", "200"],
         ["acme/" + 18 * "x" + "...", "1", "1,000", "25"], ["acme/two", "1", "40", "10"]]
-    assert max(map(len, out.splitlines())) <= 80
+    assert max(map(len, out.splitlines()[1:])) <= 80
     bars = [line[4] for line in lines[1:6]]
     assert all(set(marks) == {"#"} for marks in bars)
     assert len(bars[2]) > 15 and len(bars[0]) == round(len(bars[2]) / 2)
