@@ -7373,6 +7373,15 @@ def test_a_relay_that_waits_sends_pings_and_remembers_what_failed():
         assert len(nim.asked) == 1 and client.ask()[0] != 429
 
 
+def test_what_passes_keeps_its_status_for_longer_than_a_moment():
+    """Longer than `eager_after`, since there is nothing of ours to tell meanwhile."""
+    for path, serves in (("/v1/messages", relaying), ("/v1/completions", both)):
+        go = threading.Event()
+        with serves([go, refuses(429, b"{}")], eager_after=0.01) as (nim, client):
+            threading.Timer(0.2, go.set).start()
+            assert client.request("POST", path, dict(ASK, stream=True))[0] == 429
+
+
 def test_a_relay_in_silence_sends_what_resets_a_watchdog(monkeypatch):
     monkeypatch.setattr(np, "RESET_SECONDS", 0.1)
     go = threading.Event()
