@@ -9181,7 +9181,8 @@ class Proxy:
         self.counts["input_tokens"] += usage["input_tokens"]
         self.counts["output_tokens"] += usage["output_tokens"]
         course.usage = usage
-        if any(usage.values()):         # else nobody has told
+        demo = course.model == DEMO_MODEL
+        if any(usage.values()) and not demo:    # without any, nobody has told
             self.usage_log.add(usage_row(course, self.config))
         facts = self.ended(course, 200)
         log.info("%s", printable(facts_line(facts)), extra={"facts": facts})

@@ -7805,8 +7805,10 @@ def test_tokens_are_logged_by_day(path, asks, answer, settings, row, tmp_path):
 
 
 def test_tokens_that_nobody_tells_are_not_logged(tmp_path):
-    for answer in (chunked(sse(*text("a"))), refuses(404, b"")):
-        with both(answer, home=str(tmp_path)) as (nim, client):
+    rows = [(chunked(sse(*text("a"))), "m"), (refuses(404, b""), "m"),
+            (b"", np.DEMO_MODEL)]       # nor those of the built-in model
+    for answer, model in rows:
+        with both(answer, home=str(tmp_path), default_model=model) as (nim, client):
             client.request("POST", "/v1/chat/completions", dict(ASK, stream=True))
         assert not (tmp_path / "token_usage").exists()
 
