@@ -11766,11 +11766,9 @@ class LogLines:
 # ---- commands
 
 def run_serve(context: Context) -> int:
-    config = context.config
-    if missing_key(config) and config.default_model != DEMO_MODEL and at_terminal():
-        say(f"nimproxy {__version__}: no provider is set up yet.")
+    if unready_here(context):
         return run_setup(context)
-    check_config(config)
+    check_config(context.config)
     raise_descriptor_limit()
     mend_claude(context)
     return asyncio.run(serve_forever(context))
@@ -11786,6 +11784,16 @@ def hinted(context: Context, port: int) -> str:
         if value:
             given += f" {name}" + ("" if value is True else f" {shlex.quote(value)}")
     return given
+
+
+def unready_here(context: Context) -> bool:
+    """Whether a provider is to be set up first, and there is somebody to do it."""
+    config = context.config
+    demo = config.default_model == DEMO_MODEL
+    unready = not demo and bool(missing_key(config)) and at_terminal()
+    if unready:
+        say(f"nimproxy {__version__}: no provider is set up yet.")
+    return unready
 
 
 def at_terminal() -> bool:
@@ -11821,9 +11829,9 @@ def run_setup(context: Context) -> int:
 
 
 def start_after_setup(context: Context, draft: Draft, terminal: Terminal) -> int:
-    """Serve, or ask what to start if no more than `setup` was said."""
-    options, start = context.options, "serve"
-    if known_command(options.command) == "setup":
+    """Do what was asked for before, or ask what to start after `setup`."""
+    options, start = context.options, known_command(context.options.command)
+    if start == "setup":
         rows = [Choice("code", "Launch Claude Code", f"{program()} code"),
                 Choice("serve", "Start the proxy", program())]
         try:
@@ -11831,7 +11839,7 @@ def start_after_setup(context: Context, draft: Draft, terminal: Terminal) -> int
         except (Back, Leave):
             return 0
     options.reconfigure = None
-    context = make_context(options, [], context.store)
+    context = make_context(options, context.arguments, context.store)
     if draft.claude and not draft.ready:
         agree_on_settings(context)
     start_log(context, quiet=start != "serve")
@@ -12141,6 +12149,8 @@ def run_code(context: Context) -> int:
     if not program:
         complain(CLAUDE_MISSING)
         return 1
+    if unready_here(context):
+        return run_setup(context)
     arguments = context.arguments
     if context.options.model:
         arguments = ["--model", context.options.model, *arguments]

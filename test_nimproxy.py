@@ -5661,6 +5661,7 @@ def test_memory_has_a_bound_whatever_comes(tmp_path, first, piece, times, words,
             client = Client("http://127.0.0.1:%d" % proxy.port)
             assert client.request("GET", "/health")[0] == 200
             before = proxy.memory()
+            proxy.forget_peak()
             body = {**ASK, "stream": True, "tools": list(READ.values())}
             end = last_event(client, body)
             assert words in end["error"]["message"]
@@ -10142,6 +10143,20 @@ def test_the_first_run_sets_up_and_serves(tmp_path):
         url = person.reads("upstream").split()[0]
         assert Client(url).message()["content"][0]["text"] == "hello"
         person.types("\x03")
+        assert person.ends() == 0
+
+
+@on_a_terminal
+def test_the_first_code_sets_up_and_launches(tmp_path):
+    (tmp_path / "bin").mkdir()
+    claude = tmp_path / "bin" / "claude"
+    claude.write_text('#!/bin/sh\necho "launched with $* on $ANTHROPIC_MODEL"\n')
+    claude.chmod(0o755)
+    path = f"{claude.parent}{os.pathsep}{os.environ['PATH']}"
+    argv = ["code", "-p", "hi"]
+    with models_fake() as nim, Person(tmp_path, *argv, PATH=path) as person:
+        person.answers(*to_nvidia(nim.url), ("All right?", "2"),
+                       ("launched with -p hi on mid/one", ""))
         assert person.ends() == 0
 
 
@@ -14688,6 +14703,10 @@ class Process:
         """Resident, in MB."""
         status = Path("/proc/%d/status" % self.process.pid).read_text()
         return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
+
+    def forget_peak(self):
+        """From now on: to compile the file may have taken more than what follows."""
+        Path("/proc/%d/clear_refs" % self.process.pid).write_text("5")
 
     def peak(self):
         """The most that was ever resident, in MB."""
