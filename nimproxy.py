@@ -10125,10 +10125,12 @@ class Store:
                         else {} for folder in (home, old_home))
         self.settings = ours
         active = ours.get("active_provider", theirs.get("active_provider"))
-        if old_home and not self.records:       # the program that came before that
-            path = os.path.join(old_home, "config.json")
-            active = provider_at(str(self.read(path).get("baseUrl")))
-            self.take(active, path)
+        path = os.path.join(old_home, "config.json")    # of claude-adapter's own
+        older = self.read(path) if old_home and not self.records else {}    # ancestor
+        if older:
+            name = provider_at(str(older.get("baseUrl")))
+            self.records[name], self.paths[name] = older, path
+            active = active or name
         self.active = active if active in self.records or active in KEYLESS else ""
 
     def take(self, name: str, path: str) -> None:
@@ -11893,12 +11895,12 @@ def run_ls(context: Context) -> int:
     """The providers that are set up, as claude-adapter's columns."""
     store = context.store
     rows = []
-    for name in store.records:
+    for name in dict.fromkeys(filter(None, [*store.records, store.active])):
         config, _ = resolve_config({"provider": name}, {}, {}, File(), store.saved())
         rows.append({"provider": name, "type": "proxy" if config.api == APIS[0]
                      else "relay", "base_url": config.base_url,
                      "models": {tier: getattr(config, tier) for tier in TIERS},
-                     "active": name == store.active, "path": store.paths[name]})
+                     "active": name == store.active, "path": store.paths.get(name)})
     if context.options.json:
         say(json.dumps(rows, indent=1))
         return 0
