@@ -11095,7 +11095,8 @@ class Terminal:
 
     def chosen_by_keys(self, title: str, rows: List[Choice], at: int) -> Any:
         with single_keys() as read:         # from here on, typed ahead or not
-            say(title + "  (arrow keys and Enter, or a number)")
+            line = title + "  (arrow keys and Enter, or a number)"
+            say(line if cut_to(line, terminal_width() - 1) == line else title)
             say("\n".join(self.lines(rows, at)))
             while True:
                 key = read()
@@ -11260,8 +11261,8 @@ class Wizard:
 
     def run(self, draft: Draft = Draft()) -> Draft:
         """The draft when all is answered, from what is known already.  Raises Leave."""
-        say("  Enter takes what is in brackets; < goes back; exit or Ctrl-C leaves "
-            "all as it was.")
+        say("  Enter takes what is in brackets; < goes back; exit or Ctrl-C changes "
+            "nothing.")
         at, past = 0, []
         while at < len(STEPS):
             name, asked = STEPS[at]
@@ -11812,6 +11813,7 @@ def run_setup(context: Context) -> int:
                               "config.yaml")
     if not store.home:
         raise ProxyError(400, "there is no home to keep it in: set NIMPROXY_HOME")
+    start_log(context, quiet=True)      # a check's requests are told by the wizard
     again = store.active if options.reconfigure else ""
     draft = Draft(provider=options.provider or again, again=bool(again),
                   unasked=bool(options.no_claude_settings),

@@ -10153,6 +10153,18 @@ def test_the_first_run_sets_up_and_serves(tmp_path):
 
 
 @on_a_terminal
+def test_a_check_of_the_first_run_stands_in_plain_lines_that_fit(tmp_path):
+    nim = models_fake(*[streams(says("ok")), streams(says("ok"))] * 2)
+    with nim, Person(tmp_path, "-p", "0") as person:
+        said = "".join(person.reads(words) + words + (person.types(keys) or "")
+                       for words, keys in to_nvidia(nim.url) + [
+                           ("All right?", "1"), ("big/one: ok\r\n  mid/one: ok", "")])
+        for line in said.splitlines():
+            line = re.sub(r"\x1b\[\w+", "", line)
+            assert np.cut_to(line, 80) == line or str(tmp_path) in line
+
+
+@on_a_terminal
 def test_the_first_code_sets_up_and_launches(tmp_path):
     (tmp_path / "bin").mkdir()
     claude = tmp_path / "bin" / "claude"
