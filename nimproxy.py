@@ -11570,7 +11570,7 @@ OPTIONS = {                 # name: (what it takes, or "" for a switch; help)
     "--demo": ("", "use the built-in upstream"),
     "--show-config": ("", "print each setting with its source, and exit"),
     "--live": ("", "models: ask the provider"),
-    "--json": ("", "models, status, usage, openclaw: as JSON"),
+    "--json": ("", "lists and reports as JSON"),
     "--days": ("N", "usage: of so many days (default 7, at most 30)"),
     "--shell": ("SHELL", "env: sh, fish or powershell"),
     "--reconfigure": ("", "set the active provider up anew, then serve"),

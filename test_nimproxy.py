@@ -459,6 +459,65 @@ def test_one_broad_except():
     assert len(broad) == 1
 
 
+# The README names what there is: all of it, nothing else, with its defaults.
+
+README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+
+
+def readme_rows(title):
+    """The cells of each row of the tables in a section."""
+    section = re.search(rf"^## {title}\n(.+?)(?=^## )", README, re.M | re.S)[1]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+            for line in section.splitlines() if line.startswith("|")]
+    return [row for at, row in enumerate(rows) if not row[0].startswith("---")
+            and not "".join(rows[min(at + 1, len(rows) - 1)]).startswith("---")]
+
+
+def ticked(cell):
+    return re.findall("`([^`]+)`", cell)
+
+
+def test_the_readme_has_each_command_and_option():
+    rows = [words.split()[0] for row in readme_rows("Commands")
+            for words in ticked(row[0])]
+    commands = [word for word in rows if word[0] != "-"]
+    assert sorted(commands) == sorted([*np.COMMANDS, *np.OTHER_NAMES])
+    options = {word for word in rows if word[0] == "-"}
+    options.update(word for row in readme_rows("Settings") for word in ticked(row[0]))
+    assert options - {"-p"} == {*np.OPTIONS, *np.SHORT} - {"-p"}
+
+
+def test_the_readme_has_each_setting_with_its_default():
+    found = {}
+    for _, variables, keys, default in readme_rows("Settings"):
+        start = ""
+        for key in ticked(keys):
+            key = start + key if key[0] == "." else key.partition(":")[0]
+            start = key.rpartition(".")[0]
+            found[key] = default
+        for variable in ticked(variables):
+            found[variable.partition("=")[0]] = default
+    free = {np.ALIASES, np.FALLBACKS, "MODEL_ALIAS_X__Y_Z"}
+    rows = [(name, row.field) for row in np.SETTINGS
+            for name in (row.variable, row.key) if name]
+    assert set(found) == {name for name, _ in rows} | free
+    for name, field in rows:
+        value = np.Config._field_defaults[field]
+        if isinstance(value, (int, float)) and value and value is not True:
+            assert re.search(rf"\b{value:g}\b", found[name]), name
+
+
+def test_the_readme_has_each_provider():
+    def shown(row):
+        url, models = row.base_url, dict.fromkeys((row.opus, row.sonnet, row.haiku))
+        api = "Anthropic's" if np.api_at(url) == np.APIS[1] else "OpenAI's"
+        return [f"`{row.name}`", row.label, row.category, api if url else "either",
+                f"`{url}`" if url else "", f"`{row.key_variable}`" * bool(
+                    row.key_variable), row.key_page,
+                ", ".join(f"`{name}`" for name in models if name)]
+    assert readme_rows("Providers") == [shown(row) for row in np.PROVIDERS.values()]
+
+
 # ---- 2. Errors and JSON ------------------------------------------------------
 
 def test_every_status_has_an_anthropic_type():
