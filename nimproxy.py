@@ -12347,7 +12347,8 @@ def run_install(context: Context) -> int:
         complain("nothing was changed")
         return 1
     install_settings(paths, wish, complain)
-    say(f"Claude Code goes to {url}, where `{program()}` has to serve")
+    say(f"Claude Code goes to {url}, where `{program()}"
+        f"{hinted(context, config.port)}` has to serve")
     say(f"`{program()} uninstall` puts everything back")
     return 0
 

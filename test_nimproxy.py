@@ -9846,7 +9846,8 @@ def test_install_heeds_what_the_user_wants_otherwise(shell, capsys, monkeypatch)
     monkeypatch.setenv("CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY", "1")
     monkeypatch.setenv("PROXY_API_KEY", "k" * 16)
     for host in ("0.0.0.0", "127.0.0.1"):
-        assert run(capsys, "install", "-y", "--host", host, "--model", "a/b")[0] == 0
+        code, out, _ = run(capsys, "install", "-y", "--host", host, "--model", "a/b")
+        assert code == 0 and f" --model a/b --host {host}` has to serve" in out
         env = env_of(paths)
         assert env["API_TIMEOUT_MS"] == "5" and env["ANTHROPIC_AUTH_TOKEN"] == "k" * 16
         assert not {"CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS",
