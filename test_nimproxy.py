@@ -507,6 +507,16 @@ def test_the_readme_has_each_setting_with_its_default():
             assert re.search(rf"\b{value:g}\b", found[name]), name
 
 
+def test_the_readme_has_each_route():
+    routes = []
+    for cell, _ in readme_rows("Routes"):
+        method, *paths = cell.replace("`", "").replace(",", "").split()
+        routes += [(method, path) for path in paths]
+    found = [row for method, path in routes for row in np.ROUTES
+             if method == row[0] and re.fullmatch(row[1], path)]
+    assert len(routes) == len(found) and set(found) == set(np.ROUTES)
+
+
 def test_the_readme_has_each_provider():
     def shown(row):
         url, models = row.base_url, dict.fromkeys((row.opus, row.sonnet, row.haiku))
