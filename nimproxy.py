@@ -9869,8 +9869,8 @@ class Background:
 
 
 # ---- 26. Client programs -----------------------------------------------------
-# The environment that makes Claude Code and the SDKs work through the proxy, and
-# running them: terminal, signals and exit code are theirs.
+# The environment that makes Claude Code and the SDKs work through the proxy, running
+# them (terminal, signals and exit code are theirs), and a proxy as they see it.
 
 # What would lead the client around the proxy, or hand it a key it does not need.
 BYPASSES = ("ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_UNIX_SOCKET",
@@ -10049,6 +10049,175 @@ def openclaw_model(config: Config, name: str) -> Json:
             "reasoning": thinks, "input": ["text"] + ["image"] * facts.vision,
             "contextWindow": config.context_window or facts.window,
             "maxTokens": facts.output, "cost": dict(zip(COSTS, facts.cost))}
+
+
+# ---- a proxy as its clients see it
+
+def streamed_answer(config: Config, url: str, body: Json) -> Tuple[Any, Any]:
+    """Connection and response of a Messages request; ProxyError if it was refused."""
+    connection, response = ask_proxy(config, url, "POST", "/v1/messages", body)
+    if response.status == 200:
+        return connection, response
+    with contextlib.closing(connection):
+        text = error_words(response.read(), response.status)[0]
+        raise ProxyError(response.status, text)
+
+
+def streamed_events(connection: Any, response: Any) -> Iterator[Event]:
+    """The events of a streamed answer; ProxyError for one that failed."""
+    from http.client import HTTPException
+    frames, data = started(sse_frames()), b" "
+    with contextlib.closing(connection):
+        while data:
+            try:
+                data = response.read1(READ_BYTES)
+            except HTTPException:
+                raise ProxyError(502, "the answer broke off in its middle") from None
+            for frame in frames.send(data):
+                event = decode_json(frame.data)
+                if frame.event == "error":
+                    raise ProxyError(502, sentence(event))
+                yield frame.event, event
+
+
+PROBE_SECONDS = {"/status": 1.0, "/health": 1.0}   # strangers may say nothing
+MAX_STATUS_BYTES = 1 << 20  # forty requests and errors and some hundred counts
+
+
+def ask_proxy(config: Config, url: str, method: str, path: str,
+              body: Optional[Json] = None) -> Tuple[Any, Any]:
+    """http.client's connection and response; OSError for whatever fails."""
+    from http.client import HTTPConnection, HTTPException
+    seconds = 600.0 if body else PROBE_SECONDS.get(path, 2.0)
+    connection = HTTPConnection(urlsplit(url).netloc, timeout=seconds)
+    headers = {"x-api-key": config.proxy_key} if config.proxy_key else {}
+    payload = json.dumps(body) if body else None
+    try:
+        connection.request(method, path, payload, headers)
+        return connection, connection.getresponse()
+    except (OSError, HTTPException) as error:
+        connection.close()
+        raise OSError(f"{url} does not answer: {error}") from None
+
+
+def running_status(config: Config, path: str = "/status") -> Json:
+    """The status of a proxy of ours at the configured address; {} if there is none."""
+    from http.client import HTTPException
+    url = config_url(config)
+    try:
+        connection, response = ask_proxy(config, url, "GET", path)
+        with contextlib.closing(connection):
+            if not 0 < (response.length or 0) < MAX_STATUS_BYTES:
+                return {}                   # a stranger's, which may have no end
+            status = decode_json(response.read().decode("utf-8", "replace"))
+    except (OSError, ValueError, HTTPException, RecursionError):
+        return {}
+    ours = isinstance(status, dict) and status.get("service") == "nimproxy"
+    return status if ours else {}
+
+
+def running_proxy(config: Config) -> Tuple[Config, Json]:
+    """Where a proxy of ours for the same upstream is up, from the configured port on,
+    and its status; else whichever is at that port itself, {} if none is."""
+    from concurrent.futures import ThreadPoolExecutor
+    own, place = running_status(config), upstream_place(config)
+    others = [config._replace(port=port) for port in near_ports(config)[1:]]
+    if own.get("base_url") == place or not others:
+        return config, own
+    with ThreadPoolExecutor(PORTS) as pool:     # Windows refuses after two seconds
+        found = zip(others, pool.map(neighbour_status, others))
+        return next(((near, status) for near, status in found
+                     if status.get("base_url") == place), (config, own))
+
+
+def neighbour_status(config: Config) -> Json:
+    """The same, and no key goes to whoever does not even say that it is a nimproxy."""
+    known = running_status(config._replace(proxy_key=""), "/health")
+    return running_status(config) if known else {}
+
+
+def answers(config: Config, url: str) -> bool:
+    """Whether a nimproxy is up there, which Claude Code had better stay with."""
+    try:
+        connection, response = ask_proxy(config, url, "GET", "/health")
+        with contextlib.closing(connection):
+            return b'"nimproxy"' in response.read(MAX_LINE_BYTES)
+    except OSError:
+        return False
+
+
+ONCE_SECONDS = 0.05         # what comes within them has come at once, at no rate
+
+
+def figures_line(message: Json, times: List[float]) -> str:
+    """`first token 0.51 s, 40.2 tokens/s, in 7, out 3, end_turn`; the rate is that of
+    the time after the first token."""
+    usage, seconds = message["usage"], times[-1] - times[0]
+    read = usage["input_tokens"] + usage.get("cache_read_input_tokens", 0)
+    rate = "all at once"
+    if seconds > ONCE_SECONDS:
+        rate = f"{max(usage['output_tokens'] - 1, 0) / seconds:.1f} tokens/s"
+    return (f"first token {times[0]:.2f} s, {rate}, in {read}, "
+            f"out {usage['output_tokens']}, {message['stop_reason']}")
+
+
+def config_url(config: Config) -> str:
+    return http_url(config.host, config.port)
+
+
+PORTS = 10                  # that are tried; as an older program did
+
+
+def near_ports(config: Config) -> range:
+    """The configured port and the nine after it; 0 means any, and has none after it."""
+    return range(config.port, min(config.port + (PORTS if config.port else 1), 65536))
+
+
+def port_user(config: Config) -> str:
+    """Who listens where we would: `python3 (pid 7)`, `nimproxy already`."""
+    name, pid = port_owner(config)
+    if running_status(config._replace(proxy_key=""), "/health"):
+        name = "nimproxy already"
+    return name + (f" (pid {pid})" if pid else "")
+
+
+def port_owner(config: Config) -> Tuple[str, str]:
+    """Name and process id of who listens where we would, if the system tells (Linux:
+    of one's own processes)."""
+    found: Set[str] = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError), open(table, encoding="ascii") as rows:
+            found.update(f"socket:[{row.split()[9]}]" for row in list(rows)[1:]
+                         if conflicts(row.split(), config))
+    for pid in os.listdir("/proc") if found else ():
+        with contextlib.suppress(OSError):      # another user's, or just ended
+            places = f"/proc/{pid}/fd"
+            if any(os.readlink(f"{places}/{number}") in found
+                   for number in (os.listdir(places) if pid.isdigit() else ())):
+                with open(f"/proc/{pid}/comm", encoding="utf-8") as name:
+                    return printable(name.read().strip()), pid
+    return "another program", ""
+
+
+LISTENING = "0A"            # the state, in /proc/net/tcp
+
+
+def conflicts(row: List[str], config: Config) -> bool:
+    """Whether a row of /proc/net/tcp is a listener at our port, and not at another
+    address of this machine: its fields are, from the second on,
+    0100007F:2253 00000000:0000 0A (in words of the machine's own byte order)."""
+    host, _, port = row[1].partition(":")
+    if row[3] != LISTENING or int(port, 16) != config.port:
+        return False
+    raw = bytes.fromhex(host)
+    words = [raw[at:at + 4] for at in range(0, len(raw), 4)]
+    turn = -1 if sys.byteorder == "little" else 1
+    there = ipaddress.ip_address(b"".join(word[::turn] for word in words))
+    try:
+        ours = ipaddress.ip_address(config.host)
+    except ValueError:
+        return True                         # a name: any of its addresses
+    return ours.is_unspecified or there.is_unspecified or there == ours
 
 
 # ---- 27. Saved: providers as they were set up --------------------------------
@@ -12072,32 +12241,12 @@ def described_upstream(config: Config) -> str:
     return f"{upstream_place(config)}, model {config.default_model}"
 
 
-def config_url(config: Config) -> str:
-    return http_url(config.host, config.port)
-
-
-PORTS = 10                  # that are tried; as an older program did
-
-
-def near_ports(config: Config) -> range:
-    """The configured port and the nine after it; 0 means any, and has none after it."""
-    return range(config.port, min(config.port + (PORTS if config.port else 1), 65536))
-
-
 def tell_port(config: Config, url: str) -> int:
     """The port of a URL; that it is not the configured one is said, and why."""
     port = urlsplit(url).port or 0
     if config.port not in (0, port):
         complain(f"port {config.port} is in use by {port_user(config)}; taking {port}")
     return port
-
-
-def port_user(config: Config) -> str:
-    """Who listens where we would: `python3 (pid 7)`, `nimproxy already`."""
-    name, pid = port_owner(config)
-    if running_status(config._replace(proxy_key=""), "/health"):
-        name = "nimproxy already"
-    return name + (f" (pid {pid})" if pid else "")
 
 
 def address_trouble(config: Config, error: OSError) -> str:
@@ -12107,45 +12256,6 @@ def address_trouble(config: Config, error: OSError) -> str:
                 f"{ports[-1]} is free; end one of them, or choose with --port "
                 f"(`{program()} status` shows a nimproxy that is up)")
     return f"cannot listen at {where}: {error.strerror or error}; try --host or --port"
-
-
-def port_owner(config: Config) -> Tuple[str, str]:
-    """Name and process id of who listens where we would, if the system tells (Linux:
-    of one's own processes)."""
-    found: Set[str] = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError), open(table, encoding="ascii") as rows:
-            found.update(f"socket:[{row.split()[9]}]" for row in list(rows)[1:]
-                         if conflicts(row.split(), config))
-    for pid in os.listdir("/proc") if found else ():
-        with contextlib.suppress(OSError):      # another user's, or just ended
-            places = f"/proc/{pid}/fd"
-            if any(os.readlink(f"{places}/{number}") in found
-                   for number in (os.listdir(places) if pid.isdigit() else ())):
-                with open(f"/proc/{pid}/comm", encoding="utf-8") as name:
-                    return printable(name.read().strip()), pid
-    return "another program", ""
-
-
-LISTENING = "0A"            # the state, in /proc/net/tcp
-
-
-def conflicts(row: List[str], config: Config) -> bool:
-    """Whether a row of /proc/net/tcp is a listener at our port, and not at another
-    address of this machine: its fields are, from the second on,
-    0100007F:2253 00000000:0000 0A (in words of the machine's own byte order)."""
-    host, _, port = row[1].partition(":")
-    if row[3] != LISTENING or int(port, 16) != config.port:
-        return False
-    raw = bytes.fromhex(host)
-    words = [raw[at:at + 4] for at in range(0, len(raw), 4)]
-    turn = -1 if sys.byteorder == "little" else 1
-    there = ipaddress.ip_address(b"".join(word[::turn] for word in words))
-    try:
-        ours = ipaddress.ip_address(config.host)
-    except ValueError:
-        return True                         # a name: any of its addresses
-    return ours.is_unspecified or there.is_unspecified or there == ours
 
 
 def run_code(context: Context) -> int:
@@ -12284,16 +12394,6 @@ def clients_led(context: Context, url: str) -> Iterator[None]:
         except ProxyError as error:
             log.warning("%s; Claude Code's settings are left alone", error.message)
         yield
-
-
-def answers(config: Config, url: str) -> bool:
-    """Whether a nimproxy is up there, which Claude Code had better stay with."""
-    try:
-        connection, response = ask_proxy(config, url, "GET", "/health")
-        with contextlib.closing(connection):
-            return b'"nimproxy"' in response.read(MAX_LINE_BYTES)
-    except OSError:
-        return False
 
 
 def led_by_settings(context: Context, url: str) -> ContextManager:
@@ -12504,21 +12604,6 @@ def shown_event(name: str, data: Json, kind: str, shade: bool) -> str:
     return harmless(next(filter(None, words), ""))
 
 
-ONCE_SECONDS = 0.05         # what comes within them has come at once, at no rate
-
-
-def figures_line(message: Json, times: List[float]) -> str:
-    """`first token 0.51 s, 40.2 tokens/s, in 7, out 3, end_turn`; the rate is that of
-    the time after the first token."""
-    usage, seconds = message["usage"], times[-1] - times[0]
-    read = usage["input_tokens"] + usage.get("cache_read_input_tokens", 0)
-    rate = "all at once"
-    if seconds > ONCE_SECONDS:
-        rate = f"{max(usage['output_tokens'] - 1, 0) / seconds:.1f} tokens/s"
-    return (f"first token {times[0]:.2f} s, {rate}, in {read}, "
-            f"out {usage['output_tokens']}, {message['stop_reason']}")
-
-
 def answerer(config: Config, request_id: str, message: Json) -> str:
     """Which model answered a request, where, and why not the one that was asked."""
     status = running_status(config)
@@ -12529,89 +12614,6 @@ def answerer(config: Config, request_id: str, message: Json) -> str:
     place = status.get("base_url") or upstream_place(config)
     return (f"{row.get('model') or message['model']} at {place}{why}, by way of "
             f"{config_url(config)}")
-
-
-def streamed_answer(config: Config, url: str, body: Json) -> Tuple[Any, Any]:
-    """Connection and response of a Messages request; ProxyError if it was refused."""
-    connection, response = ask_proxy(config, url, "POST", "/v1/messages", body)
-    if response.status == 200:
-        return connection, response
-    with contextlib.closing(connection):
-        text = error_words(response.read(), response.status)[0]
-        raise ProxyError(response.status, text)
-
-
-def streamed_events(connection: Any, response: Any) -> Iterator[Event]:
-    """The events of a streamed answer; ProxyError for one that failed."""
-    from http.client import HTTPException
-    frames, data = started(sse_frames()), b" "
-    with contextlib.closing(connection):
-        while data:
-            try:
-                data = response.read1(READ_BYTES)
-            except HTTPException:
-                raise ProxyError(502, "the answer broke off in its middle") from None
-            for frame in frames.send(data):
-                event = decode_json(frame.data)
-                if frame.event == "error":
-                    raise ProxyError(502, sentence(event))
-                yield frame.event, event
-
-
-PROBE_SECONDS = {"/status": 1.0, "/health": 1.0}   # strangers may say nothing
-MAX_STATUS_BYTES = 1 << 20  # forty requests and errors and some hundred counts
-
-
-def ask_proxy(config: Config, url: str, method: str, path: str,
-              body: Optional[Json] = None) -> Tuple[Any, Any]:
-    """http.client's connection and response; OSError for whatever fails."""
-    from http.client import HTTPConnection, HTTPException
-    seconds = 600.0 if body else PROBE_SECONDS.get(path, 2.0)
-    connection = HTTPConnection(urlsplit(url).netloc, timeout=seconds)
-    headers = {"x-api-key": config.proxy_key} if config.proxy_key else {}
-    payload = json.dumps(body) if body else None
-    try:
-        connection.request(method, path, payload, headers)
-        return connection, connection.getresponse()
-    except (OSError, HTTPException) as error:
-        connection.close()
-        raise OSError(f"{url} does not answer: {error}") from None
-
-
-def running_status(config: Config, path: str = "/status") -> Json:
-    """The status of a proxy of ours at the configured address; {} if there is none."""
-    from http.client import HTTPException
-    url = config_url(config)
-    try:
-        connection, response = ask_proxy(config, url, "GET", path)
-        with contextlib.closing(connection):
-            if not 0 < (response.length or 0) < MAX_STATUS_BYTES:
-                return {}                   # a stranger's, which may have no end
-            status = decode_json(response.read().decode("utf-8", "replace"))
-    except (OSError, ValueError, HTTPException, RecursionError):
-        return {}
-    ours = isinstance(status, dict) and status.get("service") == "nimproxy"
-    return status if ours else {}
-
-
-def running_proxy(config: Config) -> Tuple[Config, Json]:
-    """Where a proxy of ours for the same upstream is up, from the configured port on,
-    and its status; else whichever is at that port itself, {} if none is."""
-    from concurrent.futures import ThreadPoolExecutor
-    own, place = running_status(config), upstream_place(config)
-    others = [config._replace(port=port) for port in near_ports(config)[1:]]
-    if own.get("base_url") == place or not others:
-        return config, own
-    with ThreadPoolExecutor(PORTS) as pool:     # Windows refuses after two seconds
-        found = zip(others, pool.map(neighbour_status, others))
-        return next(((near, status) for near, status in found
-                     if status.get("base_url") == place), (config, own))
-
-
-def neighbour_status(config: Config) -> Json:
-    """The same, and no key goes to whoever does not even say that it is a nimproxy."""
-    known = running_status(config._replace(proxy_key=""), "/health")
-    return running_status(config) if known else {}
 
 
 def run_models(context: Context) -> int:

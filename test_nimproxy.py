@@ -359,7 +359,8 @@ USES = {            # part: the other parts it may use
     "Page": "",
     "Proxy": " ".join(PARTS[:PARTS.index("Proxy")]),
     "Server": "Numbers Errors Configuration HTTP/1.1 Upstream Journal Proxy",
-    "Client": "Models Configuration",
+    "Client": "Numbers Errors Models Configuration Refusals Streams Event Journal "
+              "Server",
     "Saved": "Numbers Errors Models Files Configuration Memory",
     "Settings": "Numbers Errors Files Memory",
     "Terminal": "Errors Journal",
@@ -373,7 +374,7 @@ KEPT = {            # names that only some parts may use
     "asyncio": WAIT, "time": WAIT, "socket": ["Upstream", "Server", "Doctor"],
     "open": ["Memory", "Client", "Saved", "Settings", "Terminal", "Command"],
     "subprocess": ["Client", "Settings"], "os": WAIT,
-    "sys": ["Terminal", "Setup", "Command"],
+    "sys": ["Client", "Terminal", "Setup", "Command"],
     "print": ["Terminal", "Command"], "input": ["Terminal"],
     "threading": ["Server"], "logging": ["Memory", "Command"],
 }
