@@ -9962,6 +9962,26 @@ def claude_program(environ: Mapping[str, str]) -> str:
     return next(filter(None, found), "")
 
 
+VERSION_SECONDS = 10.0      # for --version; node takes one on a slow disk
+
+
+def program_version(path: str, environ: Mapping[str, str]) -> Tuple[str, str]:
+    """What a program answers to --version, and why it does not."""
+    try:
+        done = subprocess.run([path, "--version"], env=dict(environ),
+                              stdin=subprocess.DEVNULL, capture_output=True,
+                              timeout=VERSION_SECONDS)
+    except subprocess.TimeoutExpired:
+        return "", f"no version within {VERSION_SECONDS:g} s"
+    except OSError as error:
+        return "", error.strerror or str(error)
+    said, trouble = (printable(raw.decode("utf-8", "replace").strip())
+                     for raw in (done.stdout, done.stderr))
+    if done.returncode:
+        return "", trouble or said or f"it ended with {done.returncode}"
+    return said, ""
+
+
 def run_child(command: List[str], environ: Mapping[str, str], piped: bool) -> int:
     """Run a program on this terminal and return its exit code (128 + signal).
 
@@ -11685,7 +11705,839 @@ def summary_rows(draft: Draft) -> List[Tuple[str, str]]:
 
 
 # ---- 31. Doctor: what is wrong, and what mends it ----------------------------
-# Checks as rows; each finding comes with the command that mends it.
+# Checks as rows, from this machine outwards; each finding comes with the step that
+# mends it.  Nothing is changed, and every wait is bounded, with and without a network.
+
+OK, NOTE, BROKEN = "ok", "note", "BROKEN"       # BROKEN: something cannot work so
+CHECK_SECONDS = 8.0         # for a name, a connection, an answer; a person waits
+MODEL_SECONDS = 90.0        # for one probe of a model; a cold start takes a minute
+LEAST_DISK_BYTES = 64 << 20     # two days of the largest logs
+LEAST_DESCRIPTORS = 256     # a hundred streams take two each
+LEAST_CLAUDE = (2, 1)       # what knows the variables for a model's window
+FRESH_ERROR_SECONDS = 3600  # an older error may have been mended long since
+MAX_TAIL_BYTES = 64 * 1024  # of today's error log: some hundred rows
+PROBE_TOKENS = 256          # enough to think a little and say ok
+Said = Iterator[Tuple[str, str, str]]           # state, what was found, what mends it
+
+
+class Finding(NamedTuple):
+    check: str              # a name in CHECKS
+    state: str
+    found: str
+    mend: str               # a command, or a step; "" where nothing need be done
+
+
+class Patient:
+    """What is examined, and what earlier checks have found for the later ones.
+
+    `faults` are (words, mend) for settings that could not be understood: they are
+    left out of the configuration.
+    """
+
+    def __init__(self, config: Config, sources: Json, store: Store,
+                 environ: Mapping[str, str]) -> None:
+        self.config, self.sources = config, sources
+        self.store, self.environ = store, environ
+        self.faults: List[Tuple[str, str]] = []
+        self.probe = False
+        self.asked = True                       # whether upstream can be asked
+        self.live: List[str] = []               # the models that it lists
+        self.windows: Dict[str, int] = {}       # tokens, as it tells them
+        self.idle: Set[str] = set()             # models that it has not loaded
+        self.learned = Learned("")              # from refusals, if that can be read
+        self.built_in = config.default_model == DEMO_MODEL
+
+
+def findings(patient: Patient) -> Iterator[Finding]:
+    """What each check finds, without secrets."""
+    for name, check in CHECKS.items():
+        try:
+            for state, found, mend in check(patient):
+                yield Finding(name, state, public(patient, found),
+                              public(patient, mend))
+        except (ProxyError, OSError) as error:
+            words = getattr(error, "message", "") or str(error)
+            yield Finding(name, BROKEN, public(patient, words), "")
+
+
+def public(patient: Patient, text: str) -> str:
+    """Words without any key, for upstream may quote one."""
+    config = patient.config
+    keys = {patient.environ.get(row.key_variable, "") for row in PROVIDERS.values()}
+    for secret in {config.api_key, config.proxy_key, *keys}:
+        text = redacted(text, secret if len(secret) >= 8 else "")
+    return harmless(re.sub(r"//[^/@\s]*@", "//***@", text))
+
+
+# ---- this machine
+
+def check_program(patient: Patient) -> Said:
+    import platform
+    yield OK, f"nimproxy {__version__}, Python {platform.python_version()}", ""
+    with contextlib.suppress(ImportError):              # Windows
+        import resource
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        if 0 <= most < LEAST_DESCRIPTORS:
+            yield NOTE, f"only {most} files and sockets may be open at once", (
+                f"ulimit -Hn {MAX_DESCRIPTORS}, as root")
+
+
+def check_home(patient: Patient) -> Said:
+    """The folder of what is kept: there, writable, whole, and nobody else's to read."""
+    store, home = patient.store, patient.store.home
+    if not home:
+        yield BROKEN, "there is no home: nothing is kept", "set NIMPROXY_HOME"
+        return
+    damaged = list(store.troubles)
+    looking = Store("")
+    memory = os.path.join(home, "learned.json")
+    try:
+        learned_rows(looking.read(memory))
+    except ValueError as error:
+        looking.troubles.append(f"{memory}: cannot be read: {error}")
+    if not looking.troubles:                    # else that would set it aside
+        patient.learned = Learned(home)
+    damaged += looking.troubles
+    for words in damaged:
+        path = words.partition(": cannot be read")[0]
+        yield BROKEN, words, f"repair or delete it: rm {shlex.quote(path)}"
+    place = home
+    while not os.path.lexists(place) and os.path.dirname(place) != place:
+        place = os.path.dirname(place)
+    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
+        yield BROKEN, f"{place} cannot be written: nothing is kept", (
+            "NIMPROXY_HOME names another folder")
+        return
+    yield from loose_modes(store, home)
+    import shutil
+    free = shutil.disk_usage(place).free
+    if free < LEAST_DISK_BYTES:
+        yield NOTE, f"only {free >> 20} MB are free on the disk of {home}", "make room"
+    if not damaged:
+        saved = ", ".join(store.records) or "no provider"
+        yield OK, f"{home}, {saved} set up", ""
+
+
+def loose_modes(store: Store, home: str) -> Said:
+    if os.name == "nt" or not os.path.isdir(home):
+        return
+    for path in [home, *store.paths.values()]:
+        with contextlib.suppress(OSError):
+            if path.startswith(home) and os.stat(path).st_mode & 0o077:
+                yield NOTE, f"others on this machine may look into {path}", (
+                    f"chmod -R go= {shlex.quote(home)}")
+                return
+
+
+# ---- what is set
+
+def check_choices(patient: Patient) -> Said:
+    config, sources = patient.config, patient.sources
+    variable = PROVIDERS[config.provider].key_variable
+    told = f"environment {variable}:"               # by the next check
+    for words, mend in patient.faults:
+        if words.startswith(told) and key_fault(patient.environ.get(variable, "")):
+            continue
+        yield BROKEN, f"{words}; it is left out here", mend
+    if patient.built_in:
+        yield OK, "the built-in model, which needs neither key nor network", ""
+    else:
+        source = sources.get("base_url") or sources.get("provider", "default")
+        yield OK, (f"{upstream_label(config)}, {config.base_url} (by {source}), "
+                   f"{config.api}"), ""
+    if not on_loopback(config.host) and len(config.proxy_key) < 16:
+        yield BROKEN, f"listening at {config.host} lets others spend your key", (
+            "export PROXY_API_KEY=$(openssl rand -hex 16), or --host 127.0.0.1")
+
+
+def check_key(patient: Patient) -> Said:
+    config, row = patient.config, host_row(patient.config)
+    own = PROVIDERS[config.provider]
+    raw = patient.environ.get(own.key_variable, "")
+    example = f"export {own.key_variable}={own.key_words or 'KEY'}"
+    fault = key_fault(raw)
+    if fault and raw.strip() in ("", config.api_key) or fault and not config.api_key:
+        yield BROKEN, f"{own.key_variable} {fault}", f"{example}, and nothing else"
+    elif patient.built_in or not config.api_key:
+        missing = missing_key(config) and not patient.built_in
+        if missing:
+            yield BROKEN, f"there is no API key for {own.label}", (
+                f"get one at {own.key_page}, then {example}, or `{program()} setup`")
+        else:
+            yield OK, "none is set, and none is known to be needed", ""
+    else:
+        shown = f"{masked_key(config.api_key)}, by {patient.sources.get('api_key')}"
+        whose = key_owner(config.api_key)
+        if whose and row.key_shape and not re.fullmatch(row.key_shape, config.api_key):
+            yield BROKEN, f"{shown}: a key of {whose}, and {row.label} is asked", (
+                f"{example}, from {own.key_page}, or --provider")
+        elif row.key_shape and not re.fullmatch(row.key_shape, config.api_key):
+            yield NOTE, f"{shown}: it has not the shape {row.key_words}", (
+                f"copy it again from {row.key_page}")
+        else:
+            yield OK, shown, ""
+
+
+def key_fault(raw: str) -> str:
+    """What is wrong with a key as it stands in a variable; "" if nothing is."""
+    if re.search(r"""["'`\u2018-\u201d]""", raw):
+        return "has quotes in it, as they are pasted around keys"
+    if re.match(r"(?i)bearer\s", raw):
+        return "begins with the word Bearer, which is no part of a key"
+    if re.search(r"\s", raw.strip()):
+        return "has blanks or line ends in it"
+    if "..." in raw or raw.strip("*xX.") == "" != raw:
+        return "holds an example instead of a key"
+    return "" if re.fullmatch("[!-~]*", raw.strip()) else "holds what is no plain ASCII"
+
+
+def masked_key(key: str) -> str:
+    """`***cdef`: no more than the last four, and of a short key nothing."""
+    return "***" + (key[-4:] if len(key) >= 12 else "")
+
+
+def key_owner(key: str) -> str:
+    """Whose keys begin so, as far as that is sure."""
+    return next((words for start, words in KEY_STARTS.items() if key.startswith(start)),
+                "")
+
+
+KEY_STARTS = {"nvapi-": "NVIDIA", "sk-ant-": "Anthropic", "sk-or-": "OpenRouter",
+              "sk-": "another provider (sk-)", "hf_": "Hugging Face",
+              "gsk_": "Groq", "AIza": "Google"}
+
+
+# ---- the way to upstream
+
+PROXY_VARIABLES = ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY",
+                   "all_proxy", "ALL_PROXY")
+
+
+def check_proxy(patient: Patient) -> Said:
+    """The HTTP proxy on the way, and whether clients would take it to come here."""
+    config = patient.config
+    named = [name for name in PROXY_VARIABLES if patient.environ.get(name)]
+    exempt = config.no_proxy if on_loopback(config.host) else "*"
+    if named and not ({"127.0.0.1", "*"} & set(re.split(r"[\s,]+", exempt))):
+        yield NOTE, f"{named[0]} without 127.0.0.1 in NO_PROXY: programs that are " \
+            "started by hand ask it for this proxy", (
+                f'eval "$({program()} env)", or export NO_PROXY=127.0.0.1,localhost')
+    if patient.built_in:
+        return
+    try:
+        proxy = proxy_for(config, url_target(config.base_url))
+    except ProxyError as error:
+        patient.asked = False
+        yield BROKEN, error.message, f"unset {' '.join(named)}, or mend it"
+        return
+    if not proxy:
+        yield OK, "no HTTP proxy on the way to upstream", ""
+        return
+    place = url_target(proxy)
+    fault = place_fault(place)
+    name = next((name for name in named if masked(patient.environ[name]) in
+                 (masked(proxy), masked(proxy).partition("//")[2])), "a variable")
+    if fault:
+        patient.asked = False
+        host = urlsplit(config.base_url).hostname
+        yield BROKEN, f"{name} leads to a proxy that does not answer: {fault}", (
+            f"start it, unset {name}, or add {host} to NO_PROXY")
+    else:
+        yield OK, f"{name}: {place.host}:{place.port} answers", ""
+
+
+def check_authorities(patient: Patient) -> Said:
+    """The files of certificate authorities that variables name."""
+    for variable, path in patient.config.ca_files:
+        mend = f"unset {variable}, or let it name a file of certificates (PEM)"
+        if not os.path.exists(path):
+            yield BROKEN, f"{variable}={path}: no such file", mend
+        elif not os.access(path, os.R_OK):
+            yield BROKEN, f"{variable}={path}: it may not be read", mend
+        else:
+            try:
+                tls_context(((variable, path),))
+                yield OK, f"{variable}={path}", ""
+            except ProxyError as error:
+                yield BROKEN, error.message, mend
+
+
+def check_connection(patient: Patient) -> Said:
+    """The host's name, a connection, and TLS on it."""
+    config, target = patient.config, url_target(patient.config.base_url)
+    if patient.built_in or not patient.asked:
+        yield (OK if patient.built_in else NOTE), "not needed" if patient.built_in \
+            else "not tried: the proxy on the way does not answer", ""
+        return
+    where = f"{target.host}:{target.port}"
+    try:
+        if not proxy_for(config, target):
+            name_resolved(target)
+        began = time.monotonic()
+        tls = asyncio.run(asyncio.wait_for(handshake(config, target), CHECK_SECONDS))
+        yield OK, f"{where} in {time.monotonic() - began:.2f} s{tls}", ""
+    except (ProxyError, asyncio.TimeoutError) as error:
+        words = getattr(error, "message", f"{where}: nothing within {CHECK_SECONDS:g} "
+                                          "s")
+        patient.asked = False
+        yield BROKEN, words, connection_mend(config, words)
+
+
+async def handshake(config: Config, target: Target) -> str:
+    """`, TLSv1.3` for a connection that could be made.  Raises ProxyError."""
+    upstream = Upstream(config)
+    wire = await upstream.connect(target)
+    tls = wire.writer.get_extra_info("ssl_object")
+    wire.abort()
+    return f", {tls.version()}" if tls else ""
+
+
+def name_resolved(target: Target) -> None:
+    """Resolve a host's name; ProxyError if that fails or takes too long.
+
+    On a thread that nobody waits for at the end: a resolver without a network may take
+    half a minute.
+    """
+    failures: List[BaseException] = []
+
+    def resolve() -> None:
+        try:
+            socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=resolve, daemon=True)
+    thread.start()
+    thread.join(CHECK_SECONDS)
+    if thread.is_alive():
+        failures.append(socket.gaierror("no answer"))
+    if failures:
+        raise unreachable(target, "", failures[0])
+
+
+def place_fault(place: Target) -> str:
+    """Why nothing can be reached at a place; "" if something can."""
+    try:
+        name_resolved(place)
+        socket.create_connection((place.host, place.port), CHECK_SECONDS).close()
+    except ProxyError as error:
+        return error.message
+    except OSError as error:
+        return unreachable(place, "", error).message
+    return ""
+
+
+SERVER_STARTS = {"ollama": "ollama serve", "lmstudio": "lms server start"}
+CONNECTION_MENDS = [        # pattern in the words, what mends it
+    ("not trusted", "export SSL_CERT_FILE=/path/to/its-authority.pem"),
+    ("has expired", "renew the server's certificate, or set this machine's clock"),
+    ("not valid yet", "set this machine's clock"),
+    ("another (host|address)", "name it in --base-url as its certificate does"),
+    ("not speak TLS", "--base-url with http:// instead of https://"),
+    ("resolved", "check the network, and the host's name in the base URL"),
+    ("nothing listens", "start the server, or name another by --base-url"),
+    ("", "check the network and firewall; a company's proxy goes into HTTPS_PROXY"),
+]
+
+
+def connection_mend(config: Config, words: str) -> str:
+    start = SERVER_STARTS.get(upstream_api(config).name, "")
+    if start and re.search("nothing listens|resolved", words):
+        return start
+    return next(mend for pattern, mend in CONNECTION_MENDS if re.search(pattern, words))
+
+
+# ---- upstream and its models
+
+def check_upstream(patient: Patient) -> Said:
+    """The list of models: whether the base URL and the key are taken."""
+    config = patient.config
+    if patient.built_in or not patient.asked:
+        yield (OK if patient.built_in else NOTE), "it is built in" if patient.built_in \
+            else "not asked: there is no connection", ""
+        return
+    path = "/v1/models" if speaks_messages(config) else "/models"
+    try:
+        status, headers, raw = fetched(config, path)
+    except ProxyError as error:
+        patient.asked = False
+        yield BROKEN, error.message, connection_mend(config, error.message)
+        return
+    value = shaped(json_in(raw), dict)
+    patient.live = [row["id"] for row in shaped(value.get("data"), list)
+                    if isinstance(row, dict) and isinstance(row.get("id"), str)]
+    patient.windows.update(told_windows(value, config.default_model))
+    if status == 200 and patient.live:
+        yield OK, f"lists {len(patient.live)} models; listed is not open to you: " \
+            "--probe asks them", ""
+        look_closer(patient)
+    else:
+        patient.asked = status < 300 or status in (404, 405, 429, 501)
+        yield listing_fault(config, status, headers, raw)
+
+
+def fetched(config: Config, place: str) -> Tuple[int, Headers, bytes]:
+    """Status, headers and body of a GET at a path or URL; ProxyError if none comes."""
+    async def ask() -> Tuple[int, Headers, bytes]:
+        upstream = Upstream(config._replace(first_byte_timeout=CHECK_SECONDS))
+        try:
+            answer = await upstream.ask(place)
+            try:
+                return answer.status, answer.headers, await answer.whole()
+            finally:
+                answer.release()
+        finally:
+            await upstream.close()
+    try:
+        return asyncio.run(asyncio.wait_for(ask(), CHECK_SECONDS))
+    except asyncio.TimeoutError:
+        raise ProxyError(504, f"no whole answer within {CHECK_SECONDS:g} s") from None
+
+
+def listing_fault(config: Config, status: int, headers: Headers, raw: bytes
+                  ) -> Tuple[str, str, str]:
+    """What an answer that is no list of models means."""
+    base, row = config.base_url, PROVIDERS[config.provider]
+    versioned = re.search(r"/v\d+(/|$)", base) or speaks_messages(config)
+    with_version = f"--base-url {base if versioned else base + '/v1'}"
+    error = refusal(Asked(config, ""), status, error_words(raw, status)[0])
+    page = raw.lstrip()[:1] == b"<" or "html" in header(headers, "content-type")
+    if 300 <= status < 400:
+        place = header(headers, "location")
+        base = re.sub("(/v1)?/models/?$" if speaks_messages(config) else "/models/?$",
+                      "", place)
+        return BROKEN, f"answers {status}, which leads to {place or 'nowhere'}; " \
+            "redirects are not followed", f"--base-url {base or 'URL'}"
+    if status in (401, 403):
+        return BROKEN, error.message, (
+            f"a new key from {row.key_page}, into {row.key_variable or 'upstream.'}"
+            f"{'' if row.key_variable else 'api_key'}")
+    if page and status < 500:
+        return BROKEN, f"a web page answers at {base}", (
+            f"{with_version}" if not versioned else
+            "check the base URL; a login page may be in between")
+    if status == 404 and not versioned:
+        return BROKEN, f"there is nothing at {base}/models (404)", with_version
+    if status in (404, 405, 501):
+        return NOTE, f"lists no models ({status}), as some do not", "--probe asks them"
+    if status == 429:
+        return NOTE, error.message, "wait some minutes"
+    if status == 200:
+        return NOTE, "answers, but not with a list of models", "--probe asks them"
+    return BROKEN, error.message, "wait; what the provider says of its state may help"
+
+
+def look_closer(patient: Patient) -> None:
+    """Which models the servers that load them have loaded, and with which window."""
+    config, name = patient.config, upstream_api(patient.config).name
+    root = re.sub(r"/v\d+$", "", config.base_url)
+    place = {"ollama": "/api/ps", "lmstudio": "/api/v0/models"}.get(name)
+    value: Json = {}
+    if place:
+        with contextlib.suppress(ProxyError):
+            value = shaped(json_in(fetched(config, root + place)[2]), dict)
+    rows = [row for row in shaped(value.get("models" if name == "ollama" else "data"),
+                                  list) if isinstance(row, dict)]
+    key, size = ("name", "context_length") if name == "ollama" else (
+        "id", "loaded_context_length")
+    loaded = {str(row.get(key)): whole(row.get(size)) for row in rows
+              if row.get("state") != "not-loaded"}
+    if value:
+        patient.windows = {name: tokens for name, tokens in loaded.items() if tokens}
+        patient.idle = {name for name in patient.live if name not in loaded}
+
+
+def check_models(patient: Patient) -> Said:
+    """Each model that is configured: listed, alive, and with window enough."""
+    config, learned = patient.config, patient.learned
+    for name, roles in named_models(config).items():
+        listed = name if name in patient.live else name + ":latest"     # Ollama's
+        yield model_said(patient, name, listed, f"{name} ({', '.join(roles)})")
+        mends = learned.mends(config.base_url, name)
+        if mends:
+            yield OK, f"{name}: learned from refusals: {', '.join(mends)}", (
+                f"rm {shlex.quote(learned.path)}, to forget it")
+
+
+def named_models(config: Config) -> Dict[str, List[str]]:
+    """What the models that are configured are there for."""
+    found: Dict[str, List[str]] = collections.defaultdict(list)
+    for tier in TIERS:
+        found[getattr(config, tier)].append(tier)
+    if config.default_model not in found:
+        found[config.default_model].append("default")
+    for alias, name in config.model_aliases.items():
+        found[name].append(f"alias {alias}")
+    for asked, names in config.fallbacks.items():
+        for name in names:
+            found[upstream_model(config, name)].append(f"instead of {asked}")
+    return found
+
+
+def model_said(patient: Patient, name: str, listed: str, what: str
+               ) -> Tuple[str, str, str]:
+    config, facts = patient.config, model_facts(patient.config, name)
+    if name == DEMO_MODEL:
+        return OK, f"{what}: built in", ""
+    hosted = config.base_url == PROVIDERS["nvidia"].base_url
+    kind, gone = upstream_api(config).name, bool(patient.live) and (
+        listed not in patient.live)
+    if facts.retired and (gone or not patient.live):
+        follows = SUCCESSORS.get(name, "")
+        if follows and hosted:
+            return NOTE, f"{what} is retired; {follows} is asked in its place", (
+                f"put {follows} where {name} is set")
+        return BROKEN, f"{what} is retired{instead(name)}", (
+            f"--model {follows or 'ID'}, or `{program()} models --live`")
+    if gone:
+        pull = {"ollama": f"ollama pull {name}", "lmstudio": f"lms get {name}"}
+        return BROKEN, f"{what} is not among the {len(patient.live)} models there" \
+            f"{nearest(name, patient.live)}", pull.get(
+                kind, f"--model ID of `{program()} models --live`")
+    return window_said(patient, name, listed, what)
+
+
+def window_said(patient: Patient, name: str, listed: str, what: str
+                ) -> Tuple[str, str, str]:
+    config, facts = patient.config, model_facts(patient.config, name)
+    learned = patient.learned.window(config.base_url, name)
+    window = (told_window(config, name) or patient.windows.get(listed) or learned
+              or facts.window * facts.sure)
+    hint = window_hint(config) or f"max_context_window: {LEAST_WINDOW_TOKENS} or more"
+    kind = upstream_api(config).name
+    words = f"{what}: {'listed' if listed in patient.live else 'set'}"
+    if listed in patient.idle and kind == "lmstudio":
+        return NOTE, f"{words}, but not loaded yet", (
+            f"lms load {name} --context-length 65536")
+    if listed in patient.idle and not told_window(config, name):
+        return NOTE, f"{words}, but not loaded: its window is not known", hint
+    if not window:
+        return NOTE, f"{words}; its window is not known, and {facts.window} tokens " \
+            "are assumed", "max_context_window: TOKENS in config.yaml"
+    if window < LEAST_WINDOW_TOKENS:
+        return BROKEN, f"{words}; its window of {window} tokens is too small for " \
+            "Claude Code", hint
+    text = "" if facts.vision else ", text only: images become a line of text"
+    return OK, f"{words}, window {window}{text}", ""
+
+
+# ---- one small request to each model
+
+PROBE_TOOL = {"name": "report", "description": "Reports a state.", "input_schema": {
+    "type": "object", "properties": {"state": {"type": "string"}},
+    "required": ["state"]}}
+PROBE_MENDS = [             # pattern in the words of a model that fails, what mends it
+    ("answered 401|answered 403", "a new key from {page}, or a model that it may use"),
+    (r"answered (404|410)|No model|not open to", "--model with another id: "
+     "`{program} models --live`"),
+    ("answered 429|over its rate|no turn", "wait some minutes; `fallbacks` in "
+     "config.yaml names what to ask instead"),
+    ("DEGRADED|busy|answered 5|empty answer", "wait, or `fallbacks` in config.yaml"),
+    ("within|silen", "it may still be loading: again, or a smaller model"),
+    ("tool", "tool_format: xml in config.yaml, or another model"),
+    ("", "`{program} test --model {model}` shows it whole"),
+]
+
+
+def check_probe(patient: Patient) -> Said:
+    """Text and a tool call, streamed, by each model that stands for a tier."""
+    config = patient.config
+    if not patient.probe:
+        return
+    if not patient.asked and not patient.built_in:
+        yield NOTE, "not tried: upstream cannot be asked", ""
+        return
+    models = list(dict.fromkeys([*(getattr(config, tier) for tier in TIERS),
+                                 config.default_model]))
+    if patient.built_in:
+        models = [DEMO_MODEL]
+    with Background(probing(config, models)) as url:
+        for name in models:
+            try:
+                yield OK, f"{name}: {probed(config, url, name)}", ""
+            except (ProxyError, OSError) as error:
+                words = getattr(error, "message", "") or str(error)
+                mend = next(mend for pattern, mend in PROBE_MENDS
+                            if re.search(pattern, words))
+                yield BROKEN, f"{name}: {words}", mend.format(
+                    page=PROVIDERS[config.provider].key_page, program=program(),
+                    model=name)
+
+
+def probing(config: Config, models: List[str]) -> Config:
+    """The settings of a proxy for trials: what fails does so at once, and is told as
+    the status that it has."""
+    return config._replace(
+        port=0, host="127.0.0.1", proxy_key="", home="", retries=0, start_retries=0,
+        fallbacks={}, model_aliases={name: name for name in models},
+        eager_after=MODEL_SECONDS, first_byte_timeout=MODEL_SECONDS, ping_interval=2.0)
+
+
+def probed(config: Config, url: str, name: str) -> str:
+    """How fast a model says a word and calls a tool; ProxyError, OSError."""
+    message, times = answered(config, url, probe_body(name, "Say ok."))
+    speed = figures_line(message, times).partition(", in ")[0]
+    body = probe_body(name, "Call report with the state ok.")
+    message, _ = answered(config, url, {**body, "tools": [PROBE_TOOL], "tool_choice": {
+        "type": "tool", "name": PROBE_TOOL["name"]}})
+    if not any(block["type"] == "tool_use" for block in message["content"]):
+        raise ProxyError(502, f"text comes ({speed}), but no tool call")
+    return f"text and a tool call, {speed}"
+
+
+def probe_body(name: str, words: str) -> Json:
+    return {"model": name, "max_tokens": PROBE_TOKENS, "stream": True,
+            "messages": [{"role": "user", "content": words}]}
+
+
+def answered(config: Config, url: str, body: Json) -> Tuple[Json, List[float]]:
+    """The message that answers, and the seconds at which its pieces came; ProxyError,
+    OSError, also if it takes too long."""
+    began, times, events = time.monotonic(), [], []
+    config = config._replace(proxy_key="")
+    for name, data in streamed_events(*streamed_answer(config, url, body)):
+        now = time.monotonic() - began
+        if now > MODEL_SECONDS:
+            raise ProxyError(504, f"not done within {MODEL_SECONDS:g} s")
+        times += [now] if name == "content_block_delta" else []
+        events.append((name, data))
+    return fold(events), times or [time.monotonic() - began]
+
+
+# ---- a proxy that runs here
+
+def check_port(patient: Patient) -> Said:
+    """Who listens where we would, and how it goes if that is one of us."""
+    config = patient.config
+    near, status = running_proxy(config) if config.port else (config, {})
+    if status:
+        yield from running_said(patient, config_url(near), status)
+    elif not config.port:
+        yield OK, "any that is free", ""
+    elif running_status(config._replace(proxy_key=""), "/health"):
+        yield NOTE, f"a nimproxy is up at {config_url(config)}, with another key", (
+            "export PROXY_API_KEY with its key")
+    else:
+        try:
+            for sock in listening_sockets(config.host, config.port):
+                sock.close()
+            yield OK, f"{config_url(config)} is free", ""
+        except OSError as error:
+            where = f"{config.host}:{config.port}"
+            if error.errno in TAKEN:
+                yield NOTE, f"{where} is in use by {port_user(config)}: a start " \
+                    "here takes the next free one", "--port, or end that program"
+            else:
+                yield BROKEN, f"cannot listen at {where}: {error.strerror or error}", (
+                    "--host and --port name another place")
+
+
+def running_said(patient: Patient, url: str, status: Json) -> Said:
+    place, base = upstream_place(patient.config), str(status.get("base_url"))
+    counts, limits = (shaped(status.get(key), dict) for key in ("counts", "limits"))
+    if base != place:
+        yield NOTE, f"the nimproxy at {url} asks {base}, not {place}", (
+            "end it, or take another --port here")
+    else:
+        yield OK, f"nimproxy at {url} (pid {status.get('pid')}): " \
+            f"{counts.get('requests', 0)} requests, {counts.get('answers', 0)} " \
+            "answers", ""
+    if status.get("version") != __version__:
+        yield NOTE, f"it is version {status.get('version')}, this is {__version__}", (
+            "start it anew")
+    if whole(limits.get("waiting")):
+        yield NOTE, f"{limits.get('sent_this_minute')} of " \
+            f"{limits.get('requests_per_minute')} requests of this minute are used " \
+            f"up, and {limits['waiting']} wait", "fewer subagents, or `limits`"
+    for model, seconds in shaped(limits.get("pauses"), dict).items():
+        yield NOTE, f"{model} pauses {seconds:.0f} s after a 429", (
+            "wait, or `fallbacks` in config.yaml")
+    for model, most in shaped(limits.get("ceilings"), dict).items():
+        if most and most < (whole(limits.get("requests_per_minute")) or most + 1):
+            yield NOTE, f"{model} has been cut to {most} requests a minute by 429s", (
+                "wait: it grows again")
+    errors = {str(row.get("message")): row for row in
+              shaped(status.get("last_errors"), list) if isinstance(row, dict)
+              and time.time() - shaped(row.get("at"), float) < FRESH_ERROR_SECONDS}
+    for words, row in list(errors.items())[-3:]:
+        yield NOTE, f"it answered {row.get('status')}: {words}", (
+            f"`{program()} status` shows more")
+
+
+def check_log(patient: Patient) -> Said:
+    """Today's failed requests, of all proxies."""
+    name = time.strftime("%Y-%m-%d") + ".jsonl"
+    path = os.path.join(patient.store.home, ERROR_LOG, name)
+    if not patient.store.home or not os.path.isfile(path):
+        return
+    with open(path, "rb") as file:
+        file.seek(max(os.path.getsize(path) - MAX_TAIL_BYTES, 0))
+        rows = [shaped(json_in(line), dict) for line in file.read().splitlines()]
+    errors = [shaped(row.get("error"), dict) for row in rows
+              if row.get("provider") == upstream_place(patient.config)]
+    if errors:
+        yield NOTE, f"{len(errors)} requests failed today, the last with " \
+            f"{errors[-1].get('status')}: {errors[-1].get('message')}", (
+                f"{path} has them all")
+
+
+# ---- Claude Code
+
+def check_claude_settings(patient: Patient) -> Said:
+    """What leads Claude Code here, elsewhere, or to nobody; the strongest first."""
+    paths, seen = claude_paths(patient.environ), set()
+    yield from receipt_said(paths)
+    led = False
+    for path in (*MANAGED_SETTINGS, os.path.abspath(".claude/settings.local.json"),
+                 os.path.abspath(".claude/settings.json"), paths.settings):
+        if os.path.realpath(path) in seen:
+            continue
+        seen.add(os.path.realpath(path))
+        try:
+            env = settings_env(paths._replace(settings=path))
+        except ProxyError as error:
+            led = True
+            yield BROKEN, error.message, f"repair {path} by hand"
+            continue
+        for said in env_said(patient, env, path):
+            led = True
+            yield said
+    for said in env_said(patient, patient.environ, ""):
+        led = True
+        yield said
+    if not led:
+        yield OK, "nothing leads Claude Code elsewhere", ""
+
+
+MANAGED_SETTINGS = ("/etc/claude-code/managed-settings.json",
+                    "/Library/Application Support/ClaudeCode/managed-settings.json")
+
+
+def receipt_said(paths: ClaudePaths) -> Said:
+    """What a crashed run has left in the settings."""
+    if not os.path.exists(paths.receipt):
+        return
+    try:
+        with open(paths.receipt, encoding="utf-8") as file:     # which sets none aside
+            receipt = decode_json(file.read(MAX_RECEIPT_BYTES))
+        check_receipt(receipt)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        yield BROKEN, f"{paths.receipt} is damaged: what was changed cannot be told", (
+            f"look through {paths.settings} by hand, and delete it")
+        return
+    gone = [row["pid"] for row in receipt["holders"] if not is_holding(row)]
+    if gone or not receipt["settled"]:
+        which = f" (pid {', '.join(map(str, gone))})" if gone else ""
+        yield BROKEN, f"a run that crashed{which} has left its changes in " \
+            f"{paths.settings}", f"{program()} uninstall"
+
+
+def env_said(patient: Patient, env: Mapping[str, Any], path: str) -> Said:
+    """What the variables of a settings file, or of the shell ("") do to a client."""
+    where = path or "the shell"
+    url = env.get("ANTHROPIC_BASE_URL")
+    undo = f"delete it from {path}" if path else "unset ANTHROPIC_BASE_URL"
+    if url:
+        yield base_said(patient, url, where, undo)
+    around = [name for name in BYPASSES if env.get(name) not in (None, "", "0")]
+    if around:
+        names = " ".join(around)
+        yield NOTE, f"{where} sets {names}, which may lead claude around a proxy; " \
+            f"`code` takes {'them' if around[1:] else 'it'} away", (
+                f"delete from {path}: {names}" if path else f"unset {names}")
+
+
+def base_said(patient: Patient, url: Any, where: str, undo: str
+              ) -> Tuple[str, str, str]:
+    try:
+        target = url_target(convert("url", url, f"ANTHROPIC_BASE_URL in {where}"))
+    except ProxyError as error:
+        return BROKEN, error.message, undo
+    words = f"ANTHROPIC_BASE_URL in {where} leads to {url}"
+    if not bypasses("", target):        # not this machine
+        return NOTE, f"{words}: plain claude goes there", f"{undo}; `code` goes here"
+    if target.secure:
+        return BROKEN, f"{words}, and http:// is spoken here", undo
+    if answers(patient.config, url):
+        return OK, f"{words}, where a nimproxy answers", ""
+    port = "" if target.port == patient.config.port else f" --port {target.port}"
+    return BROKEN, f"{words}, where no nimproxy answers", (
+        f"`{program()}{port}` to serve there, or {undo}")
+
+
+def check_claude(patient: Patient) -> Said:
+    """The program: found, runnable, new enough, and only one."""
+    import shutil
+    path = claude_program(patient.environ)
+    if not path:
+        yield NOTE, "the claude program is not on PATH", (
+            "npm install -g @anthropic-ai/claude-code")
+        return
+    folders = patient.environ.get("PATH", os.defpath).split(os.pathsep)
+    every = [shutil.which("claude", path=folder) for folder in folders if folder]
+    places = {os.path.realpath(place): place for place in reversed(every) if place}
+    if len(places) > 1:
+        others = sorted(place for place in places.values() if place != path)
+        yield NOTE, f"{path} is taken; there is also {', '.join(others)}", (
+            "uninstall what is not wanted")
+    found, trouble = program_version(path, patient.environ)
+    numbers = re.search(r"(\d+)\.(\d+)\.\d+", found)
+    if trouble:
+        node = re.search("(?i)node", trouble) and not shutil.which(
+            "node", path=patient.environ.get("PATH", os.defpath))
+        yield BROKEN, f"{path} does not run: {trouble}", (
+            "install Node.js 18 or newer: https://nodejs.org" if node else
+            "npm install -g @anthropic-ai/claude-code")
+    elif not numbers:
+        yield NOTE, f"{path} says no version, but {found[:60] or 'nothing'}", ""
+    elif tuple(map(int, numbers.groups())) < LEAST_CLAUDE:
+        least = ".".join(map(str, LEAST_CLAUDE))
+        yield NOTE, f"{path} is version {numbers[0]}; before {least} it knows no " \
+            "windows of other models", "claude update"
+    else:
+        yield OK, f"{path}, version {numbers[0]}", ""
+
+
+CHECKS: Dict[str, Callable[[Patient], Said]] = {
+    "program": check_program, "home": check_home,
+    "settings": check_choices, "key": check_key,
+    "proxy": check_proxy, "authorities": check_authorities,
+    "connection": check_connection, "upstream": check_upstream,
+    "models": check_models, "probe": check_probe,
+    "port": check_port, "log": check_log,
+    "clients": check_claude_settings, "claude": check_claude,
+}
+FOUND_COLUMN = 20           # of a line: after state and check
+
+
+def finding_lines(finding: Finding) -> str:
+    """`BROKEN  key         there is no ...`, and the mend below it."""
+    indent = " " * FOUND_COLUMN
+    start = f"{finding.state:8}{finding.check:{FOUND_COLUMN - 8}}"
+    lines = folded(start + finding.found, indent, most=4)
+    if finding.mend:
+        lines += "\n" + folded(f"{indent}-> {finding.mend}", indent + "   ", most=4)
+    return lines
+
+
+def verdict(found: List[Finding]) -> str:
+    broken, notes = ([row for row in found if row.state == state]
+                     for state in (BROKEN, NOTE))
+    noted = f"{len(notes)} note{'s' * (len(notes) != 1)}"
+    if not broken:
+        return f"nothing is broken, {noted}"
+    return (f"{len(broken)} broken, {noted}: mend {broken[0].check} first, then ask "
+            "again")
+
+
+def findings_json(found: List[Finding]) -> Json:
+    states = collections.Counter(row.state for row in found)
+    return {"findings": [{**row._asdict(), "state": row.state.lower()}
+                         for row in found],
+            "summary": {**{state.lower(): states[state]
+                           for state in (OK, NOTE, BROKEN)},
+                        "verdict": verdict(found)}}
+
 
 # ---- 32. Command line --------------------------------------------------------
 # The only part that reads the environment and files, prints, or exits.
@@ -11716,6 +12568,7 @@ COMMANDS = {
     "env": Command("run_env", "the client's environment as exports"),
     "demo": Command("run_demo", "the main job shown, with neither key nor network"),
     "test": Command("run_test", "one request, streamed to the terminal: test [PROMPT]"),
+    "doctor": Command("run_doctor", "what is wrong, and what mends it"),
     "models": Command("run_models", "what the provider offers (--live: ask it)"),
     "status": Command("run_status", "is a proxy up here, for which upstream"),
     "usage": Command("run_usage", "tokens per day and model, as they were logged"),
@@ -11740,6 +12593,7 @@ OPTIONS = {                 # name: (what it takes, or "" for a switch; help)
     "--show-config": ("", "print each setting with its source, and exit"),
     "--live": ("", "models: ask the provider"),
     "--json": ("", "lists and reports as JSON"),
+    "--probe": ("", "doctor: one small request to each model"),
     "--days": ("N", "usage: of so many days (default 7, at most 30)"),
     "--shell": ("SHELL", "env: sh, fish or powershell"),
     "--reconfigure": ("", "set the active provider up anew, then serve"),
@@ -11749,7 +12603,8 @@ OPTIONS = {                 # name: (what it takes, or "" for a switch; help)
 }
 CHILD_COMMANDS = ("code", "run")
 PLAIN_COMMANDS = ("demo", "version")    # of no concern to any setting
-STORE_COMMANDS = ("setup", "ls", "use", "rm")   # which mend what would stop others
+STORE_COMMANDS = ("setup", "ls", "use", "rm", "doctor")     # which mend or tell what
+                                                            # would stop others
 # Options that a client's environment depends on: hints repeat them.
 HINTED = ("--config", "--provider", "--model", "--base-url", "--host", "--port",
           "--demo")
@@ -11769,7 +12624,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         if options.reconfigure and command == "serve":
             command = "setup"
         arguments, store = rest or options.arguments, Store(*home_folders(os.environ))
-        for trouble in store.troubles:
+        for trouble in store.troubles if command != "doctor" else ():
             complain(trouble)
         if command in STORE_COMMANDS:
             context = Context(options, Config(), {}, arguments, dict(os.environ), store)
@@ -11848,20 +12703,38 @@ def known_command(word: str) -> str:
     return name
 
 
+class Given(NamedTuple):
+    """Where settings come from, beside the flags."""
+    environ: Mapping[str, str] = {}
+    dotenv: Mapping[str, str] = {}
+    file: File = File()
+    saved: SavedProviders = SavedProviders()
+
+
 def make_context(options: argparse.Namespace, arguments: List[str],
                  store: Store) -> Context:
-    environ = dict(os.environ)
-    dotenv = dotenv_values(read_text(".env")) if os.path.isfile(".env") else {}
-    named = options.config or environ.get("PROXY_CONFIG") or ""
+    given = Given(dict(os.environ), read_dotenv(), read_config(options), store.saved())
+    config, sources = configured(options, given)
+    config = config._replace(home=store.home)
+    return Context(options, config, sources, arguments, dict(os.environ), store)
+
+
+def read_dotenv() -> Dict[str, str]:
+    return dotenv_values(read_text(".env")) if os.path.isfile(".env") else {}
+
+
+def read_config(options: argparse.Namespace) -> File:
+    named = options.config or os.environ.get("PROXY_CONFIG") or ""
     name = named or ("config.yaml" if os.path.isfile("config.yaml") else "")
-    file = File(name, read_text(name)) if name else File()
+    return File(name, read_text(name)) if name else File()
+
+
+def configured(options: argparse.Namespace, given: Given) -> Tuple[Config, Json]:
     flags = {name: getattr(options, name, None) for name in Config._fields}
     flags["default_model"] = options.model
     if options.demo:
         flags["default_model"] = DEMO_MODEL
-    config, sources = resolve_config(flags, environ, dotenv, file, store.saved())
-    config = config._replace(home=store.home)
-    return Context(options, config, sources, arguments, environ, store)
+    return resolve_config(flags, *given)
 
 
 def home_folders(environ: Mapping[str, str]) -> Tuple[str, str]:
@@ -12046,20 +12919,97 @@ def listed_models(config: Config) -> List[str]:
 
 def probed_model(config: Config, model: str) -> str:
     """What is wrong with a model, by one tiny request to it; "" if it answers."""
-    body = {"model": model, "max_tokens": PROBE_TOKENS, "stream": True,
-            "messages": [{"role": "user", "content": "Say ok."}]}
-    config = config._replace(port=0, host="127.0.0.1", proxy_key="", retries=0, home="",
-                             model_aliases={model: model})
     try:
-        with Background(config) as url:
-            fold(list(streamed_events(*streamed_answer(config, url, body))))
+        with Background(probing(config, [model])) as url:
+            answered(config, url, probe_body(model, "Say ok."))
     except (ProxyError, OSError) as error:
         return getattr(error, "message", "") or str(error)
     return ""
 
 
 LIST_SECONDS = 4.0          # for a list of models, while somebody waits at a question
-PROBE_TOKENS = 256          # enough to think a little and say ok
+
+
+def run_doctor(context: Context) -> int:
+    """What is wrong, line by line as it is found."""
+    start_log(context, quiet=True)
+    patient = examined(context)
+    found: List[Finding] = []
+    colour = takes_colour(sys.stdout, context.environ)
+    for finding in findings(patient):
+        found.append(finding)
+        if not context.options.json:
+            lines, state = finding_lines(finding), finding.state
+            say(f"\x1b[{STATE_COLOURS[state]}m{state}\x1b[0m{lines[len(state):]}"
+                if colour else lines)
+    say(json.dumps(findings_json(found), indent=1) if context.options.json
+        else "\n" + verdict(found))
+    return int(any(finding.state == BROKEN for finding in found))
+
+
+STATE_COLOURS = {OK: 32, NOTE: 33, BROKEN: 31}
+
+
+def examined(context: Context) -> Patient:
+    """The patient, with all settings that can be understood.  ProxyError for wrong
+    flags, which nobody needs a doctor for."""
+    options, store = context.options, context.store
+    given, faults = sound_settings(options, store)
+    config, sources = configured(options, given)
+    patient = Patient(config._replace(home=store.home), sources, store, context.environ)
+    patient.faults, patient.probe = faults, bool(options.probe)
+    return patient
+
+
+def sound_settings(options: argparse.Namespace, store: Store
+                   ) -> Tuple[Given, List[Tuple[str, str]]]:
+    """What can be understood of all settings, and (words, mend) for the rest.
+    ProxyError where flags are wrong."""
+    faults: List[Tuple[str, str]] = []
+
+    def sound(work: Callable[..., Any], mend: str, *args: Any) -> Any:
+        try:
+            return work(*args)
+        except ProxyError as error:
+            faults.append((error.message, mend))
+            return None
+
+    def whole_ones(values: Dict[str, str], mend: str, *before: Any) -> Dict[str, str]:
+        return {name: value for name, value in values.items() if name not in VARIABLES
+                or sound(variable_tried, mend.format(name), name, *before,
+                         {name: value})}
+
+    environ = whole_ones(dict(os.environ), "unset {}, or mend it")
+    dotenv = sound(read_dotenv, "mend ./.env, or take it away") or {}
+    dotenv = whole_ones(dotenv, "mend {} in ./.env", {})
+    file = sound(read_config, "name another file, or none", options) or File()
+    saved = store.saved()
+    entries = {name: rows for name, rows in saved.entries.items() if sound(
+        resolve_config, f"`{program()} setup` asks for it anew", {"provider": name}, {},
+        {}, File(), saved)}
+    given = Given(environ, dotenv, file, saved._replace(entries=entries))
+    try:
+        configured(options, given)
+    except ProxyError as error:
+        given = given._replace(file=File())
+        if not file.name or not sound(configured, "", options, given):
+            raise error from None
+        faults.append((error.message, f"mend {file.name}"))
+    return given, faults
+
+
+def variable_tried(name: str, environ: Dict[str, str],
+                   dotenv: Mapping[str, str] = {}) -> bool:
+    """Whether a variable can be understood where it is used; else ProxyError."""
+    row = next((row for row in PROVIDERS.values() if row.key_variable == name),
+               PROVIDERS["nvidia"])
+    flags = {"provider": row.name, "base_url": "" if row.base_url else EXAMPLE_URL}
+    return bool(resolve_config(flags, environ, dotenv, File()))
+
+
+VARIABLES = {name for name in (
+    *(setting.variable for setting in SETTINGS),
+    *(row.key_variable for row in PROVIDERS.values())) if name}
 
 
 def run_ls(context: Context) -> int:

@@ -372,11 +372,11 @@ WAIT = ["Upstream", "Memory", "Journal", "Asking", "Page", "Proxy", "Server", "C
         "Saved", "Settings", "Terminal", "Setup", "Doctor", "Command"]
 KEPT = {            # names that only some parts may use
     "asyncio": WAIT, "time": WAIT, "socket": ["Upstream", "Server", "Doctor"],
-    "open": ["Memory", "Client", "Saved", "Settings", "Terminal", "Command"],
+    "open": ["Memory", "Client", "Saved", "Settings", "Terminal", "Doctor", "Command"],
     "subprocess": ["Client", "Settings"], "os": WAIT,
     "sys": ["Client", "Terminal", "Setup", "Command"],
     "print": ["Terminal", "Command"], "input": ["Terminal"],
-    "threading": ["Server"], "logging": ["Memory", "Command"],
+    "threading": ["Server", "Doctor"], "logging": ["Memory", "Command"],
 }
 
 
@@ -10292,6 +10292,525 @@ def test_a_home_that_cannot_be_written_is_said_and_the_proxy_serves(tmp_path):
 def test_setup_needs_somebody_to_ask(shell, capsys):
     code, _, err = run(capsys, "setup")
     assert code == 2 and "no terminal" in err and "NVIDIA_API_KEY" in err
+
+
+# ---- 31. Doctor: what is wrong, and what mends it ----------------------------
+# One thing is broken at a time, and the finding that names it is looked for.
+
+class Clinic:
+    """A machine on which all is well, until something is broken: a key, an upstream
+    with one model, a claude program, a free port."""
+
+    def __init__(self, monkeypatch, capsys, place, stack):
+        self.patch, self.capsys, self.place, self.stack = (monkeypatch, capsys, place,
+                                                           stack)
+        self.argv = []
+        self.patch.setattr(np, "MANAGED_SETTINGS", ())
+        self.patch.setattr(np, "CLAUDE_PLACES", ())
+        self.program("claude", "echo '2.1.197 (Claude Code)'")
+        self.port = free_port()
+        self.nim = stack.enter_context(FakeNim(answering({"/models": listing("m")})))
+        self.env(PATH=str(place / "bin") + ":/usr/bin:/bin", PROXY_PORT=self.port,
+                 NVIDIA_API_KEY="nvapi-0123456789abcdefSECRET",
+                 DEFAULT_NVIDIA_MODEL="m", NVIDIA_BASE_URL=self.nim.url)
+        self.file("config.yaml", "max_context_window: 65536\n")
+
+    def env(self, **variables):
+        for name, value in variables.items():
+            self.patch.setenv(name, str(value))
+
+    def file(self, name, text, mode=0o600):
+        path = self.place / name
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.write_text(text)
+        path.chmod(mode)
+        return path
+
+    def program(self, name, line):
+        self.file("bin/" + name, "#!/bin/sh\n%s\n" % line, 0o755)
+
+    def says(self, answer):
+        """Upstream's answer to the request for its models."""
+        self.nim.script[:] = [answer]
+
+    def settings(self, env, name=".claude/settings.json"):
+        self.file(name, json.dumps({"env": env}))
+
+    def enter(self, context):
+        return self.stack.enter_context(context)
+
+    def findings(self, *argv):
+        """(exit code, findings as JSON tells them)."""
+        code, out, err = run(self.capsys, "doctor", "--json", *self.argv, *argv)
+        assert "SECRET" not in out + err and not err, err
+        tree = json.loads(out)
+        states = collections.Counter(row["state"] for row in tree["findings"])
+        assert {name: tree["summary"][name] for name in ("ok", "note", "broken")} == {
+            "ok": 0, "note": 0, "broken": 0, **states}
+        assert code == (1 if states["broken"] else 0)
+        return code, tree["findings"]
+
+
+def free_port():
+    """A port with nine free ones behind it, most likely."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def answering(pages, chat=None):
+    """An answer by the path below /v1; `chat` answers what is posted."""
+    def answer(asked):
+        path = re.sub("^/v1", "", answer.nim.requests[-1][1])
+        nothing = refuses(404, {"detail": "Not Found"})
+        return chat(asked) if asked else pages.get(path, nothing)
+    return answer
+
+
+@pytest.fixture
+def clinic(shell, monkeypatch, capsys):
+    with contextlib.ExitStack() as stack:
+        it = Clinic(monkeypatch, capsys, shell, stack)
+        it.says(it.nim.script[0])
+        it.nim.script[0].nim = it.nim
+        yield it
+
+
+def pages(it, table, chat=None):
+    answer = answering(table, chat)
+    answer.nim = it.nim
+    it.says(answer)
+
+
+def test_all_is_well(clinic, capsys):
+    code, found = clinic.findings()
+    assert code == 0 and {row["state"] for row in found} == {"ok"}, found
+    assert [*dict.fromkeys(row["check"] for row in found)] == [
+        name for name in np.CHECKS if name not in ("authorities", "probe", "log")]
+    key, = [row for row in found if row["check"] == "key"]
+    assert key["found"] == "***CRET, by environment NVIDIA_API_KEY"
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0 and out.endswith("\nnothing is broken, 0 notes\n")
+    assert not (clinic.place / ".nimproxy").exists()        # nothing was written
+
+
+def a_port_of(it, answer):
+    """A server at our port that says so to everything."""
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                near = listener.accept()[0]
+                with contextlib.closing(near):
+                    near.recv(65536)
+                    near.sendall(answer)
+    listener = it.enter(socket.create_server(("127.0.0.1", it.port)))
+    it.stack.callback(lambda: listener.shutdown(socket.SHUT_RDWR))
+    threading.Thread(target=serve, daemon=True).start()
+
+
+def a_proxy_at(it, **settings):
+    """A nimproxy at our port, for our upstream."""
+    base = {"port": it.port, "base_url": it.nim.url, "default_model": "m", "retries": 0,
+            "context_window": 65536, "opus": "m", "sonnet": "m", "haiku": "m"}
+    return Client(it.enter(np.Background(np.Config(**{**base, **settings}))))
+
+
+def failed_once(it):
+    client = a_proxy_at(it)
+    pages(it, {"/models": listing("m")},
+          lambda chat: refuses(404, {"detail": "Function 'f': Not found for account"}))
+    assert client.ask()[0] == 404
+
+
+def paused(it):
+    client = a_proxy_at(it)
+    pages(it, {"/models": listing("m")},
+          lambda chat: refuses(429, {"title": "Too Many Requests"}, "Retry-After: 50"))
+    assert client.ask()[0] == 429
+
+
+def crashed_run(it):
+    paths = np.claude_paths(os.environ)
+    it.settings({})
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as gone:
+        gone.wait()
+    env = {"ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % it.port}
+    row = {"kind": "run", "id": "x", "pid": gone.pid, "mark": "1", "env": env}
+    np.change_settings(paths, lambda rows: [row], print, True)
+
+
+def on_ollama(it, *loaded, names=("m",), at="/api/ps"):
+    rows = [{"name": name, "context_length": tokens} for name, tokens in loaded]
+    it.argv += ["--provider", "ollama", "--base-url", it.nim.url, "--model", "m"]
+    it.file("config.yaml", "{}\n")
+    pages(it, {"/models": listing(*names),
+               at: response(json.dumps({"models": rows}).encode())})
+
+
+def on_lmstudio(it, **row):
+    it.argv += ["--provider", "lmstudio", "--base-url", it.nim.url, "--model", "m"]
+    it.file("config.yaml", "{}\n")
+    rows = {"data": [{"id": "m", "max_context_length": 131072, **row}]}
+    pages(it, {"/models": listing("m"), "/api/v0/models": response(
+        json.dumps(rows).encode())})
+
+
+def nowhere():
+    return "http://127.0.0.1:%d" % free_port()
+
+
+def kimi_saved(it, text, mode=0o600):
+    it.file(".nimproxy/providers/kimi.json", text, mode)
+
+
+SICK = [    # (case, what breaks it, check, state, words, mend)
+    ("a home that is a file", lambda it: it.env(NIMPROXY_HOME=it.file("file", "x")),
+     "home", "broken", "cannot be written", "NIMPROXY_HOME"),
+    ("a home inside a file", lambda it: it.env(
+        NIMPROXY_HOME=str(it.file("file", "x")) + "/home"),
+     "home", "broken", "file cannot be written", "NIMPROXY_HOME"),
+    ("no home at all", lambda it: it.env(HOME="", CLAUDE_CONFIG_DIR=it.place),
+     "home", "broken", "there is no home", "NIMPROXY_HOME"),
+    ("a damaged saved provider", lambda it: kimi_saved(it, "{"),
+     "home", "broken", "kimi.json: cannot be read", "rm "),
+    ("a damaged settings.json of ours", lambda it: it.file(
+        ".nimproxy/settings.json", "[]"), "home", "broken", "no JSON object", "rm "),
+    ("a damaged memory", lambda it: it.file(".nimproxy/learned.json", '{"u": [1]}'),
+     "home", "broken", "learned.json: cannot be read", "rm "),
+    ("a key that others may read", lambda it: kimi_saved(it, "{}\n", 0o644)
+     or kimi_saved(it, '{"base_url": "https://x/v1"}', 0o644),
+     "home", "note", "others on this machine", "chmod -R go="),
+    ("a full disk", lambda it: it.patch.setattr(
+        shutil, "disk_usage", lambda _: argparse.Namespace(free=7 << 20)),
+     "home", "note", "only 7 MB", "make room"),
+    ("a saved port that is none", lambda it: kimi_saved(it, '{"port": "x"}'),
+     "settings", "broken", "kimi.json: port: expected a port", "setup"),
+    ("a configuration file with a mistake", lambda it: it.file(
+        "config.yaml", "sever:\n  port: 1\n"),
+     "settings", "broken", "config.yaml:2: ", "mend config.yaml"),
+    ("a configuration file that is missing", lambda it: it.env(PROXY_CONFIG="no.yaml"),
+     "settings", "broken", "no.yaml: cannot be read", "name another"),
+    ("a variable that is no number", lambda it: it.env(STREAM_START_RETRIES="many"),
+     "settings", "broken", "environment STREAM_START_RETRIES", "unset STREAM_START"),
+    ("a mistake in .env", lambda it: it.file(".env", "LOG_LEVEL=loud\n"),
+     "settings", "broken", ".env LOG_LEVEL", "mend LOG_LEVEL in ./.env"),
+    ("open to the network", lambda it: it.env(PROXY_HOST="0.0.0.0"),
+     "settings", "broken", "lets others spend your key", "PROXY_API_KEY"),
+    ("quotes around the key", lambda it: it.env(
+        NVIDIA_API_KEY='"nvapi-0123456789abcdefSECRET"'),
+     "key", "broken", "NVIDIA_API_KEY has quotes", "export NVIDIA_API_KEY"),
+    ("a blank inside the key", lambda it: it.env(NVIDIA_API_KEY="nvapi-01 SECRET89"),
+     "key", "broken", "has blanks", "export NVIDIA_API_KEY"),
+    ("Bearer before the key", lambda it: it.env(NVIDIA_API_KEY="Bearer nvapi-SECRET"),
+     "key", "broken", "begins with the word Bearer", "export NVIDIA_API_KEY"),
+    ("the example as key", lambda it: it.env(NVIDIA_API_KEY="nvapi-..."),
+     "key", "broken", "an example", "export NVIDIA_API_KEY"),
+    ("no key", lambda it: [it.patch.delenv(name) for name in (
+        "NVIDIA_API_KEY", "NVIDIA_BASE_URL")] and it.env(HTTPS_PROXY=nowhere()),
+     "key", "broken", "no API key for NVIDIA NIM", "https://build.nvidia.com"),
+    ("another's key at NVIDIA", lambda it: it.patch.delenv("NVIDIA_BASE_URL") or it.env(
+        NVIDIA_API_KEY="sk-0123456789SECRET", HTTPS_PROXY=nowhere()),
+     "key", "broken", "a key of another provider", "https://build.nvidia.com"),
+    ("NVIDIA's key at DeepSeek", lambda it: [it.patch.delenv("NVIDIA_BASE_URL"), it.env(
+        DEEPSEEK_API_KEY="nvapi-0123456789abcSECRET", HTTPS_PROXY=nowhere(),
+        ), it.argv.extend(["--provider", "deepseek"])],
+     "key", "broken", "a key of NVIDIA, and DeepSeek is asked", "platform.deepseek"),
+    ("a key without a shape", lambda it: it.patch.delenv("NVIDIA_BASE_URL") or it.env(
+        NVIDIA_API_KEY="0123456789abcdefghijkl", HTTPS_PROXY=nowhere()),
+     "key", "note", "it has not the shape nvapi-...", "copy it again"),
+    ("a proxy that is not there", lambda it: it.env(
+        NVIDIA_BASE_URL="http://nim.example/v1", http_proxy=nowhere()),
+     "proxy", "broken", "http_proxy leads to a proxy that does not answer",
+     "unset http_proxy, or add nim.example to NO_PROXY"),
+    ("a proxy of another kind", lambda it: it.env(
+        NVIDIA_BASE_URL="http://nim.example/v1", http_proxy="socks5://u:SECRET@h:1"),
+     "proxy", "broken", "socks5://***@h:1: expected http://host:port", "unset "),
+    ("a proxy without exceptions", lambda it: it.env(HTTP_PROXY=nowhere()),
+     "proxy", "note", "HTTP_PROXY without 127.0.0.1 in NO_PROXY", "NO_PROXY="),
+    ("an authority that is not there", lambda it: it.env(SSL_CERT_FILE="/no.pem"),
+     "authorities", "broken", "SSL_CERT_FILE=/no.pem: no such file", "unset SSL_CERT"),
+    ("an authority that is none", lambda it: it.env(
+        CURL_CA_BUNDLE=it.file("ca.pem", "nonsense")),
+     "authorities", "broken", "CURL_CA_BUNDLE=", "unset CURL_CA_BUNDLE"),
+    ("a name that nobody knows", lambda it: it.env(
+        NVIDIA_BASE_URL="https://nim.invalid/v1"),
+     "connection", "broken", "name cannot be resolved", "check the network"),
+    ("a server that is down", lambda it: it.env(NVIDIA_BASE_URL=nowhere() + "/v1"),
+     "connection", "broken", "nothing listens there", "start the server"),
+    ("Ollama that is down", lambda it: it.argv.extend(
+        ["--provider", "ollama", "--base-url", nowhere() + "/v1"]),
+     "connection", "broken", "nothing listens there", "ollama serve"),
+    ("LM Studio that is down", lambda it: it.argv.extend(
+        ["--provider", "lmstudio", "--base-url", nowhere() + "/v1"]),
+     "connection", "broken", "nothing listens there", "lms server start"),
+    ("plain HTTP behind https", lambda it: it.env(
+        NVIDIA_BASE_URL=it.nim.url.replace("http", "https")),
+     "connection", "broken", "does not speak TLS", "http:// instead"),
+    ("a key that is refused", lambda it: it.says(
+        refuses(401, {"detail": "no: nvapi-0123456789abcdefSECRET"})),
+     "upstream", "broken", "answered 401", "a new key from https://build.nvidia.com"),
+    ("a key that may not", lambda it: it.says(refuses(403, {"detail": "Forbidden"})),
+     "upstream", "broken", "answered 403", "a new key"),
+    ("a base URL without /v1", lambda it: it.env(
+        NVIDIA_BASE_URL=it.nim.url.replace("/v1", "/api")),
+     "upstream", "broken", "there is nothing at", "/api/v1"),
+    ("a web page", lambda it: [it.env(
+        NVIDIA_BASE_URL=it.nim.url.replace("/v1", "/ui")), it.says(
+            response(b"<!doctype html><title>x</title>", 200, "text/html"))],
+     "upstream", "broken", "a web page answers", "/ui/v1"),
+    ("a login page at the right place", lambda it: it.says(
+        response(b"<html>log in", 200, "text/html")),
+     "upstream", "broken", "a web page answers", "login"),
+    ("a redirect", lambda it: it.says(
+        refuses(301, {}, "Location: https://new.example/v1/models")),
+     "upstream", "broken", "redirects are not followed",
+     "--base-url https://new.example/v1"),
+    ("no list of models", lambda it: it.says(refuses(404, {})),
+     "upstream", "note", "lists no models (404)", "--probe"),
+    ("something else than a list", lambda it: it.says(response(b"{}")),
+     "upstream", "note", "not with a list", "--probe"),
+    ("too many requests", lambda it: it.says(refuses(429, {"title": "Too Many"})),
+     "upstream", "note", "answered 429", "wait"),
+    ("a provider that is down", lambda it: it.says(refuses(503, {"detail": "Down"})),
+     "upstream", "broken", "answered 503", "wait"),
+    ("a server that hangs up", lambda it: it.says([FakeNim.CLOSE]),
+     "upstream", "broken", "closed the connection", "network"),
+    ("a model that is not listed", lambda it: pages(it, {"/models": listing("mm")}),
+     "models", "broken", "not among the 1 models there; did you mean 'mm'?", "--live"),
+    ("a retired model", lambda it: it.env(DEFAULT_NVIDIA_MODEL="z-ai/glm-5.2"),
+     "models", "broken", "is retired; use z-ai/glm-5.3 instead", "--model z-ai/glm"),
+    ("a retired model at NVIDIA", lambda it: it.patch.delenv("NVIDIA_BASE_URL") or
+     it.env(DEFAULT_NVIDIA_MODEL="z-ai/glm-5.2", HTTPS_PROXY=nowhere()),
+     "models", "note", "z-ai/glm-5.3 is asked in its place", "put z-ai/glm-5.3"),
+    ("an alias to nothing", lambda it: it.env(MODEL_ALIAS_FAST="gone/model"),
+     "models", "broken", "gone/model (alias fast) is not among", "--live"),
+    ("a fallback to nothing", lambda it: it.file(
+        "config.yaml", "max_context_window: 65536\nfallbacks:\n  m: gone\n"),
+     "models", "broken", "gone (instead of m) is not among", "--live"),
+    ("an unknown window", lambda it: it.file("config.yaml", "{}\n"),
+     "models", "note", "window is not known", "max_context_window"),
+    ("a window that is set too small", lambda it: it.file(
+        "config.yaml", "max_context_window: 8192\n"),
+     "models", "broken", "window of 8192 tokens is too small", "max_context_window"),
+    ("a window that an overflow told", lambda it: [it.file("config.yaml", "{}\n"),
+     it.file(".nimproxy/learned.json", json.dumps(
+         {it.nim.url: {"m": {"window:4096": np.day(0)}}}))],
+     "models", "broken", "window of 4096 tokens", "max_context_window"),
+    ("what was refused", lambda it: it.file(".nimproxy/learned.json", json.dumps(
+        {it.nim.url: {"m": {"drop:top_k": np.day(0)}}})),
+     "models", "ok", "learned from refusals: drop:top_k", "rm "),
+    ("a model that is not pulled", lambda it: on_ollama(it, names=("other",)),
+     "models", "broken", "not among the 1 models", "ollama pull m"),
+    ("Ollama's small window", lambda it: on_ollama(it, ("m", 4096)),
+     "models", "broken", "window of 4096 tokens", "OLLAMA_CONTEXT_LENGTH"),
+    ("Ollama's window, nothing loaded", lambda it: on_ollama(it, names=("m:latest",)),
+     "models", "note", "not loaded: its window is not known", "OLLAMA_CONTEXT_LENGTH"),
+    ("LM Studio's small window", lambda it: on_lmstudio(
+        it, state="loaded", loaded_context_length=4096),
+     "models", "broken", "window of 4096 tokens", "lms load"),
+    ("a model that is not loaded", lambda it: on_lmstudio(it, state="not-loaded"),
+     "models", "note", "not loaded yet", "lms load m --context-length"),
+    ("a stranger at the port", lambda it: a_port_of(it, b"HTTP/1.0 200 OK\r\n\r\nx"),
+     "port", "note", "in use by", "--port"),
+    ("a nimproxy for another server", lambda it: a_proxy_at(
+        it, base_url="http://127.0.0.1:9/v1"),
+     "port", "note", "asks http://127.0.0.1:9/v1, not http", "--port"),
+    ("a nimproxy with a key", lambda it: a_proxy_at(it, proxy_key="k" * 16),
+     "port", "note", "with another key", "PROXY_API_KEY"),
+    ("a nimproxy that was refused", failed_once,
+     "port", "note", "it answered 404", "status"),
+    ("a nimproxy that was throttled", paused, "port", "note", "m pauses", "fallbacks"),
+    ("an address of another machine", lambda it: it.env(
+        PROXY_HOST="192.0.2.1", PROXY_API_KEY="k" * 16),
+     "port", "broken", "cannot listen at 192.0.2.1", "--host"),
+    ("failures of today", lambda it: it.file(
+        ".nimproxy/error_logs/%s.jsonl" % time.strftime("%Y-%m-%d"), json.dumps(
+            {"provider": it.nim.url, "error": {"status": 529, "message": "Busy."}})),
+     "log", "note", "1 requests failed today, the last with 529: Busy.", "has them"),
+    ("settings that lead to nobody", lambda it: it.settings(
+        {"ANTHROPIC_BASE_URL": nowhere()}),
+     "clients", "broken", "where no nimproxy answers", "delete it from "),
+    ("settings that lead to a stranger", lambda it: a_port_of(
+        it, b"HTTP/1.0 200 OK\r\n\r\nx") or it.settings(
+            {"ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % it.port}),
+     "clients", "broken", "where no nimproxy answers", "delete it from "),
+    ("settings that lead elsewhere", lambda it: it.settings(
+        {"ANTHROPIC_BASE_URL": "https://u:SECRET@gate.example"}),
+     "clients", "broken", "expected a base URL", "delete it from "),
+    ("settings that lead to another gateway", lambda it: it.settings(
+        {"ANTHROPIC_BASE_URL": "https://gate.example"}),
+     "clients", "note", "plain claude goes there", "`code` goes here"),
+    ("https to this machine", lambda it: it.settings(
+        {"ANTHROPIC_BASE_URL": "https://localhost:8787"}),
+     "clients", "broken", "http:// is spoken here", "delete it from "),
+    ("a project that leads elsewhere", lambda it: it.patch.setenv(
+        "HOME", str(it.place / "home")) or it.settings(
+            {"ANTHROPIC_BASE_URL": nowhere()}, ".claude/settings.local.json"),
+     "clients", "broken", "settings.local.json leads to", "delete it from "),
+    ("a shell that leads to nobody", lambda it: it.env(ANTHROPIC_BASE_URL=nowhere()),
+     "clients", "broken", "in the shell leads to", "unset ANTHROPIC_BASE_URL"),
+    ("Anthropic's own key", lambda it: it.env(ANTHROPIC_API_KEY="sk-ant-SECRET"),
+     "clients", "note", "the shell sets ANTHROPIC_API_KEY", "unset ANTHROPIC_API_KEY"),
+    ("Bedrock in the settings", lambda it: it.settings(
+        {"CLAUDE_CODE_USE_BEDROCK": "1"}),
+     "clients", "note", "sets CLAUDE_CODE_USE_BEDROCK", "delete from "),
+    ("settings that are no JSON", lambda it: it.file(
+        ".claude/settings.json", '{"env": {\n "A" 1}}'),
+     "clients", "broken", "settings.json:2:", "by hand"),
+    ("what a crashed run left", crashed_run,
+     "clients", "broken", "a run that crashed (pid", "uninstall"),
+    ("a damaged receipt", lambda it: it.file(
+        ".claude/settings.json.nimproxy-receipt", "{"),
+     "clients", "broken", "is damaged: ", "by hand"),
+    ("no claude", lambda it: (it.place / "bin/claude").unlink(),
+     "claude", "note", "not on PATH", "npm install"),
+    ("two of them", lambda it: it.file("more/claude", "#!/bin/sh\n", 0o755) and it.env(
+        PATH="%s/bin:%s/more:/bin" % (it.place, it.place)),
+     "claude", "note", "there is also", "uninstall"),
+    ("an old one", lambda it: it.program("claude", "echo '1.0.128 (Claude Code)'"),
+     "claude", "note", "is version 1.0.128", "claude update"),
+    ("one without node", lambda it: it.env(PATH="%s/bin" % it.place) or it.program(
+        "claude", "echo 'env: node: No such file or directory' >&2; exit 127"),
+     "claude", "broken", "node: No such file", "install Node.js"),
+    ("one that hangs", lambda it: it.patch.setattr(np, "VERSION_SECONDS", 0.2) or
+     it.program("claude", "exec sleep 5"),
+     "claude", "broken", "no version within", "npm"),
+]
+
+
+@pytest.mark.parametrize("breaks, check, state, words, mend", named(SICK))
+def test_each_sickness_is_named_with_what_mends_it(clinic, capsys, breaks, check, state,
+                                                   words, mend):
+    breaks(clinic)
+    began = time.monotonic()
+    code, found = clinic.findings()
+    assert time.monotonic() - began < 20
+    rows = [row for row in found if row["check"] == check and row["state"] == state
+            and words in row["found"]]
+    assert rows and mend in rows[0]["mend"], [row for row in found
+                                              if row["check"] == check]
+    assert {name for name in np.CHECKS} >= {row["check"] for row in found}
+    assert found[-1]["check"] == "claude"                   # the others went on
+    code, out, _ = run(capsys, "doctor", *clinic.argv)
+    assert code == (1 if "broken" in {row["state"] for row in found} else 0)
+    assert out.isascii() and max(map(len, out.splitlines())) <= 80
+    assert re.search(rf"^{'BROKEN' if state == 'broken' else state} +{check}( |$)",
+                     out, re.M) and "SECRET" not in out
+
+
+def test_certificates_that_are_not_taken(clinic, certificates, tmp_path):
+    def finding(url, **variables):
+        clinic.env(NVIDIA_BASE_URL=url, **variables)
+        return [(row["found"], row["mend"]) for row in clinic.findings()[1]
+                if row["check"] == "connection"][0]
+    ok = answering({"/models": listing("m")})
+    ok.nim = FakeNim(ok)
+    with secure(ok.nim, certificates) as url:
+        words, mend = finding(url)
+        assert "is not trusted" in words and "SSL_CERT_FILE=" in mend
+        trusted = {"SSL_CERT_FILE": certificates / "ca.pem"}
+        words, mend = finding(url.replace("127.0.0.1", "localhost"), **trusted)
+        assert "is for another host" in words and "--base-url" in mend
+        assert re.search(r" in 0\.\d\d s, TLSv1", finding(url, **trusted)[0])
+    folder = tmp_path / "expired"
+    folder.mkdir()
+    with secure(FakeNim(completes("ok")), expired(certificates, folder)) as url:
+        words, mend = finding(url)
+        assert "has expired" in words and "clock" in mend
+
+
+def test_a_name_that_takes_for_ever(clinic, monkeypatch):
+    monkeypatch.setattr(np, "CHECK_SECONDS", 0.3)
+    clinic.env(NVIDIA_BASE_URL="https://nim.example/v1")
+    held, real = threading.Event(), socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *args, **more: held.wait(10)
+                        if host == "nim.example" else real(host, *args, **more))
+    began = time.monotonic()
+    _, found = clinic.findings("--probe")
+    assert time.monotonic() - began < 5
+    held.set()
+    states = {row["check"]: (row["state"], row["found"]) for row in found}
+    assert "cannot be resolved" in states["connection"][1]
+    assert states["upstream"] == ("note", "not asked: there is no connection")
+    assert states["probe"] == ("note", "not tried: upstream cannot be asked")
+
+
+def test_a_server_that_says_nothing(clinic, monkeypatch):
+    monkeypatch.setattr(np, "CHECK_SECONDS", 0.3)
+    clinic.says([FakeNim.LEFT])
+    found = [row for row in clinic.findings()[1] if row["check"] == "upstream"]
+    assert found[0]["state"] == "broken" and "within 0.3 s" in found[0]["found"]
+
+
+PROBES = [  # (case, answer to a chat, state, words, mend)
+    ("all is well", lambda chat: streams(*calls(("report", {"state": "ok"})))
+     if "tools" in chat else streams(*HELLO),
+     "ok", "m: text and a tool call, first token", ""),
+    ("no tool call", lambda chat: streams(*HELLO), "broken", "no tool call",
+     "tool_format: xml"),
+    ("not for this account", lambda chat: refuses(
+        404, {"detail": "Function 'f': Not found for account 'a'"}),
+     "broken", "not open to this account", "models --live"),
+    ("gone", lambda chat: refuses(410, {"detail": "Gone"}), "broken", "answered 410",
+     "models --live"),
+    ("degraded", lambda chat: refuses(
+        400, {"detail": "DEGRADED function cannot be invoked"}),
+     "broken", "DEGRADED", "fallbacks"),
+    ("throttled", lambda chat: refuses(429, {"title": "Too Many Requests"}),
+     "broken", "answered 429", "wait some minutes"),
+    ("refused", lambda chat: refuses(401, {"detail": "Unauthorized"}),
+     "broken", "answered 401", "a new key from https://build.nvidia.com"),
+    ("silent", lambda chat: [FakeNim.LEFT], "broken", "within", "still be loading"),
+    ("endless", lambda chat: [EVENT_STREAM] + [sse(says(content="x"), done=False),
+                                               threading.Event()] * 9,
+     "broken", "", "m"),
+]
+
+
+@pytest.mark.parametrize("answer, state, words, mend", named(PROBES))
+def test_probes(clinic, monkeypatch, answer, state, words, mend):
+    if words in ("within", ""):
+        monkeypatch.setattr(np, "MODEL_SECONDS", 0.5)
+        clinic.file("config.yaml", "max_context_window: 65536\n"
+                    "upstream:\n  idle_timeout: 1\n")
+    pages(clinic, {"/models": listing("m", "n")}, answer)
+    monkeypatch.setenv("MODEL_ALIAS_OTHER", "n")
+    row, = [row for row in clinic.findings("--probe")[1] if row["check"] == "probe"]
+    assert (row["state"], words in row["found"], mend in row["mend"]) == (
+        state, True, True), row
+    assert {chat["model"] for chat in clinic.nim.asked} == {"m"}     # each tier once
+
+
+def test_each_model_is_probed(clinic):
+    clinic.file("config.yaml", "max_context_window: 65536\n"
+                "models:\n  opus: a\n  haiku: b\n")
+    pages(clinic, {"/models": listing("m", "a", "b")}, lambda chat: refuses(410, {})
+          if chat["model"] == "b" else streams(*calls(("report", {"state": "ok"}))))
+    found = [row for row in clinic.findings("--probe")[1] if row["check"] == "probe"]
+    assert [(row["found"].partition(":")[0], row["state"]) for row in found] == [
+        ("a", "ok"), ("m", "ok"), ("b", "broken")]
+
+
+def test_the_doctor_needs_neither_key_nor_network(shell, capsys, monkeypatch):
+    monkeypatch.setattr(np, "MANAGED_SETTINGS", ())
+    code, out, _ = run(capsys, "doctor", "--demo", "--probe", "--port", "0")
+    assert code == 0 and "nimproxy/demo: text and a tool call" in out
+
+
+def test_wrong_flags_need_no_doctor(shell, capsys):
+    for argv in (["--port", "x"], ["--provider", "olama"], ["--provider", "custom"]):
+        code, out, err = run(capsys, "doctor", *argv)
+        assert code == 2 and not out and argv[0] in err and err.count("\n") == 1
+
+
+def test_many_things_are_wrong_at_once(clinic):
+    clinic.env(LOG_LEVEL="loud", PROXY_PORT="x", HTTPS_PROXY="http://127.0.0.1:9")
+    clinic.file("config.yaml", "- what\n")
+    kimi_saved(clinic, "{")
+    clinic.file(".claude/settings.json", "{")
+    _, found = clinic.findings()
+    assert collections.Counter(row["check"] for row in found
+                               if row["state"] == "broken") == {
+        "home": 1, "settings": 3, "clients": 1}
 
 
 # ---- 32. Command line --------------------------------------------------------
