@@ -8886,6 +8886,7 @@ EVENT_STREAM: Headers = [
 MODELS_SECONDS = 2.0        # Claude Code's own discovery waits 3
 MODELS_FRESH_SECONDS = 3600.0   # a provider adds a model every few days
 CLIENT_LEFT = 499           # a status for the log alone; nginx's, too
+PUZZLES = (401, 403, 404, 502, 504)     # what `doctor` may know the cause of
 
 
 class Proxy:
@@ -8897,6 +8898,7 @@ class Proxy:
         self.asker = Asker(config, upstream or Upstream(config), self.counts)
         self.failures: Dict[int, Tuple[float, ProxyError]] = {}
         self.errors: Any = collections.deque(maxlen=KEPT_ERRORS)
+        self.hinted = False         # at what may help; once is enough
         self.requests: Any = collections.deque(maxlen=KEPT_REQUESTS)
         self.error_log = DayLog(config.home, ERROR_LOG)
         self.usage_log = DayLog(config.home, USAGE_LOG)
@@ -8987,6 +8989,9 @@ class Proxy:
                     printable(error.message), extra={"facts": facts})
         if course.model:
             self.error_log.add(error_row(course, error, self.config))
+            if error.status in PUZZLES and not self.counts["answers"] + self.hinted:
+                log.warning("no answer so far: `doctor` looks for the cause")
+                self.hinted = True
 
     def left(self, course: Course) -> None:
         """Count a client that did not wait for its answer's end, or was cut off, and
@@ -13267,10 +13272,20 @@ def run_client(context: Context, config: Config, url: str, command: List[str]) -
     try:
         with settings_over(context, command[0], added) as flags:
             command = [command[0], *flags, *command[1:]]
-            return run_child(command, child_environment(added, context.environ), piped)
+            code = run_child(command, child_environment(added, context.environ), piped)
     except OSError as error:
         complain(f"cannot run {command[0]}: {error.strerror or error}")
         return 126
+    tell_failure(config, url)
+    return code
+
+
+def tell_failure(config: Config, url: str) -> None:
+    """Say what upstream has refused, if a client got nothing else all the time."""
+    status = running_status(config._replace(port=urlsplit(url).port))
+    counts, errors = status.get("counts") or {}, status.get("last_errors")
+    if errors and not counts.get("answers") and errors[-1]["status"] in PUZZLES:
+        complain(f"{errors[-1]['message']}; `{program()} doctor` looks for the cause")
 
 
 @contextlib.contextmanager

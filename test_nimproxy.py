@@ -10802,6 +10802,25 @@ def test_wrong_flags_need_no_doctor(shell, capsys):
         assert code == 2 and not out and argv[0] in err and err.count("\n") == 1
 
 
+def test_what_fails_from_the_start_leads_to_the_doctor(shell, capsys, monkeypatch):
+    monkeypatch.setenv("NVIDIA_API_KEY", "nvapi-x")
+    asks = ("import os, json; from urllib.request import Request, urlopen; "
+            "urlopen(Request(os.environ['ANTHROPIC_BASE_URL'] + '/v1/messages', "
+            "json.dumps(%r).encode(), {'x-api-key': os.environ["
+            "'ANTHROPIC_AUTH_TOKEN']}))" % ASK)
+    for answer, hinted in ((refuses(401, {"detail": "Unauthorized"}), True),
+                           (completes("ok"), False)):
+        with FakeNim(answer) as nim:
+            _, _, err = run(capsys, "run", "--base-url", nim.url, "--model", "m", "--",
+                            sys.executable, "-c", asks)
+            assert ("answered 401" in err and "doctor` looks" in err) is hinted, err
+        with FakeNim(answer) as nim, serving("--base-url", nim.url) as (child, url):
+            Client(url).ask(), Client(url).ask()
+            child.terminate()
+            log = child.stderr.read().decode()
+            assert log.count("`doctor` looks for the cause") == hinted, log
+
+
 def test_many_things_are_wrong_at_once(clinic):
     clinic.env(LOG_LEVEL="loud", PROXY_PORT="x", HTTPS_PROXY="http://127.0.0.1:9")
     clinic.file("config.yaml", "- what\n")
