@@ -87,7 +87,7 @@ from http import HTTPStatus
 from json.decoder import scanstring
 from typing import (Any, AsyncIterator, Awaitable, Callable, ContextManager, Dict,
                     Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-                    Set, Tuple, Union)
+                    Set, TextIO, Tuple, Union)
 from urllib.parse import quote, unquote, urlsplit
 
 # difflib, hmac, http.client and shutil are imported where they are used: few runs need
@@ -7630,7 +7630,7 @@ class Learned:
         if not self.path or not os.path.exists(self.path):
             return {}
         try:
-            with open(self.path, encoding="utf-8") as file:
+            with plain_file(self.path) as file:
                 return learned_rows(decode_json(file.read(MAX_LEARNED_BYTES)))
         except OSError as error:
             log.warning("cannot read %s: %s", self.path, error.strerror)
@@ -7669,6 +7669,13 @@ def replace_file(path: str, text: str) -> None:
         with open(os.open(fresh, flags, 0o600), "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(fresh, path)
+def plain_file(path: str, encoding: str = "utf-8") -> TextIO:
+    """A file of ours, to be read.  Raises OSError, for a pipe, too: that would wait."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "expected a plain file")
+    return open(path, encoding=encoding)
+
+
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(fresh)
@@ -10325,7 +10332,8 @@ class Store:
             name = provider_at(str(older.get("baseUrl")))
             self.records[name], self.paths[name] = older, path
             active = active or name
-        self.active = active if active in self.records or active in KEYLESS else ""
+        usable = [*self.records, *KEYLESS]
+        self.active = active if active in usable else ""
 
     def take(self, name: str, path: str) -> None:
         record = self.read(path) if name not in self.records else {}
@@ -10335,7 +10343,7 @@ class Store:
     def read(self, path: str) -> Json:
         """A JSON object; {} if there is none."""
         try:
-            with open(path, encoding="utf-8-sig") as file:
+            with plain_file(path, "utf-8-sig") as file:
                 value = decode_json(file.read(MAX_SAVED_BYTES))
             if not isinstance(value, dict):
                 raise ValueError("it is no JSON object")
@@ -10401,7 +10409,7 @@ def saved_entries(record: Json, path: str, old_home: str) -> Entries:
     for key, names in SAVED_KEYS.items():
         value = next((record[name] for name in names if name in record), None)
         entries[tuple(key.split("."))] = value, f"{path}: {names[0]}"
-    guess = OLD_WINDOWS.get(record.get("provider", ""))
+    guess = OLD_WINDOWS.get(str(record.get("provider")))
     if old_home and path.startswith(old_home) and guess:
         if record.get("max_context_window") == guess:
             del entries[("max_context_window",)]
@@ -10781,7 +10789,7 @@ def read_receipt(paths: ClaudePaths) -> Json:
     """
     receipt: Json = {"files": {}, "holders": [], "settled": True}
     try:
-        with open(paths.receipt, encoding="utf-8") as file:
+        with plain_file(paths.receipt) as file:
             receipt = decode_json(file.read(MAX_RECEIPT_BYTES))
         check_receipt(receipt)
     except (FileNotFoundError, NotADirectoryError):
@@ -13022,7 +13030,12 @@ def run_ls(context: Context) -> int:
     store = context.store
     rows = []
     for name in dict.fromkeys(filter(None, [*store.records, store.active])):
-        config, _ = resolve_config({"provider": name}, {}, {}, File(), store.saved())
+        try:
+            config, _ = resolve_config({"provider": name}, {}, {}, File(),
+                                       store.saved())
+        except ProxyError as error:         # the others are still to be seen
+            complain(error.message)
+            continue
         rows.append({"provider": name, "type": "proxy" if config.api == APIS[0]
                      else "relay", "base_url": config.base_url,
                      "models": {tier: getattr(config, tier) for tier in TIERS},
@@ -13030,7 +13043,7 @@ def run_ls(context: Context) -> int:
     if context.options.json:
         say(json.dumps(rows, indent=1))
         return 0
-    if not rows:
+    if not store.records:
         say(f"no provider is set up; `{program()} setup` does it")
     for row in rows:
         models = ", ".join(dict.fromkeys(row["models"].values()))

@@ -9171,6 +9171,45 @@ def test_a_wrong_value_in_a_saved_provider_names_file_and_field(shell, capsys):
 
 def test_show_config_says_that_it_was_saved(shell, capsys):
     put_files(shell, **{".nimproxy/settings": {"active_provider": "kimi"},
+ODD_SAVED = named([         # what stands in a file of ours, and what is said of it
+    ("active is a list", {".nimproxy/settings": {"active_provider": ["kimi"]}}, ""),
+    ("active is a map", {".nimproxy/settings": {"active_provider": {}}}, ""),
+    ("provider is a list", {".claude-adapter/providers/glm": {
+        **SAVED_PROXY, "provider": ["glm"]}}, ""),
+    ("a port that is none", {".nimproxy/providers/glm": {"port": "lots"}},
+     "glm.json: port: expected a port"),
+    ("a base URL that is none", {".nimproxy/providers/glm": {"base_url": 5}},
+     "glm.json: base_url: expected a base URL"),
+])
+
+
+@pytest.mark.parametrize("files, words", ODD_SAVED)
+def test_odd_values_keep_nobody_from_seeing_the_rest(shell, capsys, files, words):
+    put_files(shell, **{".nimproxy/providers/kimi": SAVED_RELAY, **files})
+    code, out, err = run(capsys, "ls")
+    assert code == 0 and "api.moonshot.cn" in out and words in err
+    assert run(capsys, "use", "kimi")[0] == 0 and "* kimi" in run(capsys, "ls")[1]
+
+
+PIPES = named([             # a file, a command that reads it, and what that says
+    ("settings", ".nimproxy/settings.json", "ls", b"plain file"),
+    ("a provider", ".nimproxy/providers/kimi.json", "use", b"plain file"),
+    ("what was learned", ".nimproxy/learned.json", "models", b""),
+    ("the receipt", ".claude/settings.json.nimproxy-receipt", "uninstall",
+     b"plain file"),
+])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs named pipes")
+@pytest.mark.parametrize("name, command, words", PIPES)
+def test_a_pipe_in_a_files_place_is_not_waited_for(shell, name, command, words):
+    (shell / name).parent.mkdir(parents=True)
+    os.mkfifo(str(shell / name))
+    done = subprocess.run([sys.executable, str(HERE / "nimproxy.py"), command],
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=20)
+    assert done.returncode in (0, 1, 2) and words in done.stderr
+
+
                         ".nimproxy/providers/kimi": SAVED_RELAY})
     code, out, _ = run(capsys, "serve", "--show-config")
     assert code == 0 and "sk-kimi" not in out
