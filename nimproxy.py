@@ -1208,7 +1208,7 @@ def add_saved(found: Json, sources: Json, entries: Entries, row: Provider) -> No
     """Fill in what was saved of a provider, unless it is of another server than the one
     that is asked: its key is of no concern there."""
     kept = entries.get(("upstream", "base_url"), ("", ""))[0] or row.base_url
-    if "base_url" in found and not same_host(found["base_url"], kept):
+    if "base_url" in found and not same_server(found["base_url"], str(kept)):
         return
     asked = "default_model" in found        # one for all tiers
     for setting in SETTINGS:
@@ -1241,8 +1241,18 @@ def asked_for(flags: Json, environs: List[Mapping[str, str]], entries: Entries,
     return found, sources
 
 
-def same_host(url: str, other: str) -> bool:
-    return urlsplit(url).netloc == urlsplit(other).netloc
+def same_server(url: str, other: str) -> bool:
+    """Whether a key for one URL may go to the other: not to another port, where
+    another program may be, and not without the TLS that it was saved with."""
+    try:
+        one, two = ((place.scheme, place.hostname, place.port or PORTS_OF.get(
+            place.scheme)) for place in map(urlsplit, (url, other)))
+    except ValueError:                      # no port, or brackets: no URL
+        return False
+    return one == two
+
+
+PORTS_OF = {"http": 80, "https": 443}
 
 
 def candidates(setting: Setting, flags: Json, environs: List[Mapping[str, str]],
@@ -11534,7 +11544,7 @@ class Wizard:
             rows = [Choice(False, "Continue", "with the hosted catalog"),
                     Choice(True, "My own NIM", "a container at a base URL of mine")]
         own = self.terminal.choose(row.label, rows)
-        if own and same_host(draft.base_url, row.base_url):
+        if own and same_server(draft.base_url, row.base_url):
             draft = draft._replace(base_url=OWN_NIM_URL)
         return draft._replace(own_server=own)
 
@@ -11553,7 +11563,8 @@ class Wizard:
         def parse(text: str, sure: bool) -> str:
             if not text and not keep:
                 raise ProxyError(400, f"{row.label} needs a key: {row.key_page}")
-            return clean_key(text, "" if sure or draft.own_server else row.key_shape)
+            sure = sure or draft.own_server or text == draft.api_key
+            return clean_key(text, "" if sure else row.key_shape)
 
         key = self.terminal.enter(f"API key {shape}".strip(), draft.api_key, parse,
                                   keep or "hidden")
@@ -11567,7 +11578,12 @@ class Wizard:
         url = self.terminal.enter("Base URL", draft.base_url, parsed_url)
         if provider_at(url) != draft.provider and row.hosts:
             draft = draft._replace(own_server=True)     # no longer the hosted one
-        return draft._replace(base_url=url)
+        kept, draft = self.begun(draft), draft._replace(base_url=url)
+        if draft.api_key and draft.api_key == kept.api_key and not same_server(
+                url, kept.base_url):
+            say("  That is another server than the one that the key was saved for.")
+            return self.api_key(draft._replace(api_key=""))
+        return draft
 
     def port(self, draft: Draft) -> Draft:
         say("\nWhere nimproxy listens, on this machine only")
