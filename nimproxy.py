@@ -7669,6 +7669,13 @@ class Learned:
             self.path = ""          # said once
 
 
+def plain_file(path: str, encoding: str = "utf-8") -> TextIO:
+    """A file of ours, to be read.  Raises OSError, for a pipe, too: that would wait."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "expected a plain file")
+    return open(path, encoding=encoding)
+
+
 def replace_file(path: str, text: str) -> None:
     """Write a file of ours, for nobody else to read, in one step.  Raises OSError;
     then the old one is as it was."""
@@ -7679,13 +7686,6 @@ def replace_file(path: str, text: str) -> None:
         with open(os.open(fresh, flags, 0o600), "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(fresh, path)
-def plain_file(path: str, encoding: str = "utf-8") -> TextIO:
-    """A file of ours, to be read.  Raises OSError, for a pipe, too: that would wait."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "expected a plain file")
-    return open(path, encoding=encoding)
-
-
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(fresh)
@@ -11277,8 +11277,9 @@ class Terminal:
         Raises Back and Leave, which every menu offers."""
         rows = [*rows, GO_BACK, EXIT]
         say()
-        value = (self.chosen_by_keys if self.keys else self.chosen_by_number)(
-            f"? {self.words(title)}{'' if title[-1] == '?' else ':'}", rows, at)
+        with kept_terminal():
+            value = (self.chosen_by_keys if self.keys else self.chosen_by_number)(
+                f"? {self.words(title)}{'' if title[-1] == '?' else ':'}", rows, at)
         if value in (Back, Leave):
             raise value
         return value
@@ -11334,7 +11335,8 @@ class Terminal:
         ask = read_hidden if hidden else read_line
         before = None
         while True:
-            text = ask(f"  {prompt}{f' [{shown}]' if shown else ''}: ") or default
+            with kept_terminal():
+                text = ask(f"  {prompt}{f' [{shown}]' if shown else ''}: ") or default
             if text == "<":
                 raise Back
             if text.lower() == "exit":
@@ -11381,25 +11383,66 @@ def single_keys() -> Iterator[Callable[[], bytes]]:
         termios.tcsetattr(place, termios.TCSANOW, before)
 
 
+@contextlib.contextmanager
+def kept_terminal() -> Iterator[None]:
+    """While somebody is asked: Ctrl-Z and whatever ends us leave the terminal as it
+    was, as not every shell would; after Ctrl-Z it is again as it has been here."""
+    try:
+        import termios
+        place = sys.stdin.fileno()
+        before = termios.tcgetattr(place)
+    except (ImportError, OSError, ValueError, termios.error):
+        yield                               # Windows, or no terminal
+        return
+
+    def pause(number: int, frame: Any) -> None:
+        now = termios.tcgetattr(place)
+        termios.tcsetattr(place, termios.TCSANOW, before)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)        # here it stops, and goes on
+        signal.signal(number, pause)
+        termios.tcsetattr(place, termios.TCSANOW, now)
+
+    handlers = {signal.SIGTSTP: pause, signal.SIGTERM: signal.default_int_handler,
+                signal.SIGQUIT: signal.default_int_handler}
+    handlers = {number: handler for number, handler in handlers.items()
+                if signal.getsignal(number) == signal.SIG_DFL}     # else ignored
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in handlers:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def read_line(prompt: str) -> str:
     """A line from the terminal, without its ends; Leave at the end of input."""
+    say(prompt, end="")                     # names in it may be none of ASCII
     try:
-        return input(prompt).strip()
+        return input().strip()
+    except UnicodeDecodeError:
+        return NO_TEXT
     except EOFError:
         raise Leave from None
+
+
+NO_TEXT = "\0"              # stands for bytes that are none; no answer may hold it
 
 
 def read_hidden(prompt: str) -> str:
     import getpass
     try:
         return getpass.getpass(prompt).strip()
+    except UnicodeDecodeError:
+        return NO_TEXT
     except EOFError:
         raise Leave from None
 
 
 def terminal_width() -> int:
     import shutil
-    return shutil.get_terminal_size((80, 24)).columns
+    return shutil.get_terminal_size((80, 24)).columns or 80   # 0: not told, on 3.8
 
 
 def cut_to(text: str, columns: int) -> str:
@@ -11469,6 +11512,7 @@ class Wizard:
                  upstream: Tuple[Listed, Probed]) -> None:
         self.terminal, self.store, self.environ = terminal, store, environ
         self.listed, self.probed = upstream
+        self.given: Json = {}                   # flags, which go over what is saved
         self.known: Dict[str, List[str]] = {}   # models, by base URL
 
     def run(self, draft: Draft = Draft()) -> Draft:
@@ -11526,7 +11570,14 @@ class Wizard:
         saved = SavedProviders(name, {name: own})
         if own.get(("upstream", "base_url"), ("",))[0]:
             flags["base_url"] = ""
-        config, _ = resolve_config(flags, {}, {}, File(), saved)
+        try:
+            config, _ = resolve_config({**flags, **self.given}, {}, {}, File(), saved)
+        except ProxyError as error:
+            if not own:
+                raise                       # what was given is wrong
+            say("  " + error.message)
+            del self.store.records[name]    # as if it were not there
+            return self.begun(draft)
         return draft._replace(
             base_url=config.base_url, api_key=config.api_key, port=config.port,
             opus=config.opus, sonnet=config.sonnet, haiku=config.haiku,
@@ -11622,7 +11673,8 @@ class Wizard:
     def names(self, draft: Draft) -> List[str]:
         """The models that are listed at the draft's base URL; [] if that fails."""
         if draft.base_url not in self.known:
-            self.known[draft.base_url] = self.listed(self.config(draft))
+            names = self.listed(self.config(draft))
+            self.known[draft.base_url] = [name for name in names if is_model(name)]
         return self.known[draft.base_url]
 
     def tool_format(self, draft: Draft) -> Draft:
@@ -11667,7 +11719,7 @@ class Wizard:
     def answers(self, draft: Draft, model: str) -> bool:
         say(f"  {model}: ", end="")
         words = self.probed(self.config(draft), model)
-        say(words or "ok")
+        say(harmless(words) or "ok")
         return not words
 
     def config(self, draft: Draft) -> Config:
@@ -11702,6 +11754,13 @@ STEPS: List[Tuple[str, Callable[[Draft], bool]]] = [    # and of which drafts
     ("summary", unready)]
 EXAMPLE_URL = "https://api.openai.com/v1"
 OWN_NIM_URL = "http://localhost:8000/v1"
+
+
+def is_model(name: str) -> bool:
+    """Whether a name that upstream lists is one; others could steer the terminal."""
+    with contextlib.suppress(ProxyError):
+        return bool(convert("model", name, ""))
+    return False
 
 
 def parser(kind: str, label: str) -> Callable[[str, bool], Any]:
@@ -12871,8 +12930,14 @@ def unready_here(context: Context) -> bool:
 
 
 def at_terminal() -> bool:
-    """Whether there is somebody to ask."""
-    return all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout))
+    """Whether there is somebody to ask.  Where standard input was this program's text,
+    the terminal takes its place."""
+    if sys.argv[:1] == ["-"] and on_terminal(sys.stdout):
+        with contextlib.suppress(OSError):
+            place = os.open("/dev/tty", os.O_RDWR)
+            os.dup2(place, 0)
+            os.close(place)
+    return on_terminal(sys.stdin) and on_terminal(sys.stdout)
 
 
 def run_setup(context: Context) -> int:
@@ -12894,7 +12959,13 @@ def run_setup(context: Context) -> int:
                               f"found {draft.provider!r}")
     terminal = Terminal(context.environ)
     upstream = (listed_models, probed_model)
-    draft = Wizard(terminal, store, context.environ, upstream).run(draft)
+    wizard = Wizard(terminal, store, context.environ, upstream)
+    given = {"base_url": options.base_url, "port": options.port,
+             "default_model": options.model}
+    wizard.given = {name: value for name, value in given.items() if value is not None}
+    draft = wizard.run(draft)
+    if not draft.ready:                     # what was given is answered
+        options.base_url = options.port = options.model = None
     try:
         store.keep(draft)
     except OSError as error:

@@ -9171,15 +9171,6 @@ def test_a_damaged_file_is_named_and_does_no_harm(shell, capsys, text, words):
     assert "providers/kimi.json" in err and words in err and err.count("\n") == 1
 
 
-def test_a_wrong_value_in_a_saved_provider_names_file_and_field(shell, capsys):
-    put_files(shell, **{".nimproxy/settings": {"active_provider": "ollama"},
-                        ".nimproxy/providers/ollama": {**SAVED_PROXY, "port": "lots"}})
-    code, _, err = run(capsys, "serve", "--show-config")
-    assert code == 2 and "ollama.json: port: expected a port" in err
-
-
-def test_show_config_says_that_it_was_saved(shell, capsys):
-    put_files(shell, **{".nimproxy/settings": {"active_provider": "kimi"},
 ODD_SAVED = named([         # what stands in a file of ours, and what is said of it
     ("active is a list", {".nimproxy/settings": {"active_provider": ["kimi"]}}, ""),
     ("active is a map", {".nimproxy/settings": {"active_provider": {}}}, ""),
@@ -9219,6 +9210,15 @@ def test_a_pipe_in_a_files_place_is_not_waited_for(shell, name, command, words):
     assert done.returncode in (0, 1, 2) and words in done.stderr
 
 
+def test_a_wrong_value_in_a_saved_provider_names_file_and_field(shell, capsys):
+    put_files(shell, **{".nimproxy/settings": {"active_provider": "ollama"},
+                        ".nimproxy/providers/ollama": {**SAVED_PROXY, "port": "lots"}})
+    code, _, err = run(capsys, "serve", "--show-config")
+    assert code == 2 and "ollama.json: port: expected a port" in err
+
+
+def test_show_config_says_that_it_was_saved(shell, capsys):
+    put_files(shell, **{".nimproxy/settings": {"active_provider": "kimi"},
                         ".nimproxy/providers/kimi": SAVED_RELAY})
     code, out, _ = run(capsys, "serve", "--show-config")
     assert code == 0 and "sk-kimi" not in out
@@ -9994,7 +9994,7 @@ def test_code_goes_over_settings_that_lead_elsewhere(shell, capsys):
 class Person:
     """Somebody at the terminal of a process."""
 
-    def __init__(self, folder, *argv, **environ):
+    def __init__(self, folder, *argv, program=None, **environ):
         import pty
         self.said = ""
         self.pid, self.terminal = pty.fork()
@@ -10002,7 +10002,8 @@ class Person:
             command = [sys.executable, "-c", "import sys, nimproxy\n"
                        "sys.argv[0] = 'nimproxy'; sys.exit(nimproxy.main())", *argv]
             os.chdir(str(folder))
-            os.execve(sys.executable, command, {
+            command = program or command
+            os.execve(command[0], command, {
                 "HOME": str(folder), "TERM": "xterm", "LANG": "C.UTF-8",
                 "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(HERE),
                 "PATH": os.environ["PATH"], **environ})
@@ -10335,6 +10336,125 @@ def test_a_home_that_cannot_be_written_is_said_and_the_proxy_serves(tmp_path):
         person.answers(*to_nvidia(nim.url), ("All right?", "2"),
                        ("cannot keep it", ""), ("listening on ", "\x03"))
         assert person.ends() == 0
+
+
+@on_a_terminal
+def test_a_saved_key_does_not_go_along_to_another_server(tmp_path):
+    put_files(tmp_path, **{".nimproxy/providers/kimi": SAVED_RELAY})
+    with models_fake() as nim, Person(tmp_path, "setup", "--provider", "kimi") as asked:
+        asked.answers(
+            (") found", "2"), ("? Kimi", ENTER), ("[the saved one]", ENTER),
+            ("Base URL [", nim.url + ENTER), ("another server", ""),
+            ("API key [none]", ENTER), ("Port [", ENTER), ("Opus [", "\x03"))
+        assert asked.ends() == 130
+    assert "Authorization" not in nim.requests[0][2]
+
+
+@on_a_terminal
+def test_what_is_given_with_setup_is_what_enter_takes(tmp_path):
+    with models_fake() as nim, Person(
+            tmp_path, "setup", "--provider", "ollama", "--base-url", nim.url,
+            "--port", "9292", "--model", "mid/one") as person:
+        person.answers(
+            ("Configure", ENTER), ("? Ollama", ENTER), (f"Base URL [{nim.url}]", ENTER),
+            ("Port [9292]", "9293" + ENTER), ("Opus [mid/one]", ENTER),
+            ("Sonnet [mid/one]", "big/one" + ENTER), ("Haiku [mid/one]", ENTER),
+            ("Tool format", ENTER), ("Window [", ENTER), ("settings?", ENTER),
+            ("All right?", "2"), ("Start now?", "4"))
+        assert person.ends() == 0
+    record = saved_file(tmp_path, "providers/ollama")
+    assert (record["base_url"], record["port"]) == (nim.url, 9293)
+    assert record["models"]["sonnet"] == "big/one"
+
+
+@on_a_terminal
+def test_a_damaged_provider_can_be_set_up_anew(tmp_path):
+    put_files(tmp_path, **{".nimproxy/providers/ollama": {**SAVED_PROXY, "port": "x"}})
+    with Person(tmp_path, "setup", "--provider", "ollama") as person:
+        person.answers(("port: expected a port", ""), ("No config for Ollama", "3"))
+        assert person.ends() == 130
+
+
+@on_a_terminal
+def test_names_and_errors_of_a_server_do_not_steer_the_terminal(tmp_path):
+    evil = "\x1b]0;mine\x07\x9b31m"
+    listed = {"data": [{"id": "big/one"}, {"id": "evil" + evil}]}
+    refusing = refuses(400, "no " + evil)
+    with FakeNim(lambda chat: refusing if chat else response(
+            json.dumps(listed).encode())) as nim, Person(tmp_path, "setup") as person:
+        way = [(words, ENTER if words in ("Sonnet [", "Haiku [") else keys)
+               for words, keys in to_nvidia(nim.url)]
+        person.answers(*way[:7])
+        told = person.reads("Opus [")
+        person.types("big/one" + ENTER)
+        person.answers(*way[8:], ("All right?", "1"))
+        told += person.reads("as it should")
+        person.types("3")
+        assert person.ends() == 130
+    assert "mine\x07" not in told and "\x1b]" not in told and "\x9b" not in told
+
+
+@on_a_terminal
+@pytest.mark.parametrize("question", ["API key", "Port ["])
+def test_bytes_that_are_no_text_are_asked_again(tmp_path, question):
+    with models_fake() as nim, Person(tmp_path, "setup") as person:
+        way = to_nvidia(nim.url)
+        at = [words for words, _ in way].index(question)
+        person.answers(*way[:at], (question, ""))
+        os.write(person.terminal, b"\xe9\xff\r")
+        person.answers(("expected", ""), way[at], (way[at + 1][0], "\x03"))
+        assert person.ends() == 130
+
+
+IN_A_SHELL = """
+stty -a > before; trap : QUIT; set -m
+{python} {file} setup --provider nvidia
+stty -a > after; echo ended $?.
+while fg 2> none; do :; done
+"""
+STOPPING = named([(f"{name} at {question}", question, keys)
+                  for question in ("menu", "key") for name, keys in
+                  (("Ctrl-Z", "\x1a"), ("Ctrl-backslash", "\x1c"), ("a kill", ""))])
+
+
+@on_a_terminal
+@pytest.mark.parametrize("question, keys", STOPPING)
+def test_the_terminal_is_as_it_was_however_one_leaves(tmp_path, question, keys):
+    script = IN_A_SHELL.format(python=sys.executable, file=HERE / "nimproxy.py")
+    with Person(tmp_path, program=["/bin/sh", "-c", script]) as person:
+        person.reads("3. Exit")
+        if question == "key":
+            person.types(ENTER)
+            person.answers(("4. Exit", ENTER), ("API key nvapi-", ""))
+        until(lambda: not termios_flags(person.terminal))
+        if keys:
+            person.types(keys)
+        else:
+            children = subprocess.check_output(["pgrep", "-P", str(person.pid)])
+            os.kill(int(children), signal.SIGTERM)
+        person.reads("ended ")
+        if keys == "\x1a":                      # then it goes on
+            until(lambda: not termios_flags(person.terminal))
+            person.types("\x03")
+        assert person.ends() is not None
+    assert (tmp_path / "after").read_text() == (tmp_path / "before").read_text() != ""
+
+
+def termios_flags(terminal):
+    """Whether what is typed is shown."""
+    import termios
+    return termios.tcgetattr(terminal)[3] & termios.ECHO
+
+
+@on_a_terminal
+def test_setup_asks_at_the_terminal_when_its_text_is_piped(tmp_path):
+    script = f"{sys.executable} - setup < {HERE / 'nimproxy.py'}"
+    with Person(tmp_path, program=["/bin/sh", "-c", script]) as person:
+        with models_fake() as nim:
+            person.answers(*to_nvidia(nim.url), ("All right?", "2"),
+                           ("Start now?", "4"))
+            assert person.ends() == 0
+    assert saved_file(tmp_path, "providers/nvidia")["api_key"] == KEY
 
 
 def test_setup_needs_somebody_to_ask(shell, capsys):
