@@ -667,6 +667,7 @@ class Limits(NamedTuple):
     schema: bool = True             # response_format of type json_schema
     tokens: str = "max_tokens"      # what that field is called
     ceiling: int = 0                # the most of them that is not refused; 0: no such
+    coldest: float = 0              # the least temperature that is not refused
     add: Json = {}                  # fields to add where tools are streamed
 
 
@@ -680,11 +681,11 @@ LIMITS = [
     ("deepseek", False, "", Limits(LONE, "any", False, ceiling=393216)),
     ("kimi", None, "k3", Limits(SAMPLING, "words", True, "max_completion_tokens")),
     ("kimi", None, r"k2\.7|k2-think|coding", Limits(SAMPLING, "auto", ceiling=32768)),
-    ("kimi", None, r"k2\.[56]", Limits(SAMPLING, ceiling=32768)),
+    ("kimi", None, r"k2\.[56]", Limits(SAMPLING, "auto", ceiling=32768)),
     ("glm", None, "", Limits(LONE, "only", False, ceiling=131072,
                              add={"tool_stream": True})),
     ("minimax", None, "", Limits(("parallel_tool_calls",), "", False,
-                                 "max_completion_tokens", 128000)),
+                                 "max_completion_tokens", 128000, coldest=0.01)),
     ("ollama", None, "", Limits(LONE, "")),
     ("lmstudio", None, "", Limits(("chat_template_kwargs",), "words")),
     ("nvidia", None, "llama-[34]|mistral|gemma-[23]", Limits(("top_k",))),
@@ -2601,6 +2602,8 @@ def keep_within(chat: Json, limits: Limits) -> None:
         chat.pop("response_format", None)
     if limits.ceiling:
         chat["max_tokens"] = min(chat["max_tokens"], limits.ceiling)
+    if "temperature" in chat:
+        chat["temperature"] = max(chat["temperature"], limits.coldest)
     if limits.tokens != "max_tokens":
         chat[limits.tokens] = chat.pop("max_tokens")
     if "tools" in chat:
@@ -2783,7 +2786,7 @@ def assistant_message(blocks: List[Json], ids: Dict[str, str], manner: Manner) -
         text = f"<think>\n{thought}\n</think>\n\n{text}"
     message: Json = {"role": "assistant", "content": text}
     if (manner.replay == "field" and (thought or calls)
-            or manner.replay == "every" and (thought or manner.tools)):
+            or manner.replay == "every" and (thought or calls or manner.tools)):
         message[manner.field] = thought
     if calls:
         message["tool_calls"] = list(calls.values())
@@ -3079,21 +3082,30 @@ REFUSALS = [
             "The model is down at the provider; wait, or choose another model.",
             "", "busy", "degraded"),
     Refusal((400, 402, 403, 429), r"(?i)\b1113\b|insufficient balance|arrears|"
-            r"exceeded_current_quota|credits? (are )?exhausted", 402, "",
-            "The account has no credit left; see {page}.", "false"),
+            r"exceeded_current_quota|insufficient_quota|credits? (are )?exhausted", 402,
+            "", "The account has no credit left; see {page}.", "false"),
+    Refusal((400, 401, 403, 429), r"\((111[012]|112[01])\)", 403, "permission_error",
+            "The account is closed or locked; see {page}.", "false"),
+    Refusal((), r"jinja template", 400, "",
+            "The chat template of {model} cannot take this; choose another model."),
     Refusal((), r"enable-auto-tool-choice|does not support tools", 400, "",
             "This host runs {model} without tool calls; choose another model."),
     Refusal((429,), r"(?i)\((1308|1310|1313)\)|\b(hour|dai|day|week|month)\w*\W+(usage "
             r"|token )?(quota|limit)", 429, "",
             "A quota of hours or days is used up; see {page}.", "false", "", "busy"),
     Refusal((401,), "", 401, "",
-            "The key is missing, wrong or expired: set {key}, from {page}.", "false"),
+            "The key is missing, wrong or expired: set {key}, from {page}.{elsewhere}",
+            "false"),
     Refusal((402,), "", 402, "", "See the account's balance at {page}.", "false"),
     Refusal((403,), "", 403, "authentication_error",
             "A wrong key gives this, or a model that the account may not use: "
             "check {key}, from {page}.", "", "", "gated"),
     Refusal((404,), r"Not found for account", 404, "",
             "{model} is listed but not open to this account.", "", "", "gated"),
+    Refusal((404,), r"try pulling it", 404, "", "Get it with: ollama pull {id}", "", "",
+            "gone"),
+    Refusal((400,), r"\(1211\)|Model Not Exist", 404, "",
+            "No model {model} there{instead}.", "", "", "gone"),
     Refusal((404, 410), "", 404, "", "No model {model} there{instead}.", "", "",
             "gone"),
     Refusal((413,), "", 413, "", "The request is too large for this provider."),
@@ -3171,7 +3183,8 @@ def refused(asked: Asked, status: int, text: str, pause: float) -> ProxyError:
     row = row or Refusal((), "", 0, "api_error", "")
     provider = PROVIDERS[asked.config.provider]
     words = {"key": provider.key_variable or "the key", "page": provider.key_page,
-             "model": repr(asked.model), "instead": instead(asked.model)}
+             "model": repr(asked.model), "instead": instead(asked.model),
+             "id": asked.model, "elsewhere": elsewhere(asked.config)}
     message = f"{upstream_label(asked.config)} answered {status}: {text}"
     if row.advice:
         message = f"{message.rstrip('.')}. {row.advice.format(**words)}"
@@ -3184,6 +3197,15 @@ def refused(asked: Asked, status: int, text: str, pause: float) -> ProxyError:
     error = ProxyError(ours, message, row.kind, tuple(sent), row.again)
     error.fallback, error.pause = row.fallback, pause
     return error
+
+
+def elsewhere(config: Config) -> str:
+    """Where else a key may belong: each region, and some plans, have their own."""
+    row, host = host_row(config), urlsplit(config.base_url).netloc
+    urls = [url for url in (row.base_url, *row.other_urls) if row.key_shape
+            and api_at(url) == config.api and urlsplit(url).netloc != host]
+    return (f" A key of another region or plan goes with --base-url "
+            f"{' or '.join(urls)}" if urls else "")
 
 
 def overflow(asked: Asked, text: str) -> Optional[ProxyError]:
@@ -3344,15 +3366,24 @@ def words_in(value: Any) -> str:
         if value.get(name):
             code, param = value.get("code"), value.get("param")
             code = code if isinstance(code, str) else value.get("status_code")
+            kind = value.get("type")
+            code = code or (kind if "_quota" in str(kind) else None)    # Moonshot's
             words = words_in(value[name]) + (f" ({code})" if code else "")
             named = isinstance(param, str) and param and param not in words
             return f"{param}: {words}" if named else words
     return str(value.get("title") or "")
 
 
+BASE_STATUSES = {1002: 429, 1004: 401, 1008: 402, 1026: 400, 1027: 400, 1039: 400,
+                 1041: 429, 2013: 400, 2049: 401, 2056: 429}    # MiniMax's codes
+
+
 def stated_status(value: Json, status: int) -> int:
     """The HTTP status inside an error body: it may disagree with the answer's own."""
-    inner = value.get("error")
+    inner, base = value.get("error"), value.get("base_resp")
+    code = base.get("status_code") if isinstance(base, dict) else 0
+    if isinstance(code, int) and code in BASE_STATUSES:
+        return BASE_STATUSES[code]
     for holder in (inner if isinstance(inner, dict) else {}, value):
         for name in ("code", "status", "http_code"):
             code = holder.get(name)
@@ -3789,7 +3820,7 @@ MENDS = [Mend(pattern, mend) for pattern, mend in [
     (r"(?i)content.{0,60}(valid string|must be a string)|not a multimodal", "blind"),
     (r"(?i)\b(any|one|all)of\b.{0,40}(not supported|unsupported|not allowed)|"
      r"function.parameters.type|when using anyof|\$ref|\$defs|invalid schema|"
-     r"upper to type undefined|exact null branch", "schema:plain"),
+     r"upper\W+to type\W+undefined|exact null branch", "schema:plain"),
     (r"(?i)xgrammar|into a grammar|json schema|failed to parse grammar", "schema:bare"),
 ]]
 
@@ -4980,6 +5011,8 @@ class Message:
             self.say(delta["refusal"])
         if choice.get("finish_reason"):
             self.finish = str(choice["finish_reason"])
+            if choice.get("usage"):         # Moonshot says it here
+                self.count(choice["usage"])
             if choice.get("stop_reason") in self.reading.stops:
                 self.stop_sequence = choice["stop_reason"]
 
@@ -6195,6 +6228,9 @@ def kept_words(passed: Passed, error: ProxyError, status: int,
         message = redacted(message, secret)[:MAX_REASON_CHARS]
         if error.status in (401, 403):  # Claude Code takes it for "not logged in"
             message = re.sub("(?i)x-api-key", "API key", message)
+        if error.status == 401:
+            hint = elsewhere(passed.reading.asked.config)
+            message = f"{message.rstrip('.')}.{hint}" if hint else message
         error.message = message
     return error
 

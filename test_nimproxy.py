@@ -564,7 +564,7 @@ ERROR_BODIES = [
     ("Z.ai's code is text", b'{"error":{"code":"1261","message":"Prompt exceeds"}}',
      "Prompt exceeds (1261)", 500),
     ("MiniMax", b'{"base_resp":{"status_code":1004,"status_msg":"login fail"}}',
-     "login fail (1004)", 500),
+     "login fail (1004)", 401),
     ("plain text", b"404 page not found", "404 page not found", 500),
     ("HTML", b"<html><h1>Bad  Gateway</h1></html>", "Bad Gateway", 500),
     ("a place that is no list", b'{"detail":[{"msg":"bad","loc":5}]}', "bad", 500),
@@ -4429,7 +4429,7 @@ ERRORS_INSIDE = [   # (case, bytes, status, words)
     ("object error", b'data: {"object":"error","message":"bad","code":404}\n\n', 404,
      "bad"),
     ("MiniMax", b'data: {"base_resp":{"status_code":1008,"status_msg":"insufficient '
-     b'balance"},"choices":null}\n\n', 500, "insufficient balance"),
+     b'balance"},"choices":null}\n\n', 402, "insufficient balance"),
     ("nested too deep", b'data: {"error":' + b"[" * 600 + b"]" * 600 + b"}\n\n", 500,
      "an error"),
     ("overflow", b'data: {"error":{"message":"Context size has been exceeded."}}\n\n',
@@ -12168,6 +12168,660 @@ def test_a_usage_log_that_cannot_be_read_is_said(shell, capsys):
     (home / (date + ".jsonl")).chmod(0)
     code, out, err = run(capsys, "usage")
     assert code == 0 and "cannot read" in err
+
+
+# ---- Providers: each API as it is --------------------------------------------
+# A fake of each provider's API that refuses what the real one refuses, in its words,
+# and answers as it answers.  What clients ask is never refused; what goes wrong there
+# is told as what it is.
+
+# The wrong is (status, words) -> the answer that says so; the rules are (words, status,
+# whether a chat breaks it); `reasoning` is the field of thinking, "" for tags; `lead`
+# comes before the first frame; `usage` makes the last chunk.
+Api = collections.namedtuple(
+    "Api", "model wrong rules reasoning whole_calls chooses lead usage", defaults=(
+        "reasoning_content", False, True, b"",
+        lambda usage: {"choices": [], "usage": usage}))
+
+
+def dynamo(status, words):
+    return refuses(status, {"error": {"message": "Validation: " + words,
+                                      "type": "Bad Request", "code": status}})
+
+
+def vllm(status, words):
+    return refuses(status, {"error": {"message": words, "type": "BadRequestError",
+                                      "param": None, "code": status}})
+
+
+def ollama(status, words, kind="api_error"):
+    return refuses(status, {"error": {"message": words, "type": kind, "param": None,
+                                      "code": None}})
+
+
+def studio(status, words):
+    return refuses(status, {"error": words})
+
+
+def moonshot(status, words, kind="invalid_request_error"):
+    return refuses(status, {"error": {"message": words, "type": kind}})
+
+
+def deepseek(status, words, kind="invalid_request_error"):
+    return refuses(status, {"error": {"message": words, "type": kind, "param": None,
+                                      "code": kind}})
+
+
+def zai(status, words, code="1210"):
+    return refuses(status, {"error": {"code": code, "message": words}})
+
+
+def minimax(status, words, code=2013):
+    return refuses(200, {"id": "0", "choices": None, "base_resp": {
+        "status_code": code, "status_msg": words}})
+
+
+def sends(*names):
+    return lambda chat: bool(set(names) & set(chat))
+
+
+def beyond(names):
+    return lambda chat: bool(set(chat) - set(names.split()))
+
+
+def over(name, least, most):
+    return lambda chat: not least <= chat.get(name, most) <= most
+
+
+def chooses(*allowed):
+    """The chat has a tool_choice of another kind."""
+    def broken(chat):
+        choice = chat.get("tool_choice", allowed[0])
+        return ("named" if isinstance(choice, dict) else choice) not in allowed
+    return broken
+
+
+def thinks(chat):
+    return chat.get("thinking", {}).get("type") in ("enabled", "adaptive")
+
+
+def turns_of(chat, role="assistant"):
+    return [turn for turn in chat["messages"] if turn["role"] == role]
+
+
+def unthought(chat):
+    """A turn with calls lacks its thinking."""
+    return any("reasoning_content" not in turn for turn in turns_of(chat)
+               if turn.get("tool_calls"))
+
+
+def unanswered(chat):
+    """A call has no result right behind it, or a result no call."""
+    waiting = []
+    for turn in chat["messages"]:
+        if turn["role"] == "tool":
+            if turn["tool_call_id"] not in waiting:
+                return True
+            waiting.remove(turn["tool_call_id"])
+        elif waiting:
+            return True
+        waiting += [call["id"] for call in turn.get("tool_calls") or []]
+    return bool(waiting)
+
+
+def schemas(chat):
+    return [tool["function"]["parameters"] for tool in chat.get("tools", [])]
+
+
+def names_in(chat):
+    return [tool["function"]["name"] for tool in chat.get("tools", [])]
+
+
+def misnamed(pattern):
+    return lambda chat: not all(re.fullmatch(pattern, name) for name in names_in(chat))
+
+
+def images_in(chat):
+    return [part["image_url"]["url"] for turn in chat["messages"]
+            for part in turn.get("content") or [] if isinstance(part, dict)
+            and part["type"] == "image_url"]
+
+
+def out_of_order(chat):
+    """A system message that is not the first, or two turns of one role."""
+    roles = [turn["role"] for turn in chat["messages"]]
+    twice = any(one == two != "tool" for one, two in zip(roles, roles[1:]))
+    return "system" in roles[1:] or twice or roles[-1] == "assistant"
+
+
+def hollow(chat):
+    return any(not turn.get("content") and not turn.get("tool_calls")
+               for turn in chat["messages"] if turn["role"] != "tool")
+
+
+def unlisted(chat):
+    return any(isinstance(turn["content"], list) for turn in chat["messages"]
+               if turn["role"] != "user")
+
+
+COMMON = [      # what none of them takes
+    ("model is required", 400, lambda chat: not chat.get("model")),
+    ("`stream_options` only with stream", 400,
+     lambda chat: "stream_options" in chat and not chat.get("stream")),
+    ("tools must not be an empty array", 400, lambda chat: chat.get("tools") == []),
+    ("tool_choice is set, but tools is empty", 400,
+     lambda chat: "tool_choice" in chat and "tools" not in chat),
+    ("insufficient tool messages", 400, unanswered),
+    ("arguments must be a valid JSON object string", 400, lambda chat: not all(
+        isinstance(json.loads(call["function"]["arguments"]), dict)
+        for turn in turns_of(chat) for call in turn.get("tool_calls", []))),
+    ("Unexpected role", 400, out_of_order),
+    ("content must be a string", 400, unlisted),
+    ("content must not be empty", 400, hollow),
+    ("Function has an invalid name", 400, misnamed("[A-Za-z_][A-Za-z0-9_-]{0,63}")),
+    ("an invalid type of tool", 400, lambda chat: any(
+        set(tool) != {"type", "function"} for tool in chat.get("tools", []))),
+]
+DYNAMO_FIELDS = (
+    "messages model reasoning_effort max_tokens max_completion_tokens response_format "
+    "seed stop stream stream_options temperature top_p top_k min_p tools tool_choice "
+    "parallel_tool_calls chat_template_kwargs nvext")
+OPENAI_FIELDS = (
+    "messages model max_tokens response_format stop stream stream_options temperature "
+    "top_p tools tool_choice parallel_tool_calls")
+PLAIN_FIELDS = "messages model stop stream stream_options tools thinking "
+MFJS = [        # Moonshot's flavour of JSON schema
+    ('tools.function.parameters.type is required and must be "object"', 400,
+     lambda chat: any(schema.get("type") != "object" for schema in schemas(chat))),
+    ("when using anyOf, type should be defined in anyOf items instead of the parent",
+     400, lambda chat: any({"anyOf", "type"} <= set(schema)
+                           for schema in schemas(chat))),
+]
+KIMI = [
+    ("tool_choice required is not supported, must be auto or none", 400,
+     chooses("auto", "none")),
+    ("function name is invalid, must start with a letter", 400,
+     misnamed("[A-Za-z][A-Za-z0-9_-]{0,63}")),
+    ("invalid temperature: only 1 is allowed for this model", 400,
+     sends("temperature", "top_p", "top_k")),
+    ("max_tokens is too large", 400, over("max_tokens", 1, 32768)),
+    *MFJS,
+]
+PROVIDER_APIS = {
+    "nvidia": Api("z-ai/glm-5.3-flash", dynamo, [
+        ("Unsupported parameter(s): `thinking`", 400, beyond(DYNAMO_FIELDS)),
+        ("Maximum of 4 stop sequences allowed, got 5", 400,
+         lambda chat: len(chat.get("stop", [])) > 4),
+        ("max_tokens is too large", 400, over("max_tokens", 1, 131072))],
+        whole_calls=True, lead=b":\n\n"),
+    "nvidia, nemotron": Api("nvidia/nemotron-3-super-120b-a12b", dynamo, [
+        ("Unsupported parameter(s): `thinking`", 400, beyond(DYNAMO_FIELDS)),
+        ("temperature: at most 1", 400, over("temperature", 0, 1))], whole_calls=True),
+    "nvidia, deepseek": Api("deepseek-ai/deepseek-v4.1-flash", dynamo, [
+        ("Unsupported parameter(s): `thinking`", 400, beyond(DYNAMO_FIELDS)),
+        ("The `reasoning_content` in the thinking mode must be passed back", 400,
+         unthought)], whole_calls=True),
+    "nvidia, llama": Api("meta/llama-3.1-405b-instruct", vllm, [
+        ("[{'type': 'extra_forbidden', 'loc': ('body', 'top_k'), 'msg': 'Extra inputs "
+         "are not permitted', 'input': 3}]", 400, beyond(OPENAI_FIELDS))], ""),
+    "ollama": Api("gpt-oss:20b", ollama, [
+        ("invalid image input", 400, lambda chat: any(
+            not url.startswith("data:") for url in images_in(chat))),
+        ("invalid reasoning value: must be high, medium, low, max or none", 400,
+         lambda chat: chat.get("reasoning_effort", "none") not in (
+             "high", "medium", "low", "max", "none")),
+        ("(ignored)", 400, beyond(OPENAI_FIELDS.replace("tool_choice", "")
+                                  + " reasoning_effort"))],
+        "reasoning", whole_calls=True, chooses=False),
+    "lmstudio": Api("zai-org/glm-4.7-flash", studio, [
+        ("Invalid tool_choice type: 'object'. Supported string values: none, auto, "
+         "required", 400, chooses("auto", "none", "required")),
+        ("(ignored)", 400, beyond(OPENAI_FIELDS + " reasoning_effort top_k"))], ""),
+    "kimi": Api("kimi-k3", moonshot, [
+        ("tool_choice is invalid", 400, chooses("auto", "none", "required")),
+        ("max_tokens is not supported, use max_completion_tokens", 400,
+         sends("max_tokens")),
+        ("thinking is enabled but reasoning_content is missing in assistant tool call "
+         "message at index 2", 400, unthought),
+        ("unknown field", 400, beyond(
+            PLAIN_FIELDS + "max_completion_tokens tool_choice reasoning_effort "
+            "response_format parallel_tool_calls")), *KIMI[1:3], *MFJS],
+        usage=lambda usage: {"choices": [
+            {"index": 0, "delta": {}, "finish_reason": "stop", "usage": usage}]}),
+    "kimi, k2.6": Api("kimi-k2.6", moonshot, [
+        *KIMI, ("thinking is enabled but reasoning_content is missing in assistant "
+                "tool call message at index 2", 400,
+                lambda chat: thinks(chat) and unthought(chat))]),
+    "kimi, k2.7": Api("kimi-k2.7-code", moonshot, [*KIMI, (
+        "reasoning_content is missing in assistant tool call message", 400,
+        unthought)]),
+    "deepseek": Api("deepseek-v4-pro", deepseek, [
+        ("Invalid max_tokens value, the valid range of max_tokens is [1, 393216]", 400,
+         over("max_tokens", 1, 393216)),
+        ("This response_format type is unavailable now", 400, sends("response_format")),
+        ("unknown field", 400, beyond(
+            PLAIN_FIELDS + "max_tokens tool_choice reasoning_effort temperature "
+            "top_p")),
+        ("The `reasoning_content` in the thinking mode must be passed back to the API.",
+         400, lambda chat: thinks(chat) and unthought(chat)),
+        ("deepseek-reasoner does not support this tool_choice", 400,
+         lambda chat: thinks(chat) and "tool_choice" in chat),
+        ("thinking ignores temperature", 400,
+         lambda chat: thinks(chat) and sends("temperature", "top_p")(chat))],
+        lead=b": keep-alive\n\n" * 2, usage=lambda usage: {"choices": [], "usage": {
+            **usage, "prompt_cache_hit_tokens": 4, "prompt_cache_miss_tokens": 7}}),
+    "glm": Api("glm-5.3-flash", zai, [
+        ("tool_choice only supports auto", 400, chooses("auto")),
+        ("max_tokens \u53c2\u6570\u975e\u6cd5\uff0c\u9650\u5236\u6570\u503c"
+         "\u8303\u56f4[1,131072]", 400, over("max_tokens", 1, 131072)),
+        ("temperature: 0 to 1", 400, over("temperature", 0, 1)),
+        ("unknown field", 400, beyond(PLAIN_FIELDS + "max_tokens tool_choice top_p "
+                                      "tool_stream reasoning_effort temperature"))]),
+    "minimax": Api("MiniMax-M3", minimax, [
+        ("invalid params, temperature must be in (0, 1]", 400,
+         over("temperature", 0.001, 1)),
+        ("invalid params, max_completion_tokens", 400,
+         over("max_completion_tokens", 1, 128000)),
+        ("invalid params, thinking", 400, lambda chat: chat.get("thinking", {}).get(
+            "type", "disabled") not in ("adaptive", "disabled")),
+        ("(dropped)", 400, beyond(PLAIN_FIELDS + "max_completion_tokens temperature "
+                                  "top_p top_k response_format"))],
+        "reasoning_details", chooses=False),
+    "custom": Api("acme-1", vllm, [
+        ("Extra inputs are not permitted", 400, beyond(OPENAI_FIELDS + " top_k"))],
+        "reasoning", lead=b": OPENROUTER PROCESSING\n\n"),
+}
+
+
+def provider_fake(api, refused):
+    """What FakeNim says for an API; what is refused is added to a list."""
+    def tell(chat):
+        if chat is None:
+            return refuses(404, b"")
+        for words, status, broken in COMMON + api.rules:
+            if broken(chat):
+                refused.append((words, {name: chat[name] for name in chat if name not in
+                                        ("tools", "messages")}))
+                return api.wrong(status, words)
+        return provider_answer(api, chat)
+    return tell
+
+
+def provider_answer(api, chat):
+    """Thinking, then a call if there are tools and no result yet, else a text."""
+    names, last = names_in(chat), chat["messages"][-1]["role"]
+    choice = chat.get("tool_choice", "auto") if api.chooses else "auto"
+    named = [choice["function"]["name"]] if isinstance(choice, dict) else names[-1:]
+    calls_now = names and choice != "none" and (last != "tool" or choice != "auto")
+    usage = {"prompt_tokens": 11, "completion_tokens": 5, "total_tokens": 16}
+    message = thinking_in(api, "Hm, so.")
+    if calls_now:
+        function = {"name": named[0], "arguments": '{"pattern": "a"}'}
+        message["tool_calls"] = [{"id": "functions.%s:0" % named[0], "index": 0,
+                                  "type": "function", "function": function}]
+    else:
+        message["content"] = (message.get("content") or "") + "Well."
+    finish = "tool_calls" if calls_now else "stop"
+    if not chat.get("stream"):
+        whole = {"choices": [{"message": {"role": "assistant", **message},
+                              "finish_reason": finish}], "usage": usage,
+                 "base_resp": {"status_code": 0, "status_msg": ""}}
+        return response(b"\n\n" * len(api.lead) + json.dumps(whole).encode())
+    out = [says(role="assistant", content="")]
+    for name, value in message.items():
+        out += pieces_of(api, name, value)
+    return chunked(api.lead + sse(*out, says(finish), api.usage(usage)))
+
+
+def thinking_in(api, words):
+    if api.reasoning == "reasoning_details":
+        return {api.reasoning: [{"type": "reasoning.text", "text": words}]}
+    return {api.reasoning: words} if api.reasoning else {
+        "content": "<think>%s</think>\n\n" % words}
+
+
+def pieces_of(api, name, value):
+    """A part of a message as the API streams it: by four characters, for one."""
+    if name == "reasoning_details":     # all so far, every time
+        return [says(**{name: [dict(value[0], text=value[0]["text"][:end])]})
+                for end in (3, 7)]
+    if name == "tool_calls" and not api.whole_calls:
+        (entry,), arguments = value, value[0]["function"]["arguments"]
+        head = dict(entry, function=dict(entry["function"], arguments=""))
+        rest = [{"index": 0, "function": {"arguments": arguments[at:at + 4]}}
+                for at in range(0, len(arguments), 4)]
+        return [says(tool_calls=[part]) for part in [head, *rest]]
+    if name == "tool_calls":
+        return [says(tool_calls=value)]
+    return [says(**{name: value[at:at + 4]}) for at in range(0, len(value), 4)]
+
+
+TO_GREP = {"name": "Grep", "description": "d", "input_schema": {
+    "$schema": "x", "type": "object", "properties": {"pattern": {"type": "string"}},
+    "required": ["pattern"]}}
+TO_LIST = {"name": "9.ls", "description": "d", "input_schema": {}}
+SIGHT = {"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                     "data": "QUJD"}}
+HOW_LONG = [user(said("a")), assistant(thought(), said("b"), call("t1", "Grep"),
+                                       call("t2", "9.ls")),
+            user(result("t1"), result("t2"), said("c")),
+            assistant(call("t3", "Grep")), user(result("t3")),
+            assistant(thought()), user(said("d")), assistant(said("e")),
+            {"role": "system", "content": "Note."}, user(said("f"))]
+TOOLS_TOO = {"tools": [TO_LIST, TO_GREP]}
+PROVIDER_ASKS = {
+    "text": {"system": "Be brief."},
+    "thinking": {"thinking": {"type": "enabled", "budget_tokens": 8000},
+                 "max_tokens": 16000, "temperature": 1},
+    "adaptive thinking": {"thinking": ON, "output_config": {"effort": "xhigh"}},
+    "no thinking": {"thinking": OFF},
+    "warm": {"temperature": 0.7, "top_p": 0.9, "top_k": 40},
+    "cold": {"temperature": 0},
+    "stop sequences": {"stop_sequences": ["1", "2", "3", "4", "5"]},
+    "all the output there is": {"max_tokens": 900000},
+    "JSON": {"output_config": {"format": {"type": "json_schema", "schema": {
+        "type": "object", "properties": {}}}}},
+    "an image": {"messages": [user(said("What?"), SIGHT)]},
+    "an image from a tool": {**TOOLS_TOO, "messages": [
+        user(said("a")), assistant(call("t1", "Grep")),
+        user(result("t1", [SIGHT]))]},
+    "tools": TOOLS_TOO,
+    "any tool": {**TOOLS_TOO, "tool_choice": {"type": "any"}},
+    "any tool, thinking": {**TOOLS_TOO, "tool_choice": {"type": "any"}, "thinking": ON},
+    "one tool": {**TOOLS_TOO, "tool_choice": {"type": "tool", "name": "9.ls"}},
+    "one tool, thinking": {**TOOLS_TOO, "thinking": ON, "tool_choice": {
+        "type": "tool", "name": "9.ls"}},
+    "no tool": {**TOOLS_TOO, "tool_choice": {"type": "none"}},
+    "a call at a time": {**TOOLS_TOO, "tool_choice": {
+        "type": "auto", "disable_parallel_tool_use": True}},
+    "a long history": {**TOOLS_TOO, "messages": HOW_LONG, "thinking": ON},
+    "a long history without thinking": {**TOOLS_TOO, "messages": HOW_LONG},
+    "a history without tools": {"messages": HOW_LONG, "thinking": ON},
+    "a tool's result": {**TOOLS_TOO, "messages": HOW_LONG[:5], "thinking": ON},
+    "a summary": {**TOOLS_TOO, "thinking": ON, "messages": [
+        *HOW_LONG[:5], assistant(said("b")), user(said(np.TEXT_ONLY + "."))]},
+    "a beginning": {"messages": [user(said("a")), assistant(said("So"))]},
+}
+
+
+@pytest.mark.parametrize("provider", PROVIDER_APIS)
+def test_no_provider_sees_what_it_refuses(provider):
+    api, refused = PROVIDER_APIS[provider], []
+    name = provider.partition(",")[0]
+    with both(provider_fake(api, refused), provider=name, context_window=0) as (_, it):
+        for case, body in PROVIDER_ASKS.items():
+            for stream in (True, False):
+                body = {**ASK, **body, "model": api.model, "stream": stream}
+                status, answer = it.ask(**body)
+                assert (status, refused) == (200, []), (case, stream, answer)
+                message = np.fold(parse_events(answer)) if stream else answer
+                check_answer((case, stream), body, message)
+
+
+def check_answer(case, body, message):
+    """Thinking, and what the fake says behind it; a tool that was named is called."""
+    *thoughts, last = message["content"]
+    assert [block["thinking"] for block in thoughts] == ["Hm, so."], (case, message)
+    usage = {name: count for name, count in message["usage"].items() if count}
+    assert sum(usage.values()) == 16 and usage["output_tokens"] == 5, (case, usage)
+    choice = body.get("tool_choice", {})
+    may = body.get("tools") and choice.get("type") != "none"
+    if may and body["messages"] is ASK["messages"]:
+        assert message["stop_reason"] == "tool_use", (case, message)
+        assert last["name"] == choice.get("name", "Grep"), (case, message)
+        assert last["input"] == {"pattern": "a"}, (case, message)
+    elif last["type"] == "text":
+        assert (last["text"], message["stop_reason"]) == ("Well.", "end_turn"), case
+    else:
+        assert may, (case, message)
+
+
+def said_in(finish, *chunks):
+    """An answer to a chat that streams, or that does not."""
+    return lambda chat: streams(*chunks, says(finish)) if chat.get("stream") else (
+        completes("".join(chunk["choices"][0]["delta"].get("content", "")
+                          for chunk in chunks), finish))
+
+
+LIMITED_429 = {"type": "rate_limit_reached_error"}
+ZAI_RATE = zai(429, "Rate limit reached for requests", "1302")
+HIS_WELL = said_in("stop", says(content="Well."))
+GATEWAY_404 = {"status": 404, "title": "Not Found",
+               "detail": "Function '7d': Not found for account 'x'"}
+GONE_410 = {"type": "about:blank", "title": "Gone", "status": 410, "detail":
+            "The model 'm' has reached its end of life on 2026-05-14T00:00:00Z"}
+DOWN_400 = {"status": 400, "title": "Bad Request",
+            "detail": "Function id '7d': DEGRADED function cannot be invoked"}
+KEEP_FIRST = ("Trying to keep the first 40000 tokens when context the overflows. "
+              "However, the model is loaded with context length of only 32000 tokens")
+JINJA = 'Error rendering prompt with jinja template: "%s"'
+LLAMA_CPP = {"error": {"code": 400, "type": "exceed_context_size_error", "message":
+                       "request (9000 tokens) exceeds the available context size (8192 "
+                       "tokens), try increasing it", "n_ctx": 8192}}
+PROVIDER_FAULTS = [     # (case, provider, its answer, status, type, words, times asked)
+    ("nvidia: too many", "nvidia", refuses(429, {
+        "status": 429, "title": "Too Many Requests"}), 429, "rate_limit_error",
+     "over its rate", 2),
+    ("nvidia: a wrong key", "nvidia", refuses(403, {
+        "status": 403, "title": "Forbidden", "detail": "Authorization failed"}), 403,
+     "authentication_error", "check NVIDIA_API_KEY", 1),
+    ("nvidia: gated", "nvidia", refuses(404, GATEWAY_404), 404, "not_found_error",
+     "not open to this account", 1),
+    ("nvidia: retired", "nvidia", refuses(410, GONE_410), 404, "not_found_error",
+     "2026-05-14", 1),
+    ("nvidia: degraded", "nvidia", refuses(400, DOWN_400), 529, "overloaded_error",
+     "down at the provider", 2),
+    ("nvidia: nobody took it", "nvidia", refuses(504, b""), 529, "overloaded_error",
+     "busy", 2),
+    ("nvidia: full", "nvidia", refuses(503, {"error": {
+        "message": "ResourceExhausted: Worker local total request limit reached "
+        "(163/32)", "type": "Service Unavailable", "code": 503}}), 529,
+     "overloaded_error", "163/32", 2),
+    ("nim: too long", "nvidia", vllm(400, (
+        "This model's maximum context length is 8192 tokens. However, your prompt "
+        "contains at least 9000 input tokens, which exceeds this limit")), 400,
+     "invalid_request_error", "prompt is too long: 9000 tokens > 8192 maximum", 1),
+    ("nim: loading", "nvidia", refuses(503, {"message": "Service is not ready"}), 529,
+     "overloaded_error", "not ready", 2),
+    ("ollama: not pulled", "ollama", ollama(
+        404, 'model "m" not found, try pulling it first', "not_found_error"), 404,
+     "not_found_error", "ollama pull m", 1),
+    ("ollama: cannot parse", "ollama", ollama(
+        500, "error parsing tool call: raw='{\"a', err=unexpected end"), 500,
+     "api_error", "error parsing tool call", 2),
+    ("ollama: too long", "ollama", ollama(
+        400, "prompt too long; exceeded max context length by 28 tokens"), 400,
+     "invalid_request_error", "prompt is too long: 131100 tokens > 131072", 1),
+    ("ollama: a window too small", "ollama", said_in("length"), 400,
+     "invalid_request_error", "OLLAMA_CONTEXT_LENGTH=", 1),
+    ("ollama: an error as a line", "ollama", response(
+        b'{"error":"llama runner process has terminated"}\n', 200,
+        "text/event-stream"), 500, "api_error", "runner process", 2),
+    ("lmstudio: in a 200", "lmstudio", chunked(
+        b'event: error\ndata: {"error":{"message":"' + KEEP_FIRST.encode()
+        + b'"},"message":"x"}\n\n'), 400, "invalid_request_error",
+     "prompt is too long: 40000 tokens > 32000 maximum", 1),
+    ("lmstudio: too long", "lmstudio", studio(400, KEEP_FIRST), 400,
+     "invalid_request_error", "prompt is too long: 40000 tokens > 32000 maximum", 1),
+    ("lmstudio: MLX", "lmstudio", studio(400, "Context size has been exceeded."), 400,
+     "invalid_request_error", "prompt is too long", 1),
+    ("lmstudio: nothing at all", "lmstudio", streams(), 400, "invalid_request_error",
+     "lms load MODEL --context-length", 1),
+    ("lmstudio: the template", "lmstudio", studio(400, JINJA % "Unknown test"), 400,
+     "invalid_request_error", "choose another model", 1),
+    ("kimi: rate", "kimi", moonshot(429, "reached max RPM", "rate_limit_reached_error"),
+     429, "rate_limit_error", "max RPM", 2),
+    ("kimi: busy", "kimi", moonshot(429, "The engine is currently overloaded",
+                                    "engine_overloaded_error"), 429,
+     "rate_limit_error", "overloaded", 2),
+    ("kimi: quota", "kimi", moonshot(
+        429, "You exceeded your current token quota, please check your account balance",
+        "exceeded_current_quota_error"), 402, "billing_error", "no credit left", 1),
+    ("kimi: too long", "kimi", moonshot(
+        400, "Invalid request: Your request exceeded model token limit: 8192 "
+        "(requested: 9000)"), 400, "invalid_request_error",
+     "prompt is too long: 9000 tokens > 8192 maximum", 1),
+    ("deepseek: balance", "deepseek", deepseek(402, "Insufficient Balance",
+                                               "unknown_error"), 402, "billing_error",
+     "platform.deepseek.com", 1),
+    ("deepseek: wrong parameters", "deepseek", deepseek(422, "Invalid parameters"), 400,
+     "invalid_request_error", "Invalid parameters", 1),
+    ("deepseek: a retired name", "deepseek", deepseek(400, "Model Not Exist"), 404,
+     "not_found_error", "deepseek-flash", 1),
+    ("deepseek: no resources", "deepseek", said_in("insufficient_system_resource"), 529,
+     "overloaded_error", "insufficient_system_resource", 2),
+    ("glm: rate", "glm", ZAI_RATE, 429, "rate_limit_error", "(1302)", 2),
+    ("glm: overloaded", "glm", zai(429, "The service may be overloaded", "1305"), 429,
+     "rate_limit_error", "(1305)", 2),
+    ("glm: arrears", "glm", zai(429, "Your account is in arrears", "1113"), 402,
+     "billing_error", "no credit left", 1),
+    ("glm: locked", "glm", zai(429, "Account locked", "1112"), 403, "permission_error",
+     "closed or locked", 1),
+    ("glm: a plan's quota", "glm", zai(
+        429, "Usage limit reached for 5 hour, resets at 14:00", "1308"), 429,
+     "rate_limit_error", "quota of hours or days", 1),
+    ("glm: fair use", "glm", zai(429, "fair-use policy", "1313"), 429,
+     "rate_limit_error", "quota of hours or days", 1),
+    ("glm: no such model", "glm", zai(400, "Unknown Model", "1211"), 404,
+     "not_found_error", "No model 'm' there", 1),
+    ("glm: a wrong token", "glm", zai(401, "token expired or incorrect", "1000"), 401,
+     "authentication_error", "ZAI_API_KEY", 1),
+    ("glm: too long", "glm", zai(400, "Prompt exceeds max length", "1261"), 400,
+     "invalid_request_error", "prompt is too long: 131073 tokens > 131072 maximum", 1),
+    ("glm: the network", "glm", said_in("network_error"), 529, "overloaded_error",
+     "network_error", 2),
+    ("minimax: a wrong key", "minimax", minimax(200, "login fail", 1004), 401,
+     "authentication_error", "MINIMAX_API_KEY", 1),
+    ("minimax: balance", "minimax", minimax(200, "insufficient balance", 1008), 402,
+     "billing_error", "no credit left", 1),
+    ("minimax: rate", "minimax", minimax(200, "rate limit", 1002), 429,
+     "rate_limit_error", "(1002)", 2),
+    ("minimax: content", "minimax", minimax(200, "output new_sensitive", 1027), 400,
+     "invalid_request_error", "new_sensitive", 1),
+    ("minimax: too long", "minimax", minimax(200, "token limit", 1039), 400,
+     "invalid_request_error", "prompt is too long", 1),
+    ("minimax: parameters", "minimax", minimax(
+        200, "invalid params, tool result's tool id(call_x) not found"), 400,
+     "invalid_request_error", "tool id(call_x)", 1),
+    ("minimax: inside", "minimax", minimax(200, "unknown error", 1000), 500,
+     "api_error", "(1000)", 2),
+    ("minimax: in a stream", "minimax", streams({
+        "choices": None, "base_resp": {"status_code": 1002, "status_msg": "slow"}}),
+     429, "rate_limit_error", "slow", 2),
+    ("llama.cpp: too long", "custom", refuses(400, LLAMA_CPP), 400,
+     "invalid_request_error", "prompt is too long: 9000 tokens > 8192 maximum", 1),
+    ("OpenRouter: in a stream", "custom", chunked(
+        b": OPENROUTER PROCESSING\n\n" + sse({
+            "error": {"code": 502, "message": "Provider disconnected"},
+            "choices": [{"index": 0, "delta": {"content": ""},
+                         "finish_reason": "error"}]})), 502, "api_error",
+     "Provider disconnected", 2),
+]
+
+
+@pytest.mark.parametrize("provider, answer, status, kind, words, times",
+                         named(PROVIDER_FAULTS))
+def test_what_a_provider_says_is_told_as_what_it_is(provider, answer, status, kind,
+                                                    words, times):
+    model = "deepseek-chat" if "deepseek-flash" in words else "m"
+    for stream in (True, False)[:1 if b"event-stream" in bytes(
+            answer if isinstance(answer, bytes) else b"") else 2]:
+        with both(answer, provider=provider, retries=1, start_retries=1) as (nim, it):
+            found, _, error = it.request("POST", "/v1/messages", dict(
+                ASK, model=model, stream=stream))
+            assert (found, error["error"]["type"]) == (status, kind), error
+            assert words in error["error"]["message"]
+            assert len(nim.asked) == times
+
+
+def test_what_a_provider_asks_for_is_done():
+    """And it is not asked for twice."""
+    single = dynamo(400, "This model only supports single tool-calls at once!")
+    for name, answer, body, held in [
+            ("nvidia", single, {"messages": HOW_LONG[:3]}, lambda chat: max(
+                len(turn.get("tool_calls", [])) for turn in chat["messages"]) == 1),
+            ("nvidia", dynamo(400, "Unsupported parameter(s): `top_k`, `top_p`"),
+             {"top_k": 3, "top_p": 1}, gone("top_k", "top_p")),
+            ("ollama", ollama(400, "registry.ollama.ai/library/m does not support "
+                              "tools"), TOOLS_TOO, gone("tools")),
+            ("lmstudio", studio(400, JINJA % "Only user and assistant roles are "
+                                "supported!"), {"system": "Be brief."}, roles("user")),
+            ("lmstudio", studio(400, JINJA % 'Cannot apply filter "upper" to type: '
+                                "UndefinedValue"), {"tools": [RICH]}, schema(PLAIN)),
+            ("kimi", moonshot(400, 'tools.function.parameters.type is required and '
+                              'must be "object"'), {"tools": [RICH]}, schema(PLAIN)),
+            ("deepseek", deepseek(400, "Invalid max_tokens value, the valid range of "
+                                  "max_tokens is [1, 8192]"), {"max_tokens": 9000},
+             holds(max_tokens=8192)),
+            ("glm", zai(400, "max_tokens [1,4096]", "1210"), {"max_tokens": 9000},
+             holds(max_tokens=4096)),
+            ("minimax", minimax(200, "invalid params, top_k is not supported"),
+             {"top_k": 3}, gone("top_k"))]:
+        with both(answer, HIS_WELL, provider=name) as (nim, client):
+            for stream in (True, False):
+                last, = client.message(stream=stream, **body)["content"]
+                assert last["text"] == "Well.", (name, last)
+                assert held(nim.asked[-1]), (name, nim.asked[-1])
+            assert len(nim.asked) == 3, name
+
+
+def test_nvidias_gateway_is_polled_for_what_takes_long():
+    late = response(b"", 202, "application/json", "NVCF-REQID: 7d")
+    with both(late, late, completes("Well.")) as (nim, client):
+        assert client.message()["content"] == [said("Well.")]
+    assert [path for _, path, _ in nim.requests][1:] == ["/v2/nvcf/pexec/status/7d"] * 2
+
+
+def test_windows_as_lm_studio_and_a_nim_tell_them():
+    studios = {"data": [{"id": "m", "state": "loaded", "max_context_length": 131072,
+                         "loaded_context_length": 16384}]}
+    for provider, place, listed, window in [
+            ("lmstudio", "/api/v0/models", studios, 16384),
+            ("nvidia", "/v1/models", {"data": [{"id": "m", "max_model_len": 8192}]},
+             8192),
+            ("custom", "/props", {"default_generation_settings": {"n_ctx": 4096}},
+             4096)]:
+        def tell(chat):
+            path = nim.requests[-1][1]
+            return HIS_WELL(chat) if chat else refuses(
+                *((200, listed) if path == place else (404, b"")))
+        with both(tell, provider=provider, context_window=0) as (nim, client):
+            row = client.request("GET", "/v1/models/m")[2]
+            assert row["max_input_tokens"] == window, provider
+
+
+ENDS_AS = [("glm", "sensitive", "refusal"), ("glm", "length", "max_tokens"),
+           ("glm", "model_context_window_exceeded", "model_context_window_exceeded"),
+           ("kimi", "content_filter", "refusal")]
+
+
+@pytest.mark.parametrize("provider, finish, stop", ENDS_AS)
+def test_a_provider_ends_an_answer_in_words_of_its_own(provider, finish, stop):
+    with both(said_in(finish, says(content="We")), provider=provider) as (_, client):
+        for stream in (True, False):
+            assert client.message(stream=stream)["stop_reason"] == stop
+
+
+REGIONS = [     # base URL, what else a key may be for
+    ("https://api.moonshot.cn/anthropic", "https://api.moonshot.ai/anthropic"),
+    ("https://api.moonshot.ai/v1", "https://api.moonshot.cn/v1 or "
+                                   "https://api.kimi.com/coding/v1"),
+    ("https://api.z.ai/api/anthropic", "https://open.bigmodel.cn/api/anthropic"),
+    ("https://open.bigmodel.cn/api/paas/v4", "https://api.z.ai/api/paas/v4 or "
+                                             "https://api.z.ai/api/coding/paas/v4"),
+    ("https://api.minimaxi.com/anthropic", "https://api.minimax.io/anthropic"),
+    ("https://api.minimax.io/v1", "https://api.minimaxi.com/v1"),
+    ("https://api.deepseek.com/anthropic", ""),
+    ("https://integrate.api.nvidia.com/v1", ""),
+    ("http://localhost:8000/v1", ""), ("http://localhost:11434/v1", ""),
+]
+
+
+@pytest.mark.parametrize("url, others", REGIONS, ids=[row[0] for row in REGIONS])
+def test_a_refused_key_may_be_of_another_region(url, others):
+    config = np.Config(base_url=url, api=np.api_at(url))
+    message = np.refusal(np.Asked(config, "m"), 401, "Invalid Authentication").message
+    assert message.partition("--base-url ")[2] == others
 
 
 # ---- Faults: what upstream does, and when ------------------------------------
