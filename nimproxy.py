@@ -3366,8 +3366,8 @@ def words_in(value: Any) -> str:
         if value.get(name):
             code, param = value.get("code"), value.get("param")
             code = code if isinstance(code, str) else value.get("status_code")
-            kind = value.get("type")
-            code = code or (kind if "_quota" in str(kind) else None)    # Moonshot's
+            kind = str(value.get("type"))
+            code = code or (kind if re.search("_quota|[0-9]{4}", kind) else None)
             words = words_in(value[name]) + (f" ({code})" if code else "")
             named = isinstance(param, str) and param and param not in words
             return f"{param}: {words}" if named else words
@@ -8540,6 +8540,8 @@ def completion(raw: bytes, asked: Asked) -> Json:
         words = f"upstream sent no JSON object, but {shown}"
         raise ProxyError(502, words, again="broken")
     check_chunk(value, asked)
+    if value.get("success") is False:       # so Z.ai's gateway says no in a 200
+        raise refusal(asked, stated_status(value, 500), sentence(value) or "an error")
     return value
 
 

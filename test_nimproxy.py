@@ -12824,6 +12824,220 @@ def test_a_refused_key_may_be_of_another_region(url, others):
     assert message.partition("--base-url ")[2] == others
 
 
+# ---- providers that speak the client's own language
+
+NATIVE_KEY = "sk-native"
+NATIVE_FIELDS = set(
+    "model messages max_tokens stream system tools tool_choice thinking temperature "
+    "top_p stop_sequences metadata output_config".split())
+NATIVES = {     # provider: its models; the signature of its thinking; its refusals
+    "kimi": ({"kimi-k3", "kimi-k2.7-code", "kimi-k2.6"}, "",
+             lambda words, kind: {"error": {"type": kind, "message": words}}),
+    "deepseek": ({"deepseek-v4-pro", "deepseek-flash"}, "7c0f9a6e-5b1d-4b7e",
+                 lambda words, kind: {"error": {
+                     "message": words, "type": kind, "param": None, "code": kind}}),
+    "glm": ({"glm-5.3", "glm-5.3-flash"}, "3f1c77aa",
+            lambda words, kind: anthropic_error(kind, words)),
+    "minimax": ({"MiniMax-M3"}, "9d" * 32,
+                lambda words, kind: anthropic_error(kind, words)),
+}
+
+
+class Native:
+    """An endpoint for Anthropic's language, as these providers have one."""
+
+    def __init__(self, provider):
+        self.models, self.signature, self.shape = NATIVES[provider]
+
+    def __call__(self, chat):
+        method, path, headers = self.nim.requests[-1]
+        headers = {name.lower(): value for name, value in headers.items()}
+        status, words, kind = self.refusal(method, path, headers, chat)
+        if status:
+            return refuses(status, self.shape(words, kind) if words else b"")
+        blocks = [block for turn in chat["messages"] for block in turn["content"]
+                  if isinstance(block, dict)]
+        done = any(block["type"] == "tool_result" for block in blocks)
+        raw = self.told(chat, bool(chat.get("tools")) and not done)
+        return chunked(raw) if chat.get("stream") else response(json.dumps(np.fold(
+            [(name, json.loads(data)) for name, data in re.findall(
+                "event: (.*)\ndata: (.*)\n", raw.decode()) if name != "ping"]
+        )).encode())
+
+    def refusal(self, method, path, headers, chat):
+        sent = {headers.get("x-api-key"), headers.get("authorization", "")[7:]}
+        if (method, path.partition("?")[0]) != ("POST", "/anthropic/v1/messages"):
+            return 404, "", ""
+        if sent != {NATIVE_KEY}:
+            return 401, "Invalid Authentication", "authentication_error"
+        if headers.get("anthropic-version") != "2023-06-01":
+            return 400, "anthropic-version: header is required", "invalid_request_error"
+        if chat["model"] not in self.models:
+            return 404, "Not found the model " + chat["model"], "not_found_error"
+        if set(chat) - NATIVE_FIELDS:
+            words = "%s: Extra inputs are not permitted" % (set(chat) - NATIVE_FIELDS)
+            return 400, words, "invalid_request_error"
+        thoughts = [block for turn in chat["messages"] if turn["role"] == "assistant"
+                    for block in turn["content"] if block["type"] == "thinking"]
+        if any(block.get("signature") != self.signature for block in thoughts):
+            return 400, "Invalid `signature` in `thinking`", "invalid_request_error"
+        return 0, "", ""
+
+    def told(self, chat, calls_now):
+        """Its events: pings, thinking that it has signed, and a call or a text."""
+        name = chat["tools"][-1]["name"] if calls_now else ""
+        start = {"type": "tool_use", "id": "call_00_x", "name": name, "input": {}}
+        pieces = [{"type": "input_json_delta", "partial_json": piece}
+                  for piece in ('{"pattern"', ': "a"}')]
+        if not calls_now:
+            start = {"type": "text", "text": ""}
+            pieces = [{"type": "text_delta", "text": "Well \u2713"}]
+        thinks = [{"type": "thinking_delta", "thinking": "Hm, so."},
+                  {"type": "signature_delta", "signature": self.signature}]
+        first = {"type": "thinking", "thinking": "", "signature": ""}
+        out = [opened(chat["model"]), an_event("ping")]
+        for index, (block, deltas) in enumerate([(first, thinks), (start, pieces)]):
+            out += [an_event("content_block_start", index=index, content_block=block),
+                    *[an_event("content_block_delta", index=index, delta=delta)
+                      for delta in deltas],
+                    an_event("content_block_stop", index=index)]
+        reason = "tool_use" if calls_now else "end_turn"
+        return b"".join([*out, an_event("message_delta", delta={"stop_reason": reason},
+                                        usage={"output_tokens": 4}),
+                         an_event("message_stop")])
+
+
+@contextlib.contextmanager
+def native(provider, **settings):
+    """A provider's own endpoint, and a proxy as it is set up for that by default."""
+    row, fake = np.PROVIDERS[provider], Native(provider)
+    known = {"provider": provider, "opus": row.opus, "sonnet": row.sonnet,
+             "haiku": row.haiku, "default_model": row.sonnet, "api_key": NATIVE_KEY,
+             "context_window": 0}
+    with relaying(fake, **{**known, **settings}) as (fake.nim, client):
+        yield fake, client
+
+
+@pytest.mark.parametrize("provider", NATIVES)
+def test_a_provider_of_ones_own_language_is_relayed(provider):
+    """Thinking comes and goes as it was signed; what was signed here does not go."""
+    row = np.PROVIDERS[provider]
+    assert np.api_at(row.base_url) == "anthropic-messages"
+    with native(provider) as (fake, client):
+        for name, model in (("claude-opus-4-8", row.opus), ("sonnet", row.sonnet),
+                            ("claude-haiku-4-5", row.haiku), (row.opus, row.opus)):
+            body = {**ASK, **TOOLS_TOO, "model": name, "thinking": ON, "stream": True}
+            status, headers, raw = client.request("POST", "/v1/messages?beta=true",
+                                                  body)
+            assert (status, headers["x-nimproxy-model"]) == (200, model), raw
+            assert fake.nim.asked[-1] == {**body, "model": model}
+            assert raw == fake.told({**body, "model": name}, True)
+        events = [(kind, json.loads(data)) for kind, data in re.findall(
+            "event: (.*)\ndata: (.*)\n", raw.decode())]
+        first = np.fold([event for event in events if event[0] != "ping"])
+        history = [*ASK["messages"],
+                   assistant(thought(), *first["content"]),
+                   user(result("call_00_x"))]
+        for stream in (True, False):
+            message = client.ask(**{**body, "stream": stream, "messages": history})[1]
+            told = fake.nim.asked[-1]["messages"][1]["content"]
+            assert told == first["content"] and told[0]["signature"] == fake.signature
+            text = message if stream else json.dumps(message, ensure_ascii=False)
+            assert "Well \u2713" in (text.decode() if stream else text)
+
+
+@pytest.mark.parametrize("provider", NATIVES)
+def test_what_such_a_provider_lacks_is_there_all_the_same(provider):
+    row = np.PROVIDERS[provider]
+    with native(provider) as (fake, client):
+        count = client.request("POST", "/v1/messages/count_tokens", ASK)[2]
+        assert count["input_tokens"] > 0 and not fake.nim.asked
+        ids = [each["id"] for each in client.request("GET", "/v1/models")[2]["data"]]
+        assert {row.opus, row.sonnet, row.haiku} <= {
+            each.replace("anthropic/", "") for each in ids}
+        one = client.request("GET", "/v1/models/" + row.opus)[2]
+        assert one["max_input_tokens"] == np.known_model(row.opus).window
+        assert client.request("GET", "/healthz")[0] == 200
+        status, _, error = client.request("POST", "/v1/chat/completions", dict(ASK))
+        assert status == 404 and "/v1/messages" in error["error"]["message"]
+
+
+@pytest.mark.parametrize("provider", NATIVES)
+def test_a_key_of_another_region_is_relayed_as_such(provider, monkeypatch):
+    row = np.PROVIDERS[provider]
+    monkeypatch.setitem(np.PROVIDERS, provider, row._replace(hosts="127.*"))
+    with native(provider, api_key="sk-of-elsewhere") as (fake, client):
+        for stream in (True, False):
+            status, headers, error = client.request("POST", "/v1/messages", dict(
+                ASK, model=row.opus, stream=stream))
+            message = error["error"]["message"]
+            assert (status, headers["x-should-retry"]) == (401, "false")
+            assert message.startswith("Invalid Authentication")
+            hosts = {url.split("/")[2] for url in [row.base_url, *row.other_urls]
+                     if url.endswith("/anthropic")}
+            assert all(host in message for host in hosts) and "sk-of" not in message
+        assert len(fake.nim.asked) == 2
+
+
+def native_error(code, message):
+    return {"error": {"code": code, "message": message}}
+
+
+NATIVE_FAULTS = [   # (case, provider, answer, status, type, words, times asked)
+    ("kimi: quota", "kimi", refuses(429, anthropic_error(
+        "exceeded_current_quota_error", "Your account is suspended")), 429,
+     "exceeded_current_quota_error", "suspended", 1),
+    ("kimi: busy", "kimi", refuses(429, anthropic_error(
+        "engine_overloaded_error", "The engine is overloaded")), 429,
+     "engine_overloaded_error", "overloaded", 2),
+    ("kimi: too long", "kimi", refuses(400, anthropic_error(
+        "invalid_request_error", "Invalid request: Your request exceeded model token "
+        "limit: 8192 (requested: 9000)")), 400, "invalid_request_error",
+     "prompt is too long: 9000 tokens > 8192 maximum", 1),
+    ("deepseek: balance", "deepseek", deepseek(402, "Insufficient Balance",
+                                               "unknown_error"), 402, "unknown_error",
+     "Insufficient Balance", 1),
+    ("glm: arrears", "glm", refuses(429, native_error("1113", "Please recharge")), 402,
+     "billing_error", "no credit left", 1),
+    ("glm: a plan's quota", "glm", refuses(429, anthropic_error(
+        "1308", "Usage limit reached for 5 hour")), 429, "1308", "5 hour", 1),
+    ("glm: rate", "glm", refuses(429, native_error("1302", "High concurrency")), 429,
+     "rate_limit_error", "High concurrency", 2),
+    ("glm: too long", "glm", refuses(400, native_error(
+        "1261", "Prompt exceeds max length")), 400, "invalid_request_error",
+     "prompt is too long: ", 1),
+    ("glm: rate, in a stream", "glm", chunked(
+        b"event: error\ndata: " + json.dumps(native_error(
+            "1302", "High concurrency")).encode() + b"\n\n"), 500, "api_error",
+     "High concurrency", 2),
+    ("glm: no, in a 200", "glm", refuses(200, {
+        "code": 401, "msg": "token expired or incorrect", "success": False}), 401,
+     "authentication_error", "ZAI_API_KEY", 1),
+    ("minimax: a wrong key, in a 200", "minimax", minimax(200, "login fail", 1004), 401,
+     "authentication_error", "MINIMAX_API_KEY", 1),
+    ("minimax: too long", "minimax", refuses(400, anthropic_error(
+        "invalid_request_error", "invalid params, context window exceeds limit (2013)"
+        )), 400, "invalid_request_error", "prompt is too long: ", 1),
+    ("minimax: in a stream", "minimax", chunked(opened("m") + an_event(
+        "error", error={"type": "overloaded_error", "message": "busy (2064)"})), 529,
+     "overloaded_error", "busy (2064)", 2),
+]
+
+
+@pytest.mark.parametrize("provider, answer, status, kind, words, times",
+                         named(NATIVE_FAULTS))
+def test_what_such_a_provider_says_is_told_as_what_it_is(provider, answer, status, kind,
+                                                         words, times):
+    for stream in (True, False)[:1 if b"event-stream" in answer else 2]:
+        with relaying(answer, provider=provider, retries=1, start_retries=1) as (nim,
+                                                                                 it):
+            found, _, error = it.request("POST", "/v1/messages", dict(
+                ASK, stream=stream))
+            assert (found, error["error"]["type"]) == (status, kind), error
+            assert words in error["error"]["message"]
+            assert len(nim.asked) == times
+
+
 # ---- Faults: what upstream does, and when ------------------------------------
 # Every fault in every phase: nothing hangs, nothing is told twice, a call is told whole
 # or not at all, and the next request is answered.  What the client sees (early: no byte
