@@ -12726,7 +12726,8 @@ def test_what_a_provider_says_is_told_as_what_it_is(provider, answer, status, ki
     model = "deepseek-chat" if "deepseek-flash" in words else "m"
     for stream in (True, False)[:1 if b"event-stream" in bytes(
             answer if isinstance(answer, bytes) else b"") else 2]:
-        with both(answer, provider=provider, retries=1, start_retries=1) as (nim, it):
+        with both(answer, provider=provider, retries=1, start_retries=1,
+                  eager_after=20) as (nim, it):
             found, _, error = it.request("POST", "/v1/messages", dict(
                 ASK, model=model, stream=stream))
             assert (found, error["error"]["type"]) == (status, kind), error
