@@ -12719,6 +12719,9 @@ PROVIDER_FAULTS = [     # (case, provider, its answer, status, type, words, time
 ]
 
 
+TWICE = {"retries": 1, "start_retries": 1, "eager_after": 9.0}
+
+
 @pytest.mark.parametrize("provider, answer, status, kind, words, times",
                          named(PROVIDER_FAULTS))
 def test_what_a_provider_says_is_told_as_what_it_is(provider, answer, status, kind,
@@ -12726,8 +12729,7 @@ def test_what_a_provider_says_is_told_as_what_it_is(provider, answer, status, ki
     model = "deepseek-chat" if "deepseek-flash" in words else "m"
     for stream in (True, False)[:1 if b"event-stream" in bytes(
             answer if isinstance(answer, bytes) else b"") else 2]:
-        with both(answer, provider=provider, retries=1, start_retries=1,
-                  eager_after=20) as (nim, it):
+        with both(answer, provider=provider, **TWICE) as (nim, it):
             found, _, error = it.request("POST", "/v1/messages", dict(
                 ASK, model=model, stream=stream))
             assert (found, error["error"]["type"]) == (status, kind), error
@@ -12849,17 +12851,17 @@ class Native:
 
     def __init__(self, provider):
         self.models, self.signature, self.shape = NATIVES[provider]
+        self.refused = []
 
     def __call__(self, chat):
         method, path, headers = self.nim.requests[-1]
         headers = {name.lower(): value for name, value in headers.items()}
         status, words, kind = self.refusal(method, path, headers, chat)
+        if words:
+            self.refused.append(words)
         if status:
             return refuses(status, self.shape(words, kind) if words else b"")
-        blocks = [block for turn in chat["messages"] for block in turn["content"]
-                  if isinstance(block, dict)]
-        done = any(block["type"] == "tool_result" for block in blocks)
-        raw = self.told(chat, bool(chat.get("tools")) and not done)
+        raw = self.told(chat)
         return chunked(raw) if chat.get("stream") else response(json.dumps(np.fold(
             [(name, json.loads(data)) for name, data in re.findall(
                 "event: (.*)\ndata: (.*)\n", raw.decode()) if name != "ping"]
@@ -12884,28 +12886,35 @@ class Native:
             return 400, "Invalid `signature` in `thinking`", "invalid_request_error"
         return 0, "", ""
 
-    def told(self, chat, calls_now):
-        """Its events: pings, thinking that it has signed, and a call or a text."""
-        name = chat["tools"][-1]["name"] if calls_now else ""
-        start = {"type": "tool_use", "id": "call_00_x", "name": name, "input": {}}
-        pieces = [{"type": "input_json_delta", "partial_json": piece}
-                  for piece in ('{"pattern"', ': "a"}')]
-        if not calls_now:
-            start = {"type": "text", "text": ""}
-            pieces = [{"type": "text_delta", "text": "Well \u2713"}]
+    def told(self, chat):
+        """Its events: pings, thinking that it has signed, and calls or a text."""
         thinks = [{"type": "thinking_delta", "thinking": "Hm, so."},
                   {"type": "signature_delta", "signature": self.signature}]
+        own = b"msg_%08x" % zlib.crc32(json.dumps(chat["messages"]).encode())
+        out = [opened(chat["model"]).replace(b"msg_1", own), an_event("ping")]
+        made = self.blocks(chat)
         first = {"type": "thinking", "thinking": "", "signature": ""}
-        out = [opened(chat["model"]), an_event("ping")]
-        for index, (block, deltas) in enumerate([(first, thinks), (start, pieces)]):
+        for index, (given, block) in enumerate([("", first), *made]):
+            kind, part = ("input_json", "partial_json") if given else ("text", "text")
+            words = given or block.get("text", "")
+            deltas = [{"type": kind + "_delta", part: words[at:at + 9]}
+                      for at in range(0, len(words), 9)] if index else thinks
+            block = {**block, "text": ""} if "text" in block else block
             out += [an_event("content_block_start", index=index, content_block=block),
                     *[an_event("content_block_delta", index=index, delta=delta)
                       for delta in deltas],
                     an_event("content_block_stop", index=index)]
-        reason = "tool_use" if calls_now else "end_turn"
+        reason = "end_turn" if "text" in made[0][1] else "tool_use"
         return b"".join([*out, an_event("message_delta", delta={"stop_reason": reason},
                                         usage={"output_tokens": 4}),
                          an_event("message_stop")])
+
+    def blocks(self, chat):
+        """What it says: (a call's arguments, the block)s."""
+        if not chat.get("tools") or "tool_result" in json.dumps(chat["messages"]):
+            return [("", {"type": "text", "text": "Well \u2713"})]
+        call_it = {"type": "tool_use", "id": "call_00_x", "input": {}}
+        return [('{"pattern": "a"}', {**call_it, "name": chat["tools"][-1]["name"]})]
 
 
 @contextlib.contextmanager
@@ -12932,7 +12941,7 @@ def test_a_provider_of_ones_own_language_is_relayed(provider):
                                                   body)
             assert (status, headers["x-nimproxy-model"]) == (200, model), raw
             assert fake.nim.asked[-1] == {**body, "model": model}
-            assert raw == fake.told({**body, "model": name}, True)
+            assert raw == fake.told({**body, "model": name})
         events = [(kind, json.loads(data)) for kind, data in re.findall(
             "event: (.*)\ndata: (.*)\n", raw.decode())]
         first = np.fold([event for event in events if event[0] != "ping"])
@@ -13030,8 +13039,7 @@ NATIVE_FAULTS = [   # (case, provider, answer, status, type, words, times asked)
 def test_what_such_a_provider_says_is_told_as_what_it_is(provider, answer, status, kind,
                                                          words, times):
     for stream in (True, False)[:1 if b"event-stream" in answer else 2]:
-        with relaying(answer, provider=provider, retries=1, start_retries=1) as (nim,
-                                                                                 it):
+        with relaying(answer, provider=provider, **TWICE) as (nim, it):
             found, _, error = it.request("POST", "/v1/messages", dict(
                 ASK, stream=stream))
             assert (found, error["error"]["type"]) == (status, kind), error
@@ -14693,6 +14701,140 @@ def test_e2e_claude_code_on_a_relay(tmp_path):
                     for block in turn["content"] if block["type"] == "thinking"]
         assert [block["signature"] for block in thoughts] == ["3f1c-77"]
         assert all(chat["model"] == E2E_MODEL for chat in it.nim.asked)
+
+
+# ---- the providers' own ways
+
+def tale(project, name):
+    """What the model does, a turn each: (tool, input)s, or a text."""
+    path = str(project / "add.py")
+    check = {"command": "%s -B add.py >said" % sys.executable, "description": "Run it"}
+    return [[("Read", {"file_path": path})],
+            [("Edit", {"file_path": path, "old_string": "a - b",
+                       "new_string": "a + b"})],
+            [("Bash", check), (name, {"description": "Look", "prompt": SUBTASK,
+                                      "subagent_type": "general-purpose"})],
+            "Fixed."]
+
+
+SUBTASK = "Do what SUB says."
+
+
+def turn_of(chat, project):
+    """The tale's part that is the answer to a chat, in either language."""
+    names = {tool.get("name") or tool["function"]["name"]
+             for tool in chat.get("tools") or []}
+    asked = json.dumps([turn for turn in chat["messages"] if turn["role"] == "user"])
+    if SUBTASK in asked:
+        return "Looked."
+    if not {"Read", "Edit", "Bash"} <= names:
+        return "A title"
+    name, = names & {"Agent", "Task"}
+    return tale(project, name)[sum(turn["role"] == "assistant"
+                                   for turn in chat["messages"])]
+
+
+def story_fake(api, project, refused):
+    """A provider's API, by which a model tells its tale."""
+    enforce = provider_fake(api, refused)
+
+    def tell(chat):
+        before, answer = len(refused), enforce(chat)
+        if chat is None or len(refused) > before:
+            return answer
+        part = turn_of(chat, project)
+        steps = text(part) if isinstance(part, str) else calls(*part)
+        if not chat.get("stream"):
+            return spoken(chat, steps)
+        lead = [says(**thinking_in(api, "Hm, so."))]
+        usage = {"prompt_tokens": 11, "completion_tokens": 5}
+        return chunked(api.lead + sse(*lead, *steps, api.usage(usage)))
+    return tell
+
+
+class NativeStory(Native):
+    """The same at an endpoint for Anthropic's language."""
+
+    def __init__(self, provider, project):
+        super().__init__(provider)
+        self.project = project
+
+    def blocks(self, chat):
+        part = turn_of(chat, self.project)
+        return [("", {"type": "text", "text": part})] if isinstance(part, str) else [
+            (json.dumps(given), {"type": "tool_use", "id": "call_%d_%s" % (
+                len(chat["messages"]), name), "name": name, "input": {}})
+            for name, given in part]
+
+
+CHECKED = "def add(a, b):\n    return a - b\n\n\nprint('all is well', add(2, 2))\n"
+
+
+def tells_the_tale(it, *argv, **environ):
+    """Run `code`; the rows of the usage log."""
+    (it.project / "add.py").write_text(CHECKED)
+    path = os.path.dirname(CLAUDE) + os.pathsep + os.environ["PATH"]
+    done = it.run([sys.executable, np.__file__, "code", *argv, "-p", "Mend add.py.",
+                   "--output-format", "json", "--permission-mode", "bypassPermissions"],
+                  it.environ(PATH=path, **environ))
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    answer = json.loads(done.stdout)
+    assert (answer["is_error"], answer["result"]) == (False, "Fixed."), answer
+    assert (it.project / "add.py").read_text() == CHECKED.replace("a - b", "a + b")
+    assert (it.project / "said").read_text() == "all is well 4\n"
+    return usage_rows(it.home / ".nimproxy")
+
+
+@E2E
+@pytest.mark.parametrize("provider, environ", [
+    ("nvidia", {"NVIDIA_API_KEY": "nvapi-0123456789abcdef0123"}), ("ollama", {}),
+    ("deepseek", {"DEEPSEEK_API_KEY": "sk-0123456789"})])
+def test_e2e_claude_code_on_a_providers_api(tmp_path, provider, environ):
+    api, refused = PROVIDER_APIS[provider], []
+    with desk(tmp_path, story_fake(api, tmp_path / "project", refused)) as it:
+        rows = tells_the_tale(it, "--provider", provider, "--base-url", it.nim.url,
+                              "--model", api.model, **environ)
+        assert refused == []
+        assert {chat["model"] for chat in it.nim.asked if chat} == {api.model}
+        assert "Looked." in str(tool_results(main_chats(it.nim)[-1]))
+        asked = [row for row in it.nim.requests if row[0] == "POST"]
+        keys = {head.get("Authorization") for _, _, head in asked}
+        assert keys == {"Bearer " + key for key in environ.values()} or not environ
+    told = len([chat for chat in it.nim.asked if chat.get("stream")])
+    assert len(rows) == len(it.nim.asked) >= told >= 5
+    for row in rows:
+        assert (row["provider"], row["model"]) == (it.nim.url, api.model), row
+        assert (row["input_tokens"], row["output_tokens"]) == (11, 5), row
+
+
+@E2E
+@pytest.mark.parametrize("saved", [False, True], ids=["by options", "saved"])
+def test_e2e_claude_code_on_an_endpoint_of_its_own_language(tmp_path, saved):
+    fake = NativeStory("kimi", tmp_path / "project")
+    with desk(tmp_path, fake) as it:
+        fake.nim, url = it.nim, it.nim.url.replace("/v1", "/anthropic")
+        given = ["--provider", "kimi", "--base-url", url]
+        environ = {"MOONSHOT_API_KEY": NATIVE_KEY}
+        if saved:
+            given, environ = [], {}
+            put_files(it.home, **{".nimproxy/providers/kimi": {
+                **SAVED_RELAY, "base_url": url, "api_key": NATIVE_KEY, "port": 0,
+                "default_models": {"opus": "kimi-k3", "sonnet": "kimi-k2.7-code",
+                                   "haiku": "kimi-k2.6"}}})
+            done = it.run([sys.executable, np.__file__, "use", "kimi"], it.environ())
+            assert done.returncode == 0, done
+        rows = tells_the_tale(it, *given, **environ)
+        main = [chat for chat in it.nim.asked if len(chat.get("tools", [])) > 5]
+        assert "Looked." in json.dumps(main[-1]["messages"])
+        assert {chat["model"] for chat in it.nim.asked} <= fake.models
+        thoughts = [block for turn in main[-1]["messages"]
+                    if turn["role"] == "assistant" for block in turn["content"]
+                    if block["type"] == "thinking"]
+        assert len(thoughts) == 3
+    assert fake.refused == []
+    for row in rows:
+        assert row["provider"] == url and row["model"] in fake.models, row
+        assert row["output_tokens"] == 4
 
 
 # ---- what goes wrong
