@@ -1423,20 +1423,24 @@ KINDS = {
 def api_at(base_url: str) -> str:
     """What is spoken at a base URL, as far as it tells: those who serve both APIs end
     the one with /anthropic."""
-    own = re.search(r"/anthropic(/v1)?(/messages)?/*$|//api\.anthropic\.com", base_url)
+    own = re.search(r"/anthropic(/v1)?(/messages)?/*$|/v1/messages/*$|"
+                    r"//api\.anthropic\.com|//api\.kimi\.com/coding/*$", base_url)
     return APIS[1] if own else APIS[0]
 
 
 def clean_base_url(url: str, api: str = APIS[0]) -> str:
     """The URL that paths are appended to, without the end that many copy along with it.
 
-    It is `https://host/v1`, with /v1 if there is no path; for `anthropic-messages`
-    what the SDKs call it, without /v1.
+    It is `https://host/v1`, with /v1 if there is no path and the host is not known to
+    have another; for `anthropic-messages` what the SDKs call it, without /v1.
     """
     if api == APIS[1]:
         return re.sub(r"(/v1)?(/messages)?/*$", "", url)
     url = re.sub(r"/(chat/)?completions/?$", "", url.rstrip("/"))
-    return url if urlsplit(url).path else url + "/v1"
+    known = (each for row in PROVIDERS.values() for each in (row.base_url,
+                                                             *row.other_urls)
+             if each.startswith(url + "/") and api_at(each) == api)
+    return url if urlsplit(url).path else next(known, url + "/v1")
 
 
 def model_aliases(entries: Entries, environ: Mapping[str, str]) -> Dict[str, str]:

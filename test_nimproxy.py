@@ -769,6 +769,20 @@ BASE_URLS = [       # as typed, what is spoken there, what paths are appended to
     ("https://api.anthropic.com/v1", "anthropic-messages", "https://api.anthropic.com"),
     ("https://host/anthropic-models/v1", "openai-completions",
      "https://host/anthropic-models/v1"),
+    ("http://localhost:11434", "openai-completions", "http://localhost:11434/v1"),
+    ("http://localhost:11434/v1/messages", "anthropic-messages",
+     "http://localhost:11434"),
+    ("https://api.deepseek.com/", "openai-completions", "https://api.deepseek.com/v1"),
+    ("https://api.z.ai", "openai-completions", "https://api.z.ai/api/paas/v4"),
+    ("https://open.bigmodel.cn/api/coding/paas/v4/chat/completions",
+     "openai-completions", "https://open.bigmodel.cn/api/coding/paas/v4"),
+    ("https://api.z.ai/api/anthropic/v1/messages", "anthropic-messages",
+     "https://api.z.ai/api/anthropic"),
+    ("https://api.kimi.com/coding/", "anthropic-messages",
+     "https://api.kimi.com/coding"),
+    ("https://api.kimi.com/coding/v1", "openai-completions",
+     "https://api.kimi.com/coding/v1"),
+    ("https://api.minimax.io/v1/", "openai-completions", "https://api.minimax.io/v1"),
 ]
 
 
