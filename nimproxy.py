@@ -2600,20 +2600,24 @@ def tool_choice(body: Json, choice: Json, tools: List[Json]) -> Any:
 
 def keep_within(chat: Json, limits: Limits) -> None:
     """Take out of a chat, and rename in it, what its provider would refuse."""
-    for name in limits.without:
-        chat.pop(name, None)
+    keep_sampling(chat, limits)
     if not limits.schema:
         chat.pop("response_format", None)
     if limits.ceiling:
         chat["max_tokens"] = min(chat["max_tokens"], limits.ceiling)
-    if "temperature" in chat:
-        chat["temperature"] = max(chat["temperature"], limits.coldest)
     if limits.tokens != "max_tokens":
         chat[limits.tokens] = chat.pop("max_tokens")
     if "tools" in chat:
         choose_within(chat, limits.choices)
     if "tools" in chat and chat.get("stream"):
         chat.update(limits.add)
+
+
+def keep_sampling(chat: Json, limits: Limits) -> None:
+    for name in limits.without:
+        chat.pop(name, None)
+    if "temperature" in chat:
+        chat["temperature"] = max(chat["temperature"], limits.coldest)
 
 
 def choose_within(chat: Json, choices: str) -> None:
@@ -3839,6 +3843,7 @@ FIELD_NAMES = [re.compile(pattern) for pattern in [
     r"[Uu]nknown (?:field|parameter|name|argument)[: ]+[\"'`]?([\w.]+)",
     r"property '([\w.]+)' is unsupported",
     r"(?:[Uu]nsupported|[Ii]nvalid) (?:parameter|value|argument)s?: [\"'`]([\w.]+)",
+    r"[Ii]nvalid (temperature|top_p|top_k): only",
     r"[\"'`]?\b(stream_options|parallel_tool_calls|response_format|temperature|top_p|"
     r"top_k|stop|reasoning_effort|chat_template_kwargs|tool_stream|thinking(?! mode)|"
     r"tool_choice"
@@ -8334,6 +8339,9 @@ class Asker:
         chat = chat_body(body, model, api, tokens, facts)
         for mend in mends:
             apply_mend(mend, chat)
+        if "xml" in mends:                  # it has brought a temperature along
+            thinks = wants_thinking(body, model_family(model))
+            keep_sampling(chat, limits_of(api.name, model, thinks))
         question.message.restart(Reading(
             tools=self.toolbox(declared_tools(body)), stops=tuple(stop_sequences(body)),
             text_delta_chars=config.text_delta_chars, input_tokens=tokens,
