@@ -6189,7 +6189,7 @@ def renamed_frame(raw: bytes, text: str, model: str) -> bytes:
 def watch_completions(passed: Passed, frames: bytes) -> bytes:
     """Frames of a completion stream, which stay as they are: usage is noted; an error
     before the first word is raised."""
-    last = b"[DONE]" in frames[-16:]
+    last = frames[-16:].rstrip().endswith(b"[DONE]")     # not a word of an answer
     if not passed.begun or b'"usage"' in frames and USAGE.search(frames):
         for raw in FRAME.findall(frames):
             kind, value, text = frame_event(raw)

@@ -4669,6 +4669,13 @@ def test_a_completion_stream_passes_however_it_is_cut():
         assert passed.usage["input_tokens"] == 7 and passed.usage["output_tokens"] == 3
 
 
+def test_an_answer_that_says_done_is_not_the_end():
+    said = b'data: {"choices":[{"text":"[DONE]"}]}\n\n'
+    passed = np.Passed("m", "openai")
+    assert b"".join(passed.told(said)) == said and not passed.over
+    assert b"".join(passed.told(b"data: [DONE]\r\n\r\n")) and passed.over
+
+
 def test_a_completion_stream_need_not_say_that_it_is_done():
     chunks = b": hi\n\n" + sse(*text("Hel", "lo"), done=False)
     passed = np.Passed("m", "openai")
