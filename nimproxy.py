@@ -13206,7 +13206,7 @@ def run_rm(context: Context) -> int:
     store = context.store
     name = named_provider(context, store.records)
     path = store.paths[name]
-    if not path.startswith(store.home):
+    if not path.startswith(os.path.join(store.home, "")):
         complain(f"{path} is another program's: delete it there")
         return 1
     if not context.options.force:
@@ -13220,6 +13220,9 @@ def run_rm(context: Context) -> int:
         complain(f"cannot remove {path}: {error.strerror}")
         return 1
     say(f"{name} is forgotten")
+    older = Store("", store.old_home).paths.get(name)
+    if older:
+        say(f"but {older} is another program's, and is now used in its place")
     return 0
 
 

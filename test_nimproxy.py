@@ -9314,6 +9314,17 @@ def test_rm_forgets_and_leaves_nothing_active(shell, capsys):
     assert code == 1 and ".claude-adapter" in err       # another program's file
 
 
+def test_rm_says_what_another_program_still_has(shell, capsys, monkeypatch):
+    home = with_two(shell)
+    put_files(shell, **{".claude-adapter/providers/kimi": SAVED_RELAY})
+    code, out, _ = run(capsys, "rm", "kimi", "-f")
+    assert code == 0 and "forgotten" in out and ".claude-adapter" in out
+    home.rename(shell / ".claude")          # whose name begins the other's
+    monkeypatch.setenv("NIMPROXY_HOME", str(shell / ".claude"))
+    assert run(capsys, "rm", "deepseek", "-f")[0] == 1
+    assert (shell / ".claude-adapter/providers/deepseek.json").exists()
+
+
 def test_use_on_a_read_only_home_fails_in_words(shell, capsys, monkeypatch):
     with_two(shell)
 
