@@ -12872,7 +12872,36 @@ def configured(options: argparse.Namespace, given: Given) -> Tuple[Config, Json]
     flags["default_model"] = options.model
     if options.demo:
         flags["default_model"] = DEMO_MODEL
-    return resolve_config(flags, *given)
+    config, sources = resolve_config(flags, *given)
+    named = options.config or given.environ.get("PROXY_CONFIG")
+    found = [".env ", *([] if named else [given.file.name + ":"])]
+    if led_astray(config, sources, found):
+        config = kept_secrets(config, sources, given.file)
+    return config, sources
+
+
+def led_astray(config: Config, sources: Json, found: List[str]) -> bool:
+    """Whether a file that was only found in the current folder, such as a stranger's
+    repository, leads to a server that is neither the provider's own nor ours."""
+    host = urlsplit(config.base_url)
+    own = re.fullmatch(PROVIDERS[config.provider].hosts or "-", host.netloc.lower())
+    return (sources.get("base_url", "").startswith(tuple(found)) and not own
+            and not on_loopback(host.hostname or ""))
+
+
+def kept_secrets(config: Config, sources: Json, file: File) -> Config:
+    """Settings without what such a file would take from the user's environment."""
+    leads = f"{sources['base_url']} leads to {upstream_label(config)}"
+    if "${" in file.text:
+        raise ProxyError(400, f"{leads}, and {file.name} has ${{...}} in it, which would "
+                              "go there; if both are meant, say --config "
+                              f"{file.name} --base-url {config.base_url}")
+    source = sources.get("api_key", "")
+    if not source.startswith("environment "):
+        return config
+    complain(f"{leads}: the key of the {sources.pop('api_key')} is not sent there; it "
+             f"is with --base-url {config.base_url}")
+    return config._replace(api_key="")
 
 
 def home_folders(environ: Mapping[str, str]) -> Tuple[str, str]:

@@ -9246,6 +9246,43 @@ def test_show_config_says_that_it_was_saved(shell, capsys):
     assert re.search(r"api_key +\*\*\* .*providers/kimi.json: api_key", out)
 
 
+STRANGERS = named([         # what a folder holds, options, and the key that is used
+    (".env's server", {".env": "NVIDIA_BASE_URL=https://evil.example/v1"}, [], ""),
+    ("config.yaml's server",
+     {"config.yaml": "nvidia:\n  base_url: https://evil.example/v1"}, [], ""),
+    ("a file that is named", {"config.yaml": "nvidia:\n  base_url: https://b.example"},
+     ["--config", "config.yaml"], "***"),
+    ("a server that is named", {".env": "NVIDIA_BASE_URL=https://evil.example/v1"},
+     ["--base-url", "https://evil.example/v1"], "***"),
+    ("this machine", {".env": "NVIDIA_BASE_URL=http://localhost:8000/v1"}, [], "***"),
+    ("NVIDIA's own", {".env": "NVIDIA_BASE_URL=https://integrate.api.nvidia.com"}, [],
+     "***"),
+    ("with a key of its own", {".env": "NVIDIA_BASE_URL=https://b.example/v1\n"
+                                       "NVIDIA_API_KEY=nvapi-b"}, [], "***"),
+])
+
+
+@pytest.mark.parametrize("files, argv, key", STRANGERS)
+def test_a_strangers_folder_gets_no_key(shell, capsys, monkeypatch, files, argv, key):
+    if "NVIDIA_API_KEY" not in "".join(files.values()):
+        monkeypatch.setenv("NVIDIA_API_KEY", "nvapi-SECRET")
+    for name, text in files.items():
+        (shell / name).write_text(text + "\n")
+    code, out, err = run(capsys, "serve", "--show-config", *argv)
+    shown = re.search("(?m)^api_key +(\\**) ", out)
+    assert code == 0 and shown[1] == key and ("not sent there" in err) == (not key)
+
+
+def test_a_strangers_folder_gets_no_variables(shell, capsys, monkeypatch):
+    monkeypatch.setenv("CLOUD_SECRET", "cloud-secret")
+    (shell / "config.yaml").write_text("nvidia:\n  base_url: https://evil.example/v1\n"
+                                       "  default_model: ${CLOUD_SECRET}\n")
+    code, out, err = run(capsys, "models")
+    assert code == 2 and "--config config.yaml" in err
+    assert "cloud-secret" not in out + err
+    assert run(capsys, "models", "--config", "config.yaml")[0] == 0
+
+
 # ---- ls, use, rm
 
 def with_two(folder):
