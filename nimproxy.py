@@ -11422,7 +11422,7 @@ def single_keys() -> Iterator[Callable[[], bytes]]:
         while key[:1] == b"\x1b" and len(key) < 8 and (
                 select.select([place], [], [], KEY_SECONDS)[0]):
             key += os.read(place, 1)
-            if key[1:2] not in b"[O" or key[2:] and key[-1:].isalpha():
+            if key[1:2] not in b"[O" or key[2:] and b"@" <= key[-1:] <= b"~":
                 break
         return key
 
@@ -13030,7 +13030,7 @@ def run_setup(context: Context) -> int:
         raise ProxyError(400, "there is no home to keep it in: set NIMPROXY_HOME")
     start_log(context, quiet=True)      # a check's requests are told by the wizard
     again = store.active if options.reconfigure else ""
-    draft = Draft(provider=options.provider or again, again=bool(again),
+    draft = Draft(provider=(options.provider or again).lower(), again=bool(again),
                   unasked=bool(options.no_claude_settings),
                   claude=store.settings.get("claude_settings") is True)
     if draft.provider and draft.provider not in PROVIDERS:

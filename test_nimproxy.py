@@ -10422,7 +10422,7 @@ def test_a_saved_key_does_not_go_along_to_another_server(tmp_path):
 @on_a_terminal
 def test_what_is_given_with_setup_is_what_enter_takes(tmp_path):
     with models_fake() as nim, Person(
-            tmp_path, "setup", "--provider", "ollama", "--base-url", nim.url,
+            tmp_path, "setup", "--provider", "Ollama", "--base-url", nim.url,
             "--port", "9292", "--model", "mid/one") as person:
         person.answers(
             ("Configure", ENTER), ("? Ollama", ENTER), (f"Base URL [{nim.url}]", ENTER),
@@ -10434,6 +10434,16 @@ def test_what_is_given_with_setup_is_what_enter_takes(tmp_path):
     record = saved_file(tmp_path, "providers/ollama")
     assert (record["base_url"], record["port"]) == (nim.url, 9293)
     assert record["models"]["sonnet"] == "big/one"
+
+
+@on_a_terminal
+def test_keys_of_no_meaning_choose_nothing(tmp_path):
+    with Person(tmp_path, "setup", "--provider", "kimi") as person:
+        person.reads("3. Exit")
+        person.types("\x1b[13~\x1b[13~\x1b[13~")         # F3, and Enter
+        person.types(ENTER)
+        person.answers(("? Kimi", "\x03"))
+        assert person.ends() == 130
 
 
 @on_a_terminal
