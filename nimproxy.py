@@ -12488,10 +12488,11 @@ def running_said(patient: Patient, url: str, status: Json) -> Said:
             f"{limits.get('requests_per_minute')} requests of this minute are used " \
             f"up, and {limits['waiting']} wait", "fewer subagents, or `limits`"
     for model, seconds in shaped(limits.get("pauses"), dict).items():
-        yield NOTE, f"{model} pauses {seconds:.0f} s after a 429", (
+        yield NOTE, f"{model} pauses {seconds} s after a 429", (
             "wait, or `fallbacks` in config.yaml")
+    usual = whole(limits.get("requests_per_minute"))
     for model, most in shaped(limits.get("ceilings"), dict).items():
-        if most and most < (whole(limits.get("requests_per_minute")) or most + 1):
+        if whole(most) and most < (usual or most + 1):
             yield NOTE, f"{model} has been cut to {most} requests a minute by 429s", (
                 "wait: it grows again")
     errors = {str(row.get("message")): row for row in
@@ -12596,7 +12597,7 @@ def base_said(patient: Patient, url: Any, where: str, undo: str
         return NOTE, f"{words}: plain claude goes there", f"{undo}; `code` goes here"
     if target.secure:
         return BROKEN, f"{words}, and http:// is spoken here", undo
-    if answers(patient.config, url):
+    if answers(patient.config._replace(proxy_key=""), url):     # perhaps a stranger
         return OK, f"{words}, where a nimproxy answers", ""
     port = "" if target.port == patient.config.port else f" --port {target.port}"
     return BROKEN, f"{words}, where no nimproxy answers", (

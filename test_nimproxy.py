@@ -10944,6 +10944,27 @@ def test_each_sickness_is_named_with_what_mends_it(clinic, capsys, breaks, check
                      out, re.M) and "SECRET" not in out
 
 
+def test_no_key_goes_to_a_stranger_nor_does_its_status_do_harm(clinic):
+    """Somebody at our port, to whom settings lead, who says that it is nimproxy."""
+    status = {"service": "nimproxy", "base_url": clinic.nim.url, "counts": [],
+              "version": None, "limits": {"pauses": {"m": "x"}, "ceilings": {"m": "y"},
+                                          "waiting": "z"},
+              "last_errors": [1, {"at": "x"}, {"at": time.time(), "message": [2]}]}
+    told = {"/health": response(b'{"service": "nimproxy"}')}
+    with FakeNim(None) as stranger:
+        stranger.script[:] = [lambda _: told.get(
+            stranger.requests[-1][1], response(json.dumps(status).encode()))]
+        url = stranger.url[:-3]
+        clinic.env(PROXY_PORT=url.rpartition(":")[2], ANTHROPIC_BASE_URL=url)
+        code, found = clinic.findings()
+        assert code == 0 and "m pauses x s" in str(found), found
+        told["/health"] = told["/status"] = response(b"{}")
+        clinic.env(PROXY_PORT=clinic.port, PROXY_API_KEY="mine-alone-SECRET")
+        del stranger.requests[:]
+        assert clinic.findings()[0] == 1
+        assert stranger.requests and "mine-alone" not in str(stranger.requests)
+
+
 def test_certificates_that_are_not_taken(clinic, certificates, tmp_path):
     def finding(url, **variables):
         clinic.env(NVIDIA_BASE_URL=url, **variables)
