@@ -10811,6 +10811,11 @@ SICK = [    # (case, what breaks it, check, state, words, mend)
         refuses(301, {}, "Location: https://new.example/v1/models")),
      "upstream", "broken", "redirects are not followed",
      "--base-url https://new.example/v1"),
+    ("a redirect with secrets in it", lambda it: it.says(refuses(
+        302, {}, "Location: https://u:SECRET@new.example/v1/"
+        "nvapi-0123456789abcdefSECRET/models")),
+     "upstream", "broken", "https://***@new.example/v1/***/models",
+     "--base-url https://***@new.example/v1/***"),
     ("no list of models", lambda it: it.says(refuses(404, {})),
      "upstream", "note", "lists no models (404)", "--probe"),
     ("something else than a list", lambda it: it.says(response(b"{}")),
@@ -10986,6 +10991,15 @@ def test_certificates_that_are_not_taken(clinic, certificates, tmp_path):
         assert "has expired" in words and "clock" in mend
 
 
+def test_behind_a_proxy_that_is_down_nothing_is_tried(clinic):
+    clinic.env(NVIDIA_BASE_URL="https://nim.example/v1", HTTPS_PROXY=nowhere())
+    states = {row["check"]: (row["state"], row["found"])
+              for row in clinic.findings()[1]}
+    assert states["connection"] == (
+        "note", "not tried: the proxy on the way does not answer")
+    assert states["upstream"][0] == "note"
+
+
 def test_a_name_that_takes_for_ever(clinic, monkeypatch):
     monkeypatch.setattr(np, "CHECK_SECONDS", 0.3)
     clinic.env(NVIDIA_BASE_URL="https://nim.example/v1")
@@ -10995,6 +11009,8 @@ def test_a_name_that_takes_for_ever(clinic, monkeypatch):
     began = time.monotonic()
     _, found = clinic.findings("--probe")
     assert time.monotonic() - began < 5
+    others = set(threading.enumerate()) - {threading.main_thread(), clinic.nim.thread}
+    assert all(thread.daemon for thread in others)      # the program could end now
     held.set()
     states = {row["check"]: (row["state"], row["found"]) for row in found}
     assert "cannot be resolved" in states["connection"][1]
