@@ -12894,8 +12894,8 @@ def kept_secrets(config: Config, sources: Json, file: File) -> Config:
     """Settings without what such a file would take from the user's environment."""
     leads = f"{sources['base_url']} leads to {upstream_label(config)}"
     if "${" in file.text:
-        raise ProxyError(400, f"{leads}, and {file.name} has ${{...}} in it, which would "
-                              "go there; if both are meant, say --config "
+        raise ProxyError(400, f"{leads}, and {file.name} has ${{...}} in it, which "
+                              "would go there; if both are meant, say --config "
                               f"{file.name} --base-url {config.base_url}")
     source = sources.get("api_key", "")
     if not source.startswith("environment "):
