@@ -5,7 +5,7 @@
 
 A client that speaks Anthropic's Messages API asks this proxy on localhost; the
 proxy asks an OpenAI-style Chat Completions server (the upstream) and answers in
-Anthropic's words.
+Anthropic's words.  Where both speak one language already, bytes pass as they are.
 
     client --request--> body --chat_body--> chat --Upstream--> upstream
     client <--bytes---- events <--Message-- chunks <--frames-- upstream
@@ -19,41 +19,51 @@ One word, one thing:
     config      all settings, resolved once  stage       generator: pieces in, list out
     question    a body on its way upstream   course      what became of a request
     ticket      an attempt's place in line   mend        a change for what was refused
+    parcel      a request that passes        draft       a provider while it is set up
+    finding     what doctor has seen         receipt     what undoes changed settings
 
-The parts; each uses only parts above it, and the first eighteen do no I/O:
+The parts; each uses only parts above it, and the first twenty-one do no I/O:
 
     1. Numbers
     2. Errors and JSON
-    3. Models and providers
-    4. Files: YAML, JSON5 and .env
-    5. Configuration
-    6. Documents: text from PDF
-    7. Requests: body to chat
-    8. Token estimate
-    9. Refusals: upstream's errors to ours
-   10. Arguments: repaired and fitted
-   11. Mends: chats that are taken after a refusal
-   12. Dialects: tool calls written as text
-   13. Streams: chunks to events
-   14. Event streams: bytes to chunks, events to bytes
-   15. Passing: what stays as it is
-   16. HTTP/1.1 messages
-   17. Demonstration: the built-in upstream
-   18. Pacing: whose turn it is, and when to ask again
-   19. Upstream
-   20. Memory
-   21. Journal
-   22. Asking: which model, whose turn, again and instead
-   23. Page: what a browser gets
-   24. Proxy
-   25. Server
-   26. Client programs
-   27. Saved: providers as they were set up
-   28. Settings: Claude Code's own files
-   29. Terminal: what is said and asked
-   30. Setup: the wizard
-   31. Doctor: what is wrong, and what mends it
-   32. Command line
+    3. Splices: JSON text changed where it stands
+    4. Models and providers
+    5. Files: YAML, JSON5 and .env
+    6. Values: what settings may be
+    7. OpenClaw: another client's file as settings
+    8. Configuration
+    9. Documents: text from PDF
+   10. Requests: body to chat
+   11. Token estimate
+   12. Refusals: upstream's errors to ours
+   13. Arguments: repaired and fitted
+   14. Mends: chats that are taken after a refusal
+   15. Dialects: tool calls written as text
+   16. Streams: chunks to events
+   17. Event streams: bytes to chunks, events to bytes
+   18. Passing: what stays as it is
+   19. HTTP/1.1 messages
+   20. Demonstration: the built-in upstream
+   21. Pacing: whose turn it is, and when to ask again
+   22. Upstream
+   23. Memory
+   24. Journal
+   25. Asking: which model, whose turn, again and instead
+   26. Page: what a browser gets
+   27. Proxy
+   28. Server
+   29. Client programs
+   30. Neighbours: proxies that are up here
+   31. Saved: providers as they were set up
+   32. Settings: Claude Code's own files
+   33. Terminal: what is said and asked
+   34. Setup: the wizard
+   35. Doctor: what is wrong, and what mends it
+   36. Reports: models, status and usage in lines
+   37. Context: what a command works with
+   38. Running: the server, and clients on it
+   39. Commands: what each of them does
+   40. Command line
 
 Python 3.8 or newer; nothing else.  https://www.rfc-editor.org/rfc/rfc9112 and
 https://html.spec.whatwg.org/multipage/server-sent-events.html are the two wires.
@@ -295,7 +305,120 @@ encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 encode_text = json.JSONEncoder(ensure_ascii=False).encode   # for a model to read
 
 
-# ---- 3. Models and providers -------------------------------------------------
+# ---- 3. Splices: JSON text changed where it stands ---------------------------
+# One value after the other; every byte around them stays as somebody wrote it.
+
+Path = Tuple[str, ...]          # of a value: the keys from the top to it
+JSON_BLANKS = re.compile(r"[ \t\r\n]*")
+NEW_LINE = re.compile(r"(?:\r\n|\r|\n)[ \t]*\Z")    # the last one, and the indent
+# Values are only compared: digits stay digits, and cost nothing.
+READER = json.JSONDecoder(parse_float=str, parse_int=str,
+                          parse_constant=refuse_constant)
+
+
+class Member(NamedTuple):
+    """A member of an object in a text: `lead "name" colon value`."""
+    name: str
+    value: Any
+    lead: str       # blanks before the name
+    start: int      # of the name's quote
+    colon: str      # from the name's end to the value
+    at: int         # where the value begins
+    end: int        # where it ends
+
+
+def past_blanks(text: str, at: int) -> int:
+    found = JSON_BLANKS.match(text, at)
+    return found.end() if found else at
+
+
+def object_start(text: str) -> int:
+    return past_blanks(text, text.startswith("\ufeff"))
+
+
+def object_members(text: str, start: int, reader: json.JSONDecoder = READER,
+                   ) -> Tuple[List[Member], int]:
+    """The members of the object whose brace is at `start` in a sound JSON text, and
+    where it closes."""
+    rows: List[Member] = []
+    before = start + 1
+    while True:
+        at = past_blanks(text, before)
+        if text[at] == "}":
+            return rows, at
+        name, end = scanstring(text, at + 1)
+        value_at = past_blanks(text, text.index(":", end) + 1)
+        value, close = reader.raw_decode(text, value_at)
+        rows.append(Member(name, value, text[before:at], at, text[end:value_at],
+                           value_at, close))
+        before = past_blanks(text, close)
+        if text[before] == "}":
+            return rows, before
+        before += 1                                     # a comma
+
+
+def member_at(text: str, path: Path) -> Optional[Member]:
+    """The member at a path, of equal names the last, as for the client; or None."""
+    at, row = object_start(text), None
+    for key in path:
+        rows = object_members(text, at)[0]
+        row = next((row for row in reversed(rows) if row.name == key), None)
+        if row is None:
+            return None
+        at = row.at
+    return row
+
+
+def text_with(text: str, path: Path, raw: str) -> str:
+    """The text with `raw` as the value at a path, in the manner of its neighbours."""
+    row = member_at(text, path)
+    if row:
+        return text[:row.at] + raw + text[row.end:]
+    holder = member_at(text, path[:-1])
+    if path[:-1] and not holder:
+        text = text_with(text, path[:-1], "{}")
+        holder = member_at(text, path[:-1])
+    start = holder.at if holder else object_start(text)
+    rows, close = object_members(text, start)
+    lead, colon, tail = neighbours_manner(text, rows, holder)
+    words = lead + json.dumps(path[-1]) + colon + raw
+    if rows:
+        end = rows[-1].end
+        return text[:end] + "," + words + text[end:]
+    return text[:start + 1] + words + tail + text[close:]
+
+
+def neighbours_manner(text: str, rows: List[Member], holder: Optional[Member]
+           ) -> Tuple[str, str, str]:
+    """What goes before a new member's name, after it, and after a first member."""
+    like = rows[-1] if rows else holder
+    if not like:
+        line = "\r\n" if "\r\n" in text else "\n"
+        return line + "  ", ": ", line
+    indent = NEW_LINE.search(like.lead)
+    colon = ": " if NEW_LINE.search(like.colon) else like.colon
+    if rows:
+        alone = len(rows) == 1 and not like.lead and colon.endswith(" ")
+        return indent[0] if indent else " " if alone else like.lead, colon, ""
+    if not indent:
+        return "", colon, ""
+    return indent[0] + indent[0].lstrip("\r\n"), colon, indent[0]
+
+
+def text_without(text: str, path: Path) -> str:
+    """The text without the member at a path, and without its comma."""
+    holder = member_at(text, path[:-1])
+    start = holder.at if holder else object_start(text)
+    rows, close = object_members(text, start)
+    at = max(number for number, row in enumerate(rows) if row.name == path[-1])
+    if at:
+        return text[:rows[at - 1].end] + text[rows[at].end:]
+    if len(rows) > 1:
+        return text[:rows[0].start] + text[rows[1].start:]
+    return text[:start + 1] + text[close:]
+
+
+# ---- 4. Models and providers -------------------------------------------------
 # What is known of the models and of who serves them, as rows.  A model that is
 # in no row works too: it gets the defaults and no thinking switch.
 
@@ -725,7 +848,7 @@ def effort_word(wanted: str, efforts: Iterable[str]) -> str:
     return strong[0] if strong else list(efforts)[-1]
 
 
-# ---- 4. Files: YAML, JSON5 and .env ------------------------------------------
+# ---- 5. Files: YAML, JSON5 and .env ------------------------------------------
 # Texts of configuration files to their settings, each with the line it stands in.
 # What is not understood is an error with line and column, never a guess.
 
@@ -1057,225 +1180,17 @@ def dotenv_values(text: str) -> Dict[str, str]:
     return values
 
 
-# ---- 5. Configuration --------------------------------------------------------
-# Flags over environment over .env over file over the provider's row, merged once
-# by a pure function.  Only the command line looks at the environment.
-
-class Config(NamedTuple):
-    """All settings.  Seconds and characters; an empty string is "not set"."""
-    provider: str = "nvidia"
-    base_url: str = PROVIDERS["nvidia"].base_url
-    api: str = APIS[0]      # what is spoken there
-    api_key: str = ""
-    default_model: str = PROVIDERS["nvidia"].sonnet
-    opus: str = PROVIDERS["nvidia"].opus
-    sonnet: str = PROVIDERS["nvidia"].sonnet
-    haiku: str = PROVIDERS["nvidia"].haiku
-    host: str = "127.0.0.1"
-    port: int = 8787        # 0: any free one
-    proxy_key: str = ""     # what clients must present; "": nothing, on loopback
-    log_level: str = "info"
-    log_json: bool = False          # log lines as JSON objects
-    ping_interval: float = 15.0
-    text_delta_chars: int = 6       # 0: text goes out as it came in
-    eager_after: float = 0.08
-    first_byte_timeout: float = 300.0   # hosted queues; the client gets pings
-    idle_timeout: float = 180.0         # silence inside an answer
-    tool_format: str = "native"     # or "xml": tools in prose
-    context_window: int = 0         # tokens, of every model; 0: as known or found
-    requests_per_minute: Optional[int] = None   # of the key; 0: any number; None: as
-    concurrency: Optional[int] = None           # the host's row says, so for both
-    max_wait: float = 120.0         # for a turn; then the client gets a 429
-    retries: int = 3                # of a request that upstream is too busy for
-    start_retries: int = 1          # of an answer that breaks before its first word
-    connect_warning: float = 15.0   # without a word: the log says so; 0: never
-    fallbacks: Mapping[str, Tuple[str, ...]] = {}   # by model or tier, in order
-    home: str = ""                  # folder for what is remembered; "": nowhere
-    model_aliases: Mapping[str, str] = {}
-    prefix: str = ""                # OpenClaw's name of the provider, before its ids
-    models: Mapping[str, Model] = {}    # as the file tells them; 0 tokens: not told
-    http_proxy: str = ""
-    https_proxy: str = ""
-    no_proxy: str = ""
-    ca_files: Tuple[Tuple[str, str], ...] = ()      # (variable, path)
-
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in self.shown().items())
-        return f"Config({shown})"
-
-    def shown(self) -> Json:
-        """All values, with the secret ones as "***"."""
-        values = self._asdict()
-        for name in ("api_key", "proxy_key"):
-            values[name] = values[name] and "***"
-        for name in ("http_proxy", "https_proxy"):
-            values[name] = masked(values[name])
-        values["models"] = list(self.models)
-        return values
-
+# ---- 6. Values: what settings may be -----------------------------------------
+# Kinds of settings, each with words for people and a parser for text or a file's own
+# types.
 
 def masked(url: str) -> str:
     """A URL without its user and password."""
     return re.sub(r"//[^/@]*@", "//***@", url)
 
 
-class Setting(NamedTuple):
-    field: str              # of Config
-    variable: str           # environment variable, or ""
-    key: str                # dotted key in the file
-    kind: str               # row of KINDS
-
-
-SETTINGS = [
-    Setting("provider", "", "provider", "provider"),
-    Setting("api_key", "NVIDIA_API_KEY", "nvidia.api_key", "secret"),
-    Setting("base_url", "NVIDIA_BASE_URL", "nvidia.base_url", "url"),
-    Setting("default_model", "DEFAULT_NVIDIA_MODEL", "nvidia.default_model", "text"),
-    Setting("api_key", "", "upstream.api_key", "secret"),
-    Setting("base_url", "", "upstream.base_url", "url"),
-    Setting("default_model", "", "upstream.default_model", "text"),
-    Setting("api", "", "upstream.api", "api"),
-    Setting("first_byte_timeout", "", "upstream.first_byte_timeout", "seconds"),
-    Setting("idle_timeout", "", "upstream.idle_timeout", "seconds"),
-    Setting("opus", "", "models.opus", "text"),
-    Setting("sonnet", "", "models.sonnet", "text"),
-    Setting("haiku", "", "models.haiku", "text"),
-    Setting("tool_format", "", "tool_format", "format"),
-    Setting("context_window", "", "max_context_window", "window"),
-    Setting("requests_per_minute", "", "limits.requests_per_minute", "count"),
-    Setting("concurrency", "", "limits.concurrency", "count"),
-    Setting("max_wait", "", "limits.max_wait", "seconds"),
-    Setting("retries", "", "limits.retries", "few"),
-    Setting("start_retries", "STREAM_START_RETRIES", "limits.start_retries", "few"),
-    Setting("connect_warning", "CONNECT_WARNING_SECONDS", "limits.connect_warning",
-            "seconds"),
-    Setting("host", "PROXY_HOST", "server.host", "text"),
-    Setting("port", "PROXY_PORT", "server.port", "port"),
-    Setting("proxy_key", "PROXY_API_KEY", "server.api_key", "secret"),
-    Setting("log_level", "LOG_LEVEL", "server.log_level", "level"),
-    Setting("log_json", "", "server.log_json", "switch"),
-    Setting("ping_interval", "", "streaming.ping_interval", "seconds"),
-    Setting("text_delta_chars", "", "streaming.text_delta_chars", "count"),
-    Setting("eager_after", "", "streaming.eager_after", "seconds"),
-    Setting("home", "NIMPROXY_HOME", "", "text"),
-]
 ALIASES, FALLBACKS = "model_aliases", "fallbacks"   # the sections with free keys
 LEVELS = ("debug", "info", "warning", "error")
-
-
-class SavedProviders(NamedTuple):
-    """What was set up earlier: a file's entries by provider, and which of them is to be
-    used when none is named."""
-    active: str = ""
-    entries: Mapping[str, Entries] = {}
-
-
-def resolve_config(flags: Json, environ: Mapping[str, str], dotenv: Mapping[str, str],
-                   file: File, saved: SavedProviders = SavedProviders(),
-                   ) -> Tuple[Config, Json]:
-    """All settings, and for each field the words for where it came from.
-
-    Raises ProxyError(400) that names source, setting, what was found and wanted.
-    """
-    entries, flags = file_entries(file, {**dotenv, **environ}, flags)
-    own_place = flags.get("base_url") or any(
-        path[0] in ("nvidia", "upstream") for path in entries)
-    active = "" if own_place else saved.active
-    found, sources = asked_for(flags, [environ, dotenv], entries, active or "nvidia")
-    if active and "provider" not in found:
-        found["provider"], sources["provider"] = active, "the active provider"
-    row = PROVIDERS[found.get("provider", "nvidia")]
-    add_saved(found, sources, saved.entries.get(row.name, {}), row)
-    preset_models(found, sources, row)
-    if not found.setdefault("base_url", row.base_url):
-        raise ProxyError(400, f"{sources['provider']}: 'custom' needs --base-url URL")
-    found.setdefault("api", api_at(found["base_url"]))
-    found["base_url"] = clean_base_url(found["base_url"], found["api"])
-    found[ALIASES] = model_aliases(entries, {**dotenv, **environ})
-    found[FALLBACKS] = model_fallbacks(entries)
-    found.update(openclaw_facts(entries))
-    network = network_settings(environ)
-    sources.update({name: source for name, source, value in (
-        (ALIASES, "environment or file", found[ALIASES]),
-        (FALLBACKS, "file", found[FALLBACKS]),
-        ("prefix", file.name, found["prefix"]), ("models", file.name, found["models"]),
-        *((name, "environment", value) for name, value in network.items())) if value})
-    config = Config(**found, **network)
-    return config._replace(requests_per_minute=requests_a_minute(config),
-                           concurrency=requests_at_once(config)), sources
-
-
-def add_saved(found: Json, sources: Json, entries: Entries, row: Provider) -> None:
-    """Fill in what was saved of a provider, unless it is of another server than the one
-    that is asked: its key is of no concern there."""
-    kept = entries.get(("upstream", "base_url"), ("", ""))[0] or row.base_url
-    if "base_url" in found and not same_server(found["base_url"], str(kept)):
-        return
-    asked = "default_model" in found        # one for all tiers
-    for setting in SETTINGS:
-        raw, where = entries.get(tuple(setting.key.split(".")), ("", ""))
-        if asked and setting.field in TIERS:
-            continue
-        if raw not in (None, "") and setting.field not in found:
-            found[setting.field] = convert(setting.kind, raw, where)
-            sources[setting.field] = where
-
-
-def asked_for(flags: Json, environs: List[Mapping[str, str]], entries: Entries,
-              provider: str) -> Tuple[Json, Json]:
-    """The fields that flags, environment and file set, and where each came from;
-    `provider` is the one that is meant if they do not say."""
-    found: Json = {}
-    sources: Json = {}
-    for setting in SETTINGS:
-        if setting.key.startswith("nvidia.") and provider != "nvidia":
-            continue
-        if setting.key == "upstream.api_key":
-            setting = setting._replace(variable=PROVIDERS[provider].key_variable)
-        if setting.field == "api_key" and KEPT_KEY in entries:
-            setting = setting._replace(variable="")
-        for raw, source in candidates(setting, flags, environs, entries):
-            if raw not in (None, "") and setting.field not in found:
-                found[setting.field] = convert(setting.kind, raw, source)
-                sources[setting.field] = source
-        provider = found.get("provider", provider)
-    return found, sources
-
-
-def same_server(url: str, other: str) -> bool:
-    """Whether a key for one URL may go to the other: not to another port, where
-    another program may be, and not without the TLS that it was saved with."""
-    try:
-        one, two = ((place.scheme, place.hostname, place.port or PORTS_OF.get(
-            place.scheme)) for place in map(urlsplit, (url, other)))
-    except ValueError:                      # no port, or brackets: no URL
-        return False
-    return one == two
-
-
-PORTS_OF = {"http": 80, "https": 443}
-
-
-def candidates(setting: Setting, flags: Json, environs: List[Mapping[str, str]],
-               entries: Entries) -> Iterator[Tuple[Any, str]]:
-    """Values for one setting, strongest first, each with its source."""
-    flag = "model" if setting.field == "default_model" else setting.field
-    yield flags.get(setting.field), "--" + flag.replace("_", "-")
-    for environ, name in zip(environs, ("environment", ".env")):
-        if setting.variable:
-            yield environ.get(setting.variable), f"{name} {setting.variable}"
-    value, where = entries.get(tuple(setting.key.split(".")), (None, ""))
-    yield value, f"{where}: {setting.key}"
-
-
-def preset_models(found: Json, sources: Json, row: Provider) -> None:
-    """Fill in the models: one that was asked for serves every tier not set itself."""
-    asked = found.get("default_model")
-    for tier in TIERS:
-        if tier not in found:
-            found[tier] = asked or getattr(row, tier)
-            sources[tier] = sources.get("default_model", "provider's default")
-    found.setdefault("default_model", found["sonnet"])
 
 
 def convert(kind: str, raw: Any, source: str) -> Any:
@@ -1443,104 +1358,8 @@ def clean_base_url(url: str, api: str = APIS[0]) -> str:
     return url if urlsplit(url).path else next(known, url + "/v1")
 
 
-def model_aliases(entries: Entries, environ: Mapping[str, str]) -> Dict[str, str]:
-    """Aliases from the file, then from MODEL_ALIAS_X__Y_Z=model (x/y-z)."""
-    aliases = {}
-    for path, (value, where) in entries.items():
-        if path[0] == ALIASES and len(path) == 2:
-            aliases[path[1]] = convert("text", value, f"{where}: {path[1]}")
-    for variable, value in environ.items():
-        if variable.startswith("MODEL_ALIAS_") and value:
-            name = variable[len("MODEL_ALIAS_"):].lower()
-            aliases[name.replace("__", "/").replace("_", "-")] = value
-    return aliases
-
-
-def model_fallbacks(entries: Entries) -> Dict[str, Tuple[str, ...]]:
-    """What to ask instead, by model or tier: one id, or a list of them."""
-    fallbacks = {}
-    for path, (value, where) in entries.items():
-        if path[0] == FALLBACKS and len(path) == 2 and value:
-            source = f"{where}: {FALLBACKS}.{path[1]}"
-            if path[1] not in TIERS and close_words(path[1], TIERS, 1, 0.75):
-                raise ProxyError(400, f"{source}: expected a model or a tier"
-                                      f"{nearest(path[1], TIERS)}")
-            ids = value if isinstance(value, list) else [value]
-            fallbacks[path[1]] = tuple(convert("text", name, source) for name in ids)
-    return fallbacks
-
-
-CA_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
-                "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
-
-
-def network_settings(environ: Mapping[str, str]) -> Json:
-    """Proxies and certificate authorities.  Lower case wins, as with curl.
-
-    HTTP_PROXY in upper case is a client's header under CGI (httpoxy): not then.
-    """
-    def pick(*names: str) -> str:
-        return next((environ[name] for name in names if environ.get(name)), "")
-
-    every = ("all_proxy", "ALL_PROXY")
-    upper = () if environ.get("REQUEST_METHOD") else ("HTTP_PROXY",)
-    return {
-        "http_proxy": pick("http_proxy", *upper, *every),
-        "https_proxy": pick("https_proxy", "HTTPS_PROXY", *every),
-        "no_proxy": pick("no_proxy", "NO_PROXY"),
-        "ca_files": tuple((name, path) for name in CA_VARIABLES if environ.get(name)
-                          for path in ca_paths(name, environ[name])),
-    }
-
-
-def ca_paths(variable: str, value: str) -> List[str]:
-    """The paths in a variable's value; OpenSSL takes several folders in one."""
-    if variable != "SSL_CERT_DIR":
-        return [value]
-    return [path for path in value.split(":") if path]
-
-
-def file_entries(file: File, environ: Mapping[str, str],
-                 flags: Json) -> Tuple[Entries, Json]:
-    """The file's settings by path, ${VAR} expanded, every key known; and the flags
-    that are left, for an OpenClaw file has providers of its own."""
-    if not is_json5(file):
-        return own_entries(yaml_entries(file), environ), flags
-    tree = json5_tree(file)
-    if openclaw_section(tree):
-        entries = openclaw_entries(tree, environ, flags.get("provider") or "")
-        return entries, {**flags, "provider": None}
-    return own_entries(json_entries(tree), environ), flags
-
-
-def own_entries(entries: Entries, environ: Mapping[str, str]) -> Entries:
-    known = [*filter(None, (setting.key for setting in SETTINGS)), ALIASES, FALLBACKS]
-    for path, (value, where) in entries.items():
-        key, free = ".".join(path), path[0] in (ALIASES, FALLBACKS)
-        if free and len(path) != 2 and value is not None:
-            raise ProxyError(400, f"{where}: {path[0]}: expected a map of names")
-        if not free and key not in known:
-            section = any(name.startswith(key + ".") for name in known)
-            if section and value is None:
-                continue
-            found = json_kind(value) if section else f"{key!r}"
-            raise ProxyError(400, f"{where}: expected a known key, found "
-                                  f"{found}{nearest(key, known)}")
-        if isinstance(value, str):
-            entries[path] = expanded(value, environ, where), where
-        if isinstance(value, list):
-            entries[path] = [expanded(item, environ, where) if isinstance(item, str)
-                             else item for item in value], where
-    return entries
-
-
-# OpenClaw's configuration: https://docs.openclaw.ai/gateway/configuration.  Of
-#
-#     {env: {X: "..", vars: {X: ".."}},
-#      agents: {defaults: {model: {primary: "name/id", fallbacks: ["name/id"]}}},
-#      models: {providers: {name: {baseUrl, apiKey, api, models: [{id, ...}]}}}}
-#
-# one provider is taken; everything else is OpenClaw's own business.
+# ---- 7. OpenClaw: another client's file as settings --------------------------
+# Its providers and models as entries of our own keys, with the lines they stand in.
 
 PRIMARY = ("agents", "defaults", "model")
 MODEL_KINDS = {             # key of a model there: (field of Model, row of KINDS)
@@ -1740,6 +1559,320 @@ class OpenclawValues:
                 if ref.startswith(name + "/")]
 
 
+# ---- 8. Configuration --------------------------------------------------------
+# Flags over environment over .env over file over the provider's row, merged once
+# by a pure function.  Only the command line looks at the environment.
+
+class Config(NamedTuple):
+    """All settings.  Seconds and characters; an empty string is "not set"."""
+    provider: str = "nvidia"
+    base_url: str = PROVIDERS["nvidia"].base_url
+    api: str = APIS[0]      # what is spoken there
+    api_key: str = ""
+    default_model: str = PROVIDERS["nvidia"].sonnet
+    opus: str = PROVIDERS["nvidia"].opus
+    sonnet: str = PROVIDERS["nvidia"].sonnet
+    haiku: str = PROVIDERS["nvidia"].haiku
+    host: str = "127.0.0.1"
+    port: int = 8787        # 0: any free one
+    proxy_key: str = ""     # what clients must present; "": nothing, on loopback
+    log_level: str = "info"
+    log_json: bool = False          # log lines as JSON objects
+    ping_interval: float = 15.0
+    text_delta_chars: int = 6       # 0: text goes out as it came in
+    eager_after: float = 0.08
+    first_byte_timeout: float = 300.0   # hosted queues; the client gets pings
+    idle_timeout: float = 180.0         # silence inside an answer
+    tool_format: str = "native"     # or "xml": tools in prose
+    context_window: int = 0         # tokens, of every model; 0: as known or found
+    requests_per_minute: Optional[int] = None   # of the key; 0: any number; None: as
+    concurrency: Optional[int] = None           # the host's row says, so for both
+    max_wait: float = 120.0         # for a turn; then the client gets a 429
+    retries: int = 3                # of a request that upstream is too busy for
+    start_retries: int = 1          # of an answer that breaks before its first word
+    connect_warning: float = 15.0   # without a word: the log says so; 0: never
+    fallbacks: Mapping[str, Tuple[str, ...]] = {}   # by model or tier, in order
+    home: str = ""                  # folder for what is remembered; "": nowhere
+    model_aliases: Mapping[str, str] = {}
+    prefix: str = ""                # OpenClaw's name of the provider, before its ids
+    models: Mapping[str, Model] = {}    # as the file tells them; 0 tokens: not told
+    http_proxy: str = ""
+    https_proxy: str = ""
+    no_proxy: str = ""
+    ca_files: Tuple[Tuple[str, str], ...] = ()      # (variable, path)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.shown().items())
+        return f"Config({shown})"
+
+    def shown(self) -> Json:
+        """All values, with the secret ones as "***"."""
+        values = self._asdict()
+        for name in ("api_key", "proxy_key"):
+            values[name] = values[name] and "***"
+        for name in ("http_proxy", "https_proxy"):
+            values[name] = masked(values[name])
+        values["models"] = list(self.models)
+        return values
+
+
+class Setting(NamedTuple):
+    field: str              # of Config
+    variable: str           # environment variable, or ""
+    key: str                # dotted key in the file
+    kind: str               # row of KINDS
+
+
+SETTINGS = [
+    Setting("provider", "", "provider", "provider"),
+    Setting("api_key", "NVIDIA_API_KEY", "nvidia.api_key", "secret"),
+    Setting("base_url", "NVIDIA_BASE_URL", "nvidia.base_url", "url"),
+    Setting("default_model", "DEFAULT_NVIDIA_MODEL", "nvidia.default_model", "text"),
+    Setting("api_key", "", "upstream.api_key", "secret"),
+    Setting("base_url", "", "upstream.base_url", "url"),
+    Setting("default_model", "", "upstream.default_model", "text"),
+    Setting("api", "", "upstream.api", "api"),
+    Setting("first_byte_timeout", "", "upstream.first_byte_timeout", "seconds"),
+    Setting("idle_timeout", "", "upstream.idle_timeout", "seconds"),
+    Setting("opus", "", "models.opus", "text"),
+    Setting("sonnet", "", "models.sonnet", "text"),
+    Setting("haiku", "", "models.haiku", "text"),
+    Setting("tool_format", "", "tool_format", "format"),
+    Setting("context_window", "", "max_context_window", "window"),
+    Setting("requests_per_minute", "", "limits.requests_per_minute", "count"),
+    Setting("concurrency", "", "limits.concurrency", "count"),
+    Setting("max_wait", "", "limits.max_wait", "seconds"),
+    Setting("retries", "", "limits.retries", "few"),
+    Setting("start_retries", "STREAM_START_RETRIES", "limits.start_retries", "few"),
+    Setting("connect_warning", "CONNECT_WARNING_SECONDS", "limits.connect_warning",
+            "seconds"),
+    Setting("host", "PROXY_HOST", "server.host", "text"),
+    Setting("port", "PROXY_PORT", "server.port", "port"),
+    Setting("proxy_key", "PROXY_API_KEY", "server.api_key", "secret"),
+    Setting("log_level", "LOG_LEVEL", "server.log_level", "level"),
+    Setting("log_json", "", "server.log_json", "switch"),
+    Setting("ping_interval", "", "streaming.ping_interval", "seconds"),
+    Setting("text_delta_chars", "", "streaming.text_delta_chars", "count"),
+    Setting("eager_after", "", "streaming.eager_after", "seconds"),
+    Setting("home", "NIMPROXY_HOME", "", "text"),
+]
+
+
+class SavedProviders(NamedTuple):
+    """What was set up earlier: a file's entries by provider, and which of them is to be
+    used when none is named."""
+    active: str = ""
+    entries: Mapping[str, Entries] = {}
+
+
+def resolve_config(flags: Json, environ: Mapping[str, str], dotenv: Mapping[str, str],
+                   file: File, saved: SavedProviders = SavedProviders(),
+                   ) -> Tuple[Config, Json]:
+    """All settings, and for each field the words for where it came from.
+
+    Raises ProxyError(400) that names source, setting, what was found and wanted.
+    """
+    entries, flags = file_entries(file, {**dotenv, **environ}, flags)
+    own_place = flags.get("base_url") or any(
+        path[0] in ("nvidia", "upstream") for path in entries)
+    active = "" if own_place else saved.active
+    found, sources = asked_for(flags, [environ, dotenv], entries, active or "nvidia")
+    if active and "provider" not in found:
+        found["provider"], sources["provider"] = active, "the active provider"
+    row = PROVIDERS[found.get("provider", "nvidia")]
+    add_saved(found, sources, saved.entries.get(row.name, {}), row)
+    preset_models(found, sources, row)
+    if not found.setdefault("base_url", row.base_url):
+        raise ProxyError(400, f"{sources['provider']}: 'custom' needs --base-url URL")
+    found.setdefault("api", api_at(found["base_url"]))
+    found["base_url"] = clean_base_url(found["base_url"], found["api"])
+    found[ALIASES] = model_aliases(entries, {**dotenv, **environ})
+    found[FALLBACKS] = model_fallbacks(entries)
+    found.update(openclaw_facts(entries))
+    network = network_settings(environ)
+    sources.update({name: source for name, source, value in (
+        (ALIASES, "environment or file", found[ALIASES]),
+        (FALLBACKS, "file", found[FALLBACKS]),
+        ("prefix", file.name, found["prefix"]), ("models", file.name, found["models"]),
+        *((name, "environment", value) for name, value in network.items())) if value})
+    config = Config(**found, **network)
+    return config._replace(requests_per_minute=requests_a_minute(config),
+                           concurrency=requests_at_once(config)), sources
+
+
+def add_saved(found: Json, sources: Json, entries: Entries, row: Provider) -> None:
+    """Fill in what was saved of a provider, unless it is of another server than the one
+    that is asked: its key is of no concern there."""
+    kept = entries.get(("upstream", "base_url"), ("", ""))[0] or row.base_url
+    if "base_url" in found and not same_server(found["base_url"], str(kept)):
+        return
+    asked = "default_model" in found        # one for all tiers
+    for setting in SETTINGS:
+        raw, where = entries.get(tuple(setting.key.split(".")), ("", ""))
+        if asked and setting.field in TIERS:
+            continue
+        if raw not in (None, "") and setting.field not in found:
+            found[setting.field] = convert(setting.kind, raw, where)
+            sources[setting.field] = where
+
+
+def asked_for(flags: Json, environs: List[Mapping[str, str]], entries: Entries,
+              provider: str) -> Tuple[Json, Json]:
+    """The fields that flags, environment and file set, and where each came from;
+    `provider` is the one that is meant if they do not say."""
+    found: Json = {}
+    sources: Json = {}
+    for setting in SETTINGS:
+        if setting.key.startswith("nvidia.") and provider != "nvidia":
+            continue
+        if setting.key == "upstream.api_key":
+            setting = setting._replace(variable=PROVIDERS[provider].key_variable)
+        if setting.field == "api_key" and KEPT_KEY in entries:
+            setting = setting._replace(variable="")
+        for raw, source in candidates(setting, flags, environs, entries):
+            if raw not in (None, "") and setting.field not in found:
+                found[setting.field] = convert(setting.kind, raw, source)
+                sources[setting.field] = source
+        provider = found.get("provider", provider)
+    return found, sources
+
+
+def same_server(url: str, other: str) -> bool:
+    """Whether a key for one URL may go to the other: not to another port, where
+    another program may be, and not without the TLS that it was saved with."""
+    try:
+        one, two = ((place.scheme, place.hostname, place.port or PORTS_OF.get(
+            place.scheme)) for place in map(urlsplit, (url, other)))
+    except ValueError:                      # no port, or brackets: no URL
+        return False
+    return one == two
+
+
+PORTS_OF = {"http": 80, "https": 443}
+
+
+def candidates(setting: Setting, flags: Json, environs: List[Mapping[str, str]],
+               entries: Entries) -> Iterator[Tuple[Any, str]]:
+    """Values for one setting, strongest first, each with its source."""
+    flag = "model" if setting.field == "default_model" else setting.field
+    yield flags.get(setting.field), "--" + flag.replace("_", "-")
+    for environ, name in zip(environs, ("environment", ".env")):
+        if setting.variable:
+            yield environ.get(setting.variable), f"{name} {setting.variable}"
+    value, where = entries.get(tuple(setting.key.split(".")), (None, ""))
+    yield value, f"{where}: {setting.key}"
+
+
+def preset_models(found: Json, sources: Json, row: Provider) -> None:
+    """Fill in the models: one that was asked for serves every tier not set itself."""
+    asked = found.get("default_model")
+    for tier in TIERS:
+        if tier not in found:
+            found[tier] = asked or getattr(row, tier)
+            sources[tier] = sources.get("default_model", "provider's default")
+    found.setdefault("default_model", found["sonnet"])
+
+
+def model_aliases(entries: Entries, environ: Mapping[str, str]) -> Dict[str, str]:
+    """Aliases from the file, then from MODEL_ALIAS_X__Y_Z=model (x/y-z)."""
+    aliases = {}
+    for path, (value, where) in entries.items():
+        if path[0] == ALIASES and len(path) == 2:
+            aliases[path[1]] = convert("text", value, f"{where}: {path[1]}")
+    for variable, value in environ.items():
+        if variable.startswith("MODEL_ALIAS_") and value:
+            name = variable[len("MODEL_ALIAS_"):].lower()
+            aliases[name.replace("__", "/").replace("_", "-")] = value
+    return aliases
+
+
+def model_fallbacks(entries: Entries) -> Dict[str, Tuple[str, ...]]:
+    """What to ask instead, by model or tier: one id, or a list of them."""
+    fallbacks = {}
+    for path, (value, where) in entries.items():
+        if path[0] == FALLBACKS and len(path) == 2 and value:
+            source = f"{where}: {FALLBACKS}.{path[1]}"
+            if path[1] not in TIERS and close_words(path[1], TIERS, 1, 0.75):
+                raise ProxyError(400, f"{source}: expected a model or a tier"
+                                      f"{nearest(path[1], TIERS)}")
+            ids = value if isinstance(value, list) else [value]
+            fallbacks[path[1]] = tuple(convert("text", name, source) for name in ids)
+    return fallbacks
+
+
+CA_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
+                "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
+
+
+def network_settings(environ: Mapping[str, str]) -> Json:
+    """Proxies and certificate authorities.  Lower case wins, as with curl.
+
+    HTTP_PROXY in upper case is a client's header under CGI (httpoxy): not then.
+    """
+    def pick(*names: str) -> str:
+        return next((environ[name] for name in names if environ.get(name)), "")
+
+    every = ("all_proxy", "ALL_PROXY")
+    upper = () if environ.get("REQUEST_METHOD") else ("HTTP_PROXY",)
+    return {
+        "http_proxy": pick("http_proxy", *upper, *every),
+        "https_proxy": pick("https_proxy", "HTTPS_PROXY", *every),
+        "no_proxy": pick("no_proxy", "NO_PROXY"),
+        "ca_files": tuple((name, path) for name in CA_VARIABLES if environ.get(name)
+                          for path in ca_paths(name, environ[name])),
+    }
+
+
+def ca_paths(variable: str, value: str) -> List[str]:
+    """The paths in a variable's value; OpenSSL takes several folders in one."""
+    if variable != "SSL_CERT_DIR":
+        return [value]
+    return [path for path in value.split(":") if path]
+
+
+def file_entries(file: File, environ: Mapping[str, str],
+                 flags: Json) -> Tuple[Entries, Json]:
+    """The file's settings by path, ${VAR} expanded, every key known; and the flags
+    that are left, for an OpenClaw file has providers of its own."""
+    if not is_json5(file):
+        return own_entries(yaml_entries(file), environ), flags
+    tree = json5_tree(file)
+    if openclaw_section(tree):
+        entries = openclaw_entries(tree, environ, flags.get("provider") or "")
+        return entries, {**flags, "provider": None}
+    return own_entries(json_entries(tree), environ), flags
+
+
+def own_entries(entries: Entries, environ: Mapping[str, str]) -> Entries:
+    known = [*filter(None, (setting.key for setting in SETTINGS)), ALIASES, FALLBACKS]
+    for path, (value, where) in entries.items():
+        key, free = ".".join(path), path[0] in (ALIASES, FALLBACKS)
+        if free and len(path) != 2 and value is not None:
+            raise ProxyError(400, f"{where}: {path[0]}: expected a map of names")
+        if not free and key not in known:
+            section = any(name.startswith(key + ".") for name in known)
+            if section and value is None:
+                continue
+            found = json_kind(value) if section else f"{key!r}"
+            raise ProxyError(400, f"{where}: expected a known key, found "
+                                  f"{found}{nearest(key, known)}")
+        if isinstance(value, str):
+            entries[path] = expanded(value, environ, where), where
+        if isinstance(value, list):
+            entries[path] = [expanded(item, environ, where) if isinstance(item, str)
+                             else item for item in value], where
+    return entries
+
+
+# OpenClaw's configuration: https://docs.openclaw.ai/gateway/configuration.  Of
+#
+#     {env: {X: "..", vars: {X: ".."}},
+#      agents: {defaults: {model: {primary: "name/id", fallbacks: ["name/id"]}}},
+#      models: {providers: {name: {baseUrl, apiKey, api, models: [{id, ...}]}}}}
+#
+# one provider is taken; everything else is OpenClaw's own business.
+
+
 def model_facts(config: Config, name: str) -> Model:
     """What is known of a model: the file's words, what they leave open from the
     catalog."""
@@ -1852,7 +1985,7 @@ def missing_key(config: Config) -> str:
             f"{row.key_variable}, or run `setup`; `demo` and `code --demo` need none")
 
 
-# ---- 6. Documents: text from PDF ---------------------------------------------
+# ---- 9. Documents: text from PDF ---------------------------------------------
 # A PDF's words, for models that read text alone: no images, no tables, no repairs.
 # A file is hostile until read: all work on it is paid for from one budget, and what
 # is malformed ends a font, a form or a page, not the answer.  ISO 32000-1.
@@ -2373,7 +2506,7 @@ def range_texts(pdf: Pdf, low: bytes, high: bytes, target: Any) -> Dict[int, str
             for code, text in zip(codes, target)}
 
 
-# ---- 7. Requests: body to chat -----------------------------------------------
+# ---- 10. Requests: body to chat ----------------------------------------------
 # Pure functions from Anthropic's request body to OpenAI's.  Tolerant in: what is
 # not used is not looked at.  Minimal out: only fields that upstreams take.
 
@@ -2965,7 +3098,7 @@ def plain_words(value: Any, key: str = "text") -> Iterator[str]:
         yield value
 
 
-# ---- 8. Token estimate -------------------------------------------------------
+# ---- 11. Token estimate ------------------------------------------------------
 # No vocabulary, no download: a formula over kinds of characters, fitted to real
 # tokenizers.  `make tokens` measures it.
 
@@ -3061,7 +3194,7 @@ def tally(content: Any, texts: List[str]) -> int:
     return tokens
 
 
-# ---- 9. Refusals: upstream's errors to ours ----------------------------------
+# ---- 12. Refusals: upstream's errors to ours ---------------------------------
 # Every way in which an upstream says no, as the error that Claude Code and the
 # SDKs act on rightly, with upstream's own words and what to do about it.
 
@@ -3400,7 +3533,7 @@ def stated_status(value: Json, status: int) -> int:
     return status
 
 
-# ---- 10. Arguments: repaired and fitted --------------------------------------
+# ---- 13. Arguments: repaired and fitted --------------------------------------
 # What the text of a finished tool call means, as its tool's schema wants it.  Only
 # plain damage is repaired: how a broken-off string ends is never guessed, and a value
 # that fits is never touched.  Text and schema are strangers', so all work is bounded.
@@ -3774,7 +3907,7 @@ def fitted_list(value: list, schema: Json, fit: Fit, depth: int) -> list:
             for place, item in enumerate(value)]
 
 
-# ---- 11. Mends: chats that are taken after a refusal -------------------------
+# ---- 14. Mends: chats that are taken after a refusal -------------------------
 # What a refusal asks for, as the name of a mend, and the mends: each changes a chat a
 # little.  They are written "name" or "name:argument", and so they are remembered.
 
@@ -4201,7 +4334,7 @@ APPLY: Dict[str, Callable[[Json, str], None]] = {
 }
 
 
-# ---- 12. Dialects: tool calls written as text --------------------------------
+# ---- 15. Dialects: tool calls written as text --------------------------------
 # How open models spell a tool call where their server leaves it in the text.  A row
 # says how a call begins, how far it goes and how it is read; Leaks takes calls out
 # of text that comes in pieces, and gives back as text whatever is none.
@@ -4885,7 +5018,7 @@ def split_at(text: str, words: Tuple[str, ...]) -> Tuple[str, str]:
     return text[:place], text[place:]
 
 
-# ---- 13. Streams: chunks to events -------------------------------------------
+# ---- 16. Streams: chunks to events -------------------------------------------
 # Sans-I/O.  One completion's chunks become one message's events, whatever their
 # cut: one block open at a time, numbered from 0.  A tool call is told when it is
 # whole, because Claude Code runs it as soon as its block closes.
@@ -5724,7 +5857,7 @@ def parsed_input(text: str) -> Json:
     return {"__unparsedToolInput": {"raw": text, "len": len(text)}}
 
 
-# ---- 14. Event streams: bytes to chunks, events to bytes ---------------------
+# ---- 17. Event streams: bytes to chunks, events to bytes ---------------------
 # The WHATWG event stream, sans-I/O and cut anywhere, and the whole translation:
 # upstream's bytes in, the client's bytes out.
 
@@ -5880,7 +6013,7 @@ def encode_event(name: str, data: Json) -> bytes:
     return f"event: {name}\ndata: {payload}\n\n".encode("ascii")
 
 
-# ---- 15. Passing: what stays as it is ----------------------------------------
+# ---- 18. Passing: what stays as it is ----------------------------------------
 # Bodies and event streams of servers that speak the client's own language: byte for
 # byte, but for the model's name and what only its maker can read.
 
@@ -5900,15 +6033,6 @@ class Parcel(NamedTuple):
     headers: Headers = []   # the client's, that are for upstream
 
 
-class Placed(NamedTuple):
-    """A member of a JSON object, and where in the object's text its value stands."""
-    name: str
-    value: Any
-    start: int
-    end: int
-
-
-BETWEEN = re.compile(r"[ \t\r\n,:]*")       # between the names and values of sound JSON
 SIGNED = {"thinking": "signature", "redacted_thinking": "data"}     # by whom, where
 GENUINE = re.compile("[A-Za-z0-9+/]{64,}={0,2}")    # Anthropic's have some hundred
 LEFT_EMPTY = {"type": "text", "text": "(no text)"}  # roles have to alternate
@@ -5923,31 +6047,19 @@ def passed_body(raw: bytes, model: str, own: bool = False) -> bytes:
     The body is a JSON object, as parse_body has found.
     """
     text = raw.decode("utf-8")
-    found = placed_values(text)
+    found, _ = object_members(text, object_start(text), DECODER)
     named = [each for each in found if each.name == "model"]
-    edits = [(each.start, each.end, encode_json(model)) for each in named
+    edits = [(each.at, each.end, encode_json(model)) for each in named
              if each.value != model]
     if not named:
-        start = text.index("{") + 1
+        start = object_start(text) + 1
         comma = "," if found else ""
         edits.append((start, start, f'"model":{encode_json(model)}{comma}'))
     for each in found:
         history = each.name == "messages" and own_turns(each.value, own)
         if history and history is not each.value:
-            edits.append((each.start, each.end, encode_json(history)))
+            edits.append((each.at, each.end, encode_json(history)))
     return edited(text, edits).encode("utf-8")
-
-
-def placed_values(text: str) -> List[Placed]:
-    """The members of the object that a sound JSON text is; one may be there twice."""
-    found, at = [], BETWEEN.match(text, text.index("{") + 1).end()
-    while text[at] != "}":
-        name, at = DECODER.raw_decode(text, at)
-        start = BETWEEN.match(text, at).end()
-        value, at = DECODER.raw_decode(text, start)
-        found.append(Placed(name, value, start, at))
-        at = BETWEEN.match(text, at).end()
-    return found
 
 
 def edited(text: str, edits: List[Tuple[int, int, str]]) -> str:
@@ -5987,12 +6099,12 @@ def is_foreign(block: Any, own: bool) -> bool:
 def with_model(text: str, path: Tuple[str, ...], model: str) -> str:
     """A JSON text with another model's name at a path of objects, if it has one."""
     edits = []
-    for each in placed_values(text):
-        inner = text[each.start:each.end]
+    for each in object_members(text, object_start(text), DECODER)[0]:
+        inner = text[each.at:each.end]
         if each.name == path[0] and len(path) == 1:
-            edits.append((each.start, each.end, encode_json(model)))
+            edits.append((each.at, each.end, encode_json(model)))
         elif each.name == path[0] and isinstance(each.value, dict):
-            edits.append((each.start, each.end, with_model(inner, path[1:], model)))
+            edits.append((each.at, each.end, with_model(inner, path[1:], model)))
     return edited(text, edits)
 
 
@@ -6266,7 +6378,7 @@ TONGUES = {
 }
 
 
-# ---- 16. HTTP/1.1 messages ---------------------------------------------------
+# ---- 19. HTTP/1.1 messages ---------------------------------------------------
 # RFC 9112, the part that both sides of a proxy need, on bytes and strictly: what
 # is doubtful is refused, because two readings of one request are an attack.
 
@@ -6546,7 +6658,7 @@ def json_response(value: Json, status: int = 200, headers: Headers = []) -> Resp
     return Response(status, fields, encode_json(value).encode("ascii"))
 
 
-# ---- 17. Demonstration: the built-in upstream --------------------------------
+# ---- 20. Demonstration: the built-in upstream --------------------------------
 # A scripted Chat Completions stream for the model `nimproxy/demo`: thinking, text
 # and, where tools are declared, one call.  Pure, so it needs no key and no network.
 
@@ -6628,7 +6740,7 @@ def demo_tool(chat: Json) -> Optional[Tuple[str, Json]]:
     return None
 
 
-# ---- 18. Pacing: whose turn it is, and when to ask again ---------------------
+# ---- 21. Pacing: whose turn it is, and when to ask again ---------------------
 # Sans-I/O, on a clock that is given: how many requests go to one key and in which
 # order, what a 429 teaches, and how patiently a failed one is repeated.
 
@@ -6848,7 +6960,7 @@ def less(counter: Dict[str, int], name: str) -> None:
         del counter[name]
 
 
-# ---- 19. Upstream ------------------------------------------------------------
+# ---- 22. Upstream ------------------------------------------------------------
 # The first part that waits.  Connections over plain TCP, TLS or an HTTP proxy,
 # kept alive in a pool; one request and its answer at a time on each.
 
@@ -7631,7 +7743,7 @@ async def connected_socket(place: Target) -> socket.socket:
     raise failure
 
 
-# ---- 20. Memory --------------------------------------------------------------
+# ---- 23. Memory --------------------------------------------------------------
 # What upstreams have refused, so that they are asked rightly the next time.  A file
 # that may be deleted at any time; that it cannot be read or written is never fatal.
 
@@ -7752,7 +7864,7 @@ def learned_rows(tree: Any) -> Dict[str, Dict[str, Dict[str, str]]]:
     return tree
 
 
-# ---- 21. Journal -------------------------------------------------------------
+# ---- 24. Journal -------------------------------------------------------------
 # What became of requests: a line of the log for each, a file a day of those that
 # failed, and one of the tokens of the others.  The files are bounded, may be deleted,
 # and never stop an answer.
@@ -7918,7 +8030,7 @@ def usage_figures(line: str) -> Tuple[str, List[int]]:
     return model, [1, *values]
 
 
-# ---- 22. Asking: which model, whose turn, again and instead ------------------
+# ---- 25. Asking: which model, whose turn, again and instead ------------------
 # A question's way to upstream: the model that it goes to, the turn that it waits for,
 # how it is mended, repeated, or asked of another model, until an answer begins.
 
@@ -8776,7 +8888,7 @@ class Gate:
             self.timer.cancel()
 
 
-# ---- 23. Page: what a browser gets -------------------------------------------
+# ---- 26. Page: what a browser gets -------------------------------------------
 # A page that asks for the status, once a second, and shows it.  It holds nothing of
 # its own, so it needs no key; what it shows comes as text, never as markup.
 
@@ -8941,7 +9053,7 @@ def page_headers() -> Headers:
             ("Cache-Control", "no-store"), ("Vary", "Accept")]
 
 
-# ---- 24. Proxy ---------------------------------------------------------------
+# ---- 27. Proxy ---------------------------------------------------------------
 # What each path does.  `messages` is the file's story; `relay` is the one place
 # where waiting meets translation.
 
@@ -9507,7 +9619,7 @@ def model_row(name: str, window: int, prefix: str = "") -> Json:
     }
 
 
-# ---- 25. Server --------------------------------------------------------------
+# ---- 28. Server --------------------------------------------------------------
 # Bytes to Request, Response to bytes, until the connection ends.  It knows nothing
 # of what the paths mean.
 
@@ -9940,7 +10052,7 @@ class Background:
         await server.close()
 
 
-# ---- 26. Client programs -----------------------------------------------------
+# ---- 29. Client programs -----------------------------------------------------
 # The environment that makes Claude Code and the SDKs work through the proxy, running
 # them (terminal, signals and exit code are theirs), and a proxy as they see it.
 
@@ -10145,6 +10257,10 @@ def openclaw_model(config: Config, name: str) -> Json:
 
 # ---- a proxy as its clients see it
 
+
+# ---- 30. Neighbours: proxies that are up here --------------------------------
+# How one is found, by the ports that it may have, and asked; who else has its port.
+
 def streamed_answer(config: Config, url: str, body: Json) -> Tuple[Any, Any]:
     """Connection and response of a Messages request; ProxyError if it was refused."""
     connection, response = ask_proxy(config, url, "POST", "/v1/messages", body)
@@ -10312,7 +10428,7 @@ def conflicts(row: List[str], config: Config) -> bool:
     return ours.is_unspecified or there.is_unspecified or there == ours
 
 
-# ---- 27. Saved: providers as they were set up --------------------------------
+# ---- 31. Saved: providers as they were set up --------------------------------
 # Files under ~/.nimproxy, in the shapes of claude-adapter, whose own are read where
 # there are none of ours:
 #
@@ -10495,7 +10611,7 @@ def indented(value: Json) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-# ---- 28. Settings: Claude Code's own files -----------------------------------
+# ---- 32. Settings: Claude Code's own files -----------------------------------
 # `env` in settings.json and a flag in .claude.json, set key by key; every other byte
 # stays.  A receipt beside them says what was there and who holds the change: the last
 # holder to leave puts it back, or the next start, if that one crashed.
@@ -10506,8 +10622,6 @@ EDIT_TRIES = 5                  # while Claude Code itself writes; it takes mill
 LOCK_SECONDS = 5.0              # for another nimproxy, which takes milliseconds, too
 LOCK_POLL_SECONDS = 0.02        # between looks whether it has done
 KEPT_OURS = 8                   # values of ours for a key: one for each port of late
-
-Path = Tuple[str, ...]          # of a value: the keys from the top to it
 
 
 class ClaudePaths(NamedTuple):
@@ -11010,25 +11124,9 @@ def process_lives(pid: int) -> bool:
     return lives
 
 
-# ---- surgery on JSON text
+# ---- what is set in a text, and undone
 
-JSON_BLANKS = re.compile(r"[ \t\r\n]*")
-NEW_LINE = re.compile(r"(?:\r\n|\r|\n)[ \t]*\Z")    # the last one, and the indent
 WORD_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?Infinity|NaN)')
-# Values are only compared: digits stay digits, and cost nothing.
-READER = json.JSONDecoder(parse_float=str, parse_int=str,
-                          parse_constant=refuse_constant)
-
-
-class Member(NamedTuple):
-    """A member of an object in a text: `lead "name" colon value`."""
-    name: str
-    value: Any
-    lead: str       # blanks before the name
-    start: int      # of the name's quote
-    colon: str      # from the name's end to the value
-    at: int         # where the value begins
-    end: int        # where it ends
 
 
 def imposed(text: Optional[str], wanted: Dict[Path, Any]) -> Tuple[Optional[str], Json]:
@@ -11145,96 +11243,7 @@ def unfit_text(text: str, at: int, name: str, why: str) -> ProxyError:
     return ProxyError(400, f"{name}:{line}:{at - text.rfind(chr(10), 0, at)}: {why}")
 
 
-def past_blanks(text: str, at: int) -> int:
-    found = JSON_BLANKS.match(text, at)
-    return found.end() if found else at
-
-
-def object_start(text: str) -> int:
-    return past_blanks(text, text.startswith("\ufeff"))
-
-
-def object_members(text: str, start: int) -> Tuple[List[Member], int]:
-    """The members of the object whose brace is at `start`, and where it closes."""
-    rows: List[Member] = []
-    before = start + 1
-    while True:
-        at = past_blanks(text, before)
-        if text[at] == "}":
-            return rows, at
-        name, end = scanstring(text, at + 1)
-        value_at = past_blanks(text, text.index(":", end) + 1)
-        value, close = READER.raw_decode(text, value_at)
-        rows.append(Member(name, value, text[before:at], at, text[end:value_at],
-                           value_at, close))
-        before = past_blanks(text, close)
-        if text[before] == "}":
-            return rows, before
-        before += 1                                     # a comma
-
-
-def member_at(text: str, path: Path) -> Optional[Member]:
-    """The member at a path, of equal names the last, as for the client; or None."""
-    at, row = object_start(text), None
-    for key in path:
-        rows = object_members(text, at)[0]
-        row = next((row for row in reversed(rows) if row.name == key), None)
-        if row is None:
-            return None
-        at = row.at
-    return row
-
-
-def text_with(text: str, path: Path, raw: str) -> str:
-    """The text with `raw` as the value at a path, in the manner of its neighbours."""
-    row = member_at(text, path)
-    if row:
-        return text[:row.at] + raw + text[row.end:]
-    holder = member_at(text, path[:-1])
-    if path[:-1] and not holder:
-        text = text_with(text, path[:-1], "{}")
-        holder = member_at(text, path[:-1])
-    start = holder.at if holder else object_start(text)
-    rows, close = object_members(text, start)
-    lead, colon, tail = neighbours_manner(text, rows, holder)
-    words = lead + json.dumps(path[-1]) + colon + raw
-    if rows:
-        end = rows[-1].end
-        return text[:end] + "," + words + text[end:]
-    return text[:start + 1] + words + tail + text[close:]
-
-
-def neighbours_manner(text: str, rows: List[Member], holder: Optional[Member]
-           ) -> Tuple[str, str, str]:
-    """What goes before a new member's name, after it, and after a first member."""
-    like = rows[-1] if rows else holder
-    if not like:
-        line = "\r\n" if "\r\n" in text else "\n"
-        return line + "  ", ": ", line
-    indent = NEW_LINE.search(like.lead)
-    colon = ": " if NEW_LINE.search(like.colon) else like.colon
-    if rows:
-        alone = len(rows) == 1 and not like.lead and colon.endswith(" ")
-        return indent[0] if indent else " " if alone else like.lead, colon, ""
-    if not indent:
-        return "", colon, ""
-    return indent[0] + indent[0].lstrip("\r\n"), colon, indent[0]
-
-
-def text_without(text: str, path: Path) -> str:
-    """The text without the member at a path, and without its comma."""
-    holder = member_at(text, path[:-1])
-    start = holder.at if holder else object_start(text)
-    rows, close = object_members(text, start)
-    at = max(number for number, row in enumerate(rows) if row.name == path[-1])
-    if at:
-        return text[:rows[at - 1].end] + text[rows[at].end:]
-    if len(rows) > 1:
-        return text[:rows[0].start] + text[rows[1].start:]
-    return text[:start + 1] + text[close:]
-
-
-# ---- 29. Terminal: what is said and asked ------------------------------------
+# ---- 33. Terminal: what is said and asked ------------------------------------
 # Lines for people, in what their terminal can show, and menus by keys or numbers.
 
 def program() -> str:
@@ -11545,7 +11554,7 @@ async def spin(words: str) -> None:
             print("\r" + " " * (len(words) + 2), end="\r", file=sys.stderr, flush=True)
 
 
-# ---- 30. Setup: the wizard ---------------------------------------------------
+# ---- 34. Setup: the wizard ---------------------------------------------------
 # From nothing to a working provider, step by step, and back at each of them.
 
 Listed = Callable[[Config], List[str]]      # the models that an upstream lists
@@ -11688,7 +11697,7 @@ class Wizard:
 
     def port(self, draft: Draft) -> Draft:
         say("\nWhere nimproxy listens, on this machine only")
-        port = self.terminal.enter("Port", str(draft.port), parser("port", "Port"))
+        port = self.terminal.enter("Port", str(draft.port), kind_parser("port", "Port"))
         return draft._replace(port=port)
 
     def opus(self, draft: Draft) -> Draft:
@@ -11813,7 +11822,7 @@ def is_model(name: str) -> bool:
     return False
 
 
-def parser(kind: str, label: str) -> Callable[[str, bool], Any]:
+def kind_parser(kind: str, label: str) -> Callable[[str, bool], Any]:
     return lambda text, sure: convert(kind, text, label)
 
 
@@ -11842,7 +11851,7 @@ def summary_rows(draft: Draft) -> List[Tuple[str, str]]:
             ("window", str(draft.window or "auto"))]
 
 
-# ---- 31. Doctor: what is wrong, and what mends it ----------------------------
+# ---- 35. Doctor: what is wrong, and what mends it ----------------------------
 # Checks as rows, from this machine outwards; each finding comes with the step that
 # mends it.  Nothing is changed, and every wait is bounded, with and without a network.
 
@@ -12678,8 +12687,264 @@ def findings_json(found: List[Finding]) -> Json:
                         "verdict": verdict(found)}}
 
 
-# ---- 32. Command line --------------------------------------------------------
-# The only part that reads the environment and files, prints, or exits.
+# ---- 36. Reports: models, status and usage in lines --------------------------
+# What the commands of these names print, as rows and as lines of 80 columns.
+
+def model_rows(config: Config, live: Optional[List[str]]) -> List[Json]:
+    """What is known of each model that the catalog, the configuration or, if it was
+    asked, the provider names."""
+    tiers = {tier: getattr(config, tier) for tier in TIERS}
+    tiers["default"] = config.default_model
+    hosted = config.base_url == PROVIDERS[config.provider].base_url
+    known = offered(config.provider) if hosted or live is None else []
+    named = [*(live or []), *config.models, *known, *tiers.values()]
+    learned = Learned(config.home)
+    rows = [model_about(config, name, learned.mends(config.base_url, name))
+            for name in dict.fromkeys(filter(None, named))]
+    for row in rows:
+        name = row["id"]
+        row["tiers"] = [tier for tier, model in tiers.items() if model == name]
+        row["new"] = name in (live or ()) and name not in MODELS
+        row["gone"] = live is not None and name not in live
+    return [row for row in rows
+            if row["tiers"] or not (row["gone"] and row["retired"])]
+
+
+def model_about(config: Config, name: str, mends: List[str]) -> Json:
+    """What the catalog and the configuration know of a model, None where they know
+    nothing, and what was learned."""
+    known = model_facts(config, name)
+    sure, thinks = known.sure, known.thinks
+    if thinks is None:
+        thinks = model_family(name) is not NO_FAMILY
+    windows = [int(mend[7:]) for mend in mends if re.fullmatch(r"window:[0-9]+", mend)]
+    window = min(windows, default=known.window if sure else None)
+    return {"id": name, "window": window, "output": known.output if sure else None,
+            "images": known.vision if sure else None,
+            "thinking": thinks, "tools": "text" if "xml" in mends else "native",
+            "retired": known.retired, "instead": SUCCESSORS.get(name)}
+
+
+def model_line(row: Json) -> str:
+    """`z-ai/glm-5.3   1M          thinking  opus`; notes that do not fit come below."""
+    notes = [mark for mark in ("new", "gone") if row[mark]]
+    notes += row["tiers"][:-1] if row["tiers"][1:] else row["tiers"]
+    notes += ["tools as text"] if row["tools"] == "text" else []
+    size = short_window(row["window"]) if row["window"] else "?"
+    words = [word if row[word] else " " * len(word) for word in ("images", "thinking")]
+    line = f"{harmless(row['id']):46} {size:>6} {' '.join(words)}"
+    end = ", ".join(notes)
+    if len(line) + 1 + len(end) <= COLUMNS:
+        return f"{line} {end}".rstrip()
+    return f"{line.rstrip()}\n{'':39}{end}"
+
+
+def short_window(tokens: int) -> str:
+    """`128k` for 128000 and for 131072, `1M` for 1000000 and for 1048576."""
+    kilo = 1000 if tokens % 1000 == 0 or tokens % 1024 else 1024
+    return (f"{tokens / kilo ** 2:.3g}M" if tokens >= kilo ** 2
+            else f"{tokens / kilo:.0f}k")
+
+
+KINDS_OF_COUNTS = {         # title: how the names of its counts begin
+    "mended": ("calls_", "mended_"), "asked again": ("retried_",),
+    "fallbacks": ("fallback_",),
+}
+SHOWN_REQUESTS, SHOWN_ERRORS = 8, 5     # the last ones; a screen has 24 lines
+
+
+def status_lines(status: Json, url: str) -> List[str]:
+    """A status for people, in lines that fit."""
+    counts = status["counts"]
+    sums = [f"{name.replace('_', ' ')} {short_count(counts.get(name, 0))}" for name in
+            ("requests", "answers", "input_tokens", "output_tokens")]
+    lines = [f"nimproxy {status['version']} at {url}, up "
+             f"{time_span(status['uptime_seconds'])}, pid {status['pid']}",
+             f"  upstream {status['base_url']}"]
+    lines += [f"  {tier:8} {model}" for tier, model in status["models"].items()]
+    lines += ["  " + ", ".join(sums), "  " + limits_line(status["limits"])]
+    for title, kinds in KINDS_OF_COUNTS.items():
+        found = [f"{name.partition('_')[2]} {count}" for name, count in counts.items()
+                 if name.startswith(kinds)]
+        if found:
+            lines.append(f"  {title}: " + ", ".join(sorted(found)))
+    turned = collections.Counter(f"  {row['instead']} instead of {row['model']}: "
+                                 f"{row['reason']}" for row in status["fallbacks"])
+    lines += [words + (f", in {count} sessions" if count > 1 else "")
+              for words, count in turned.items()]
+    lines = [folded(line, "    ") for line in lines]
+    last = status.get("last_requests", [])[-SHOWN_REQUESTS:]
+    lines += [f"  last requests{'':42}first   all    in   out"] if last else []
+    lines += [request_line(row) for row in last]
+    lines += ["  last errors"] if status["last_errors"] else []
+    for error in status["last_errors"][-SHOWN_ERRORS:]:
+        clock = time.strftime("%d %b %H:%M:%S", time.localtime(error["at"]))
+        lines.append(folded(f"  {clock} {error['status']} {error['message']}",
+                            " " * 22, most=3))
+    return lines
+
+
+def request_line(row: Json) -> str:
+    """`  12:00:07 200 z-ai/glm-5.3    1.8   9.2   24k   512`: seconds, then tokens."""
+    clock = time.strftime("%H:%M:%S", time.localtime(row["at"]))
+    name = harmless(row["model"])
+    name = name if len(name) <= 41 else name[:39] + ".."
+    first = f"{row['ttft']:.1f}" if "ttft" in row else ""
+    read, wrote = (short_count(row.get(key, 0)) for key in ("input_tokens",
+                                                            "output_tokens"))
+    return (f"  {clock} {row['status']} {name:41} {first:>5} "
+            f"{row.get('seconds', 0):>5.1f} {read:>5} {wrote:>5}")
+
+
+def short_count(number: int) -> str:
+    """`999`, `24k`, `1.2M`."""
+    if number >= 999500:
+        return f"{number / 1e6:.1f}M"
+    return f"{number / 1000:.0f}k" if number >= 10000 else str(number)
+
+
+SPANS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+def time_span(seconds: float) -> str:
+    """`7 s`, `3 h 12 min`: the largest unit, and the next one."""
+    at = next((at for at, (size, _) in enumerate(SPANS) if seconds >= size), 3)
+    size, name = SPANS[at]
+    words = f"{seconds // size:.0f} {name}"
+    rest = [f" {seconds % size // small:.0f} {unit}" for small, unit in SPANS[at + 1:]]
+    return words + "".join(rest[:1])
+
+
+def limits_line(limits: Json) -> str:
+    """What of the limits is used up: `7 of 40 requests this minute, 2 of 6 running`."""
+    rows = (("requests_per_minute", "sent_this_minute", "requests this minute"),
+            ("concurrency", "running", "running"))
+    words = [f"{limits[used]}{f' of {limits[most]}' if limits[most] else ''} {what}"
+             for most, used, what in rows] + [f"{limits['waiting']} waiting"]
+    words += [f"{model} pauses {time_span(seconds)}"
+              for model, seconds in limits["pauses"].items()]
+    return ", ".join(words)
+
+
+USAGE_DAYS = 7              # a week, unless told otherwise
+TABLE_COLUMNS = 80          # at most, however wide the terminal is
+NAME_COLUMNS = 28           # of a usage table: models are cut
+LEAST_BAR = 8               # columns for the longest; in less there are none
+FIGURES = ("answers", "input_tokens", "output_tokens", "cached_input_tokens")
+Usage = Dict[str, Dict[str, List[int]]]     # figures by day and model
+
+
+def usage_files(home: str) -> Dict[str, str]:
+    """The log of each day, by its date; the older program's where ours has none."""
+    older = os.path.expanduser(os.path.join("~", ".claude-adapter", USAGE_LOG))
+    found = {}
+    for folder in (older, os.path.join(home, USAGE_LOG) if home else ""):
+        names: List[str] = []
+        with contextlib.suppress(OSError):
+            names = os.listdir(folder) if folder else []
+        for name in names:
+            path = os.path.join(folder, name)
+            if re.fullmatch(r"\d{4}-\d\d-\d\d\.jsonl", name) and os.path.isfile(path):
+                found[name[:10]] = path
+    return found
+
+
+def read_usage(path: str) -> Tuple[Dict[str, List[int]], int]:
+    """The figures of a day by model, and how many lines could not be read."""
+    models: Dict[str, List[int]] = {}
+    unread = 0
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in filter(str.strip, file):
+                try:
+                    model, figures = usage_figures(line)
+                except (ValueError, RecursionError):
+                    unread += 1
+                    continue
+                models[model] = summed([models.get(model, [0, 0, 0, 0]), figures])
+    except OSError as error:
+        complain(f"cannot read {path}: {error.strerror}")
+    return models, unread
+
+
+def summed(rows: Iterable[List[int]]) -> List[int]:
+    return [sum(column) for column in zip(*rows)]
+
+
+def usage_totals(usage: Usage) -> Dict[str, List[int]]:
+    """The figures of all days by model, the largest first."""
+    totals: Dict[str, List[int]] = {}
+    for models in usage.values():
+        for model, figures in models.items():
+            totals[model] = summed([totals.get(model, [0, 0, 0, 0]), figures])
+    return largest_first(totals)
+
+
+def largest_first(models: Dict[str, List[int]]) -> Dict[str, List[int]]:
+    return dict(sorted(models.items(), key=lambda row: (-tokens_of(row[1]), row[0])))
+
+
+def tokens_of(figures: List[int]) -> int:
+    return figures[1] + figures[2]
+
+
+def usage_json(usage: Usage, unread: int) -> Json:
+    def named(models: Dict[str, List[int]]) -> Json:
+        rows = [{"model": model, **dict(zip(FIGURES, figures))}
+                for model, figures in largest_first(models).items()]
+        total = summed(models.values()) or [0, 0, 0, 0]
+        return {**dict(zip(FIGURES, total)), "models": rows}
+    return {"days": [{"day": date, **named(models)} for date, models in usage.items()],
+            "total": named(usage_totals(usage)), "unreadable_lines": unread}
+
+
+def usage_lines(usage: Usage, columns: int, mark: str) -> List[str]:
+    """The table: each day with its models, then all days; bars are to one scale in
+    either."""
+    rows: List[Tuple[str, List[str], float]] = [("", ["answers", "in", "out"], 0.0)]
+    days = {date: summed(models.values()) for date, models in usage.items()}
+    totals = usage_totals(usage)
+    most = max(map(tokens_of, days.values()))
+    blocks = [(date, most, models) for date, models in usage.items()]
+    blocks.append((f"{len(days)} day{'s' * (len(days) > 1)}",
+                   tokens_of(summed(totals.values())), totals))
+    for title, scale, models in blocks:
+        found = {title: summed(models.values())}
+        found.update(("  " + name, row) for name, row in largest_first(models).items())
+        rows += [(name, [f"{value:,}" for value in row[:3]],
+                  tokens_of(row) / max(scale, 1)) for name, row in found.items()]
+    room = columns - max(len(usage_line(*row[:2])) for row in rows) - 2
+    return [usage_line(name, figures, bar(part, room) * mark)
+            for name, figures, part in rows]
+
+
+def usage_line(name: str, figures: List[str], marks: str = "") -> str:
+    name = printable(name)
+    name = name if len(name) <= NAME_COLUMNS else name[:NAME_COLUMNS - 3] + "..."
+    answers, taken, given = figures
+    line = f"{name:{NAME_COLUMNS}} {answers:>7} {taken:>13} {given:>11}"
+    return f"{line}  {marks}".rstrip()
+
+
+def bar(part: float, room: int) -> int:
+    """How long a bar is; one that stands for anything can be seen."""
+    return max(round(room * part), 1) if part and room >= LEAST_BAR else 0
+
+
+def bar_mark() -> str:
+    """What bars are made of: blocks where the output can show them."""
+    coding = getattr(sys.stdout, "encoding", None) or "ascii"
+    block = "\u2588"
+    return block if block.encode(coding, "ignore") else "#"
+
+
+def terminal_columns() -> int:
+    import shutil
+    return min(shutil.get_terminal_size((TABLE_COLUMNS, 24)).columns, TABLE_COLUMNS)
+
+
+# ---- 37. Context: what a command works with ----------------------------------
+# Options, settings with their sources, files and log, put together once.
 
 class Context(NamedTuple):
     """What a command works with."""
@@ -12689,157 +12954,6 @@ class Context(NamedTuple):
     arguments: List[str]    # positional ones, or the child's
     environ: Dict[str, str]
     store: Store
-
-
-class Command(NamedTuple):
-    run: str                # the function's name
-    help: str
-
-
-COMMANDS = {
-    "serve": Command("run_serve", "serve in the foreground (also: proxy, or nothing)"),
-    "code": Command("run_code", "launch Claude Code on its own proxy: code [ARGS]"),
-    "run": Command("run_program", "the same for any program: run -- CMD ..."),
-    "setup": Command("run_setup", "choose and set up a provider (also: init, or -r)"),
-    "ls": Command("run_ls", "the providers that are set up"),
-    "use": Command("run_use", "make one of them the active one: use NAME"),
-    "rm": Command("run_rm", "forget one of them: rm NAME [-f]"),
-    "env": Command("run_env", "the client's environment as exports"),
-    "demo": Command("run_demo", "the main job shown, with neither key nor network"),
-    "test": Command("run_test", "one request, streamed to the terminal: test [PROMPT]"),
-    "doctor": Command("run_doctor", "what is wrong, and what mends it"),
-    "models": Command("run_models", "what the provider offers (--live: ask it)"),
-    "status": Command("run_status", "is a proxy up here, for which upstream"),
-    "usage": Command("run_usage", "tokens per day and model, as they were logged"),
-    "openclaw": Command("run_openclaw", "OpenClaw's configuration for this proxy"),
-    "install": Command("run_install", "lead every Claude Code here, in its settings"),
-    "uninstall": Command("run_uninstall", "put Claude Code's settings back"),
-    "version": Command("run_version", "version, Python, file"),
-}
-OTHER_NAMES = {"proxy": "serve", "init": "setup"}
-SHORT = {"-p": "--port", "-f": "--force", "-r": "--reconfigure", "-y": "--yes"}
-
-OPTIONS = {                 # name: (what it takes, or "" for a switch; help)
-    "--config": ("FILE", "YAML, JSON5 or OpenClaw's (default: ./config.yaml)"),
-    "--provider": ("NAME", "who answers: nvidia, ollama, kimi, custom and others"),
-    "--model": ("ID", "the one model to use"),
-    "--base-url": ("URL", "a Chat Completions server, such as http://host:8000/v1"),
-    "--host": ("HOST", "address to listen at (default 127.0.0.1)"),
-    "--port": ("PORT", "port to listen at (default 8787; with code only --port)"),
-    "--log-level": ("LEVEL", ", ".join(LEVELS)),
-    "--log-json": ("", "log lines as JSON objects"),
-    "--demo": ("", "use the built-in upstream"),
-    "--show-config": ("", "print each setting with its source, and exit"),
-    "--live": ("", "models: ask the provider"),
-    "--json": ("", "lists and reports as JSON"),
-    "--probe": ("", "doctor: one small request to each model"),
-    "--days": ("N", "usage: of so many days (default 7, at most 30)"),
-    "--shell": ("SHELL", "env: sh, fish or powershell"),
-    "--reconfigure": ("", "set the active provider up anew, then serve"),
-    "--force": ("", "rm: without a question"),
-    "--yes": ("", "install: without a question"),
-    "--no-claude-settings": ("", "leave Claude Code's own settings as they are"),
-}
-CHILD_COMMANDS = ("code", "run")
-PLAIN_COMMANDS = ("demo", "version")    # of no concern to any setting
-STORE_COMMANDS = ("setup", "ls", "use", "rm", "doctor")     # which mend or tell what
-                                                            # would stop others
-# Options that a client's environment depends on: hints repeat them.
-HINTED = ("--config", "--provider", "--model", "--base-url", "--host", "--port",
-          "--demo")
-
-
-def main(argv: Optional[List[str]] = None) -> int:
-    """Run a command line; the exit code is 0 done, 1 failed, 2 usage or settings."""
-    if sys.version_info < (3, 8):
-        print("nimproxy needs Python 3.8 or newer", file=sys.stderr)
-        return 2
-    try:
-        own, rest = split_arguments(list(sys.argv[1:] if argv is None else argv))
-        options = argument_parser().parse_intermixed_args(own)
-        command = known_command(options.command)
-        if command in PLAIN_COMMANDS:
-            return globals()[COMMANDS[command].run]()
-        if options.reconfigure and command == "serve":
-            command = "setup"
-        arguments, store = rest or options.arguments, Store(*home_folders(os.environ))
-        for trouble in store.troubles if command != "doctor" else ():
-            complain(trouble)
-        if command in STORE_COMMANDS:
-            context = Context(options, Config(), {}, arguments, dict(os.environ), store)
-            return globals()[COMMANDS[command].run](context)
-        context = make_context(options, arguments, store)
-        if options.show_config:
-            return show_config(context)
-        start_log(context, quiet=command != "serve")
-        return globals()[COMMANDS[command].run](context)
-    except ProxyError as error:
-        complain(error.message)
-        return 2
-    except BrokenPipeError:     # `nimproxy models | head`
-        sys.stdout = None
-        return 1
-    except (KeyboardInterrupt, Leave):
-        return 130
-
-
-def split_arguments(argv: List[str]) -> Tuple[List[str], List[str]]:
-    """Our arguments and, for `code` and `run`, the child's, in their order.
-
-    Only our own long options are taken out: `-p` is Claude Code's, not a port.
-    """
-    own: List[str] = []
-    rest: List[str] = []
-    command = ""
-    waiting = list(argv)
-    while waiting:
-        word = waiting.pop(0)
-        name = word.partition("=")[0]
-        for_child = command in CHILD_COMMANDS
-        if for_child and word == "--":
-            rest += waiting
-            break
-        if for_child and name not in OPTIONS:
-            rest.append(word)
-        elif not command and not word.startswith("-"):
-            command = word
-            own.insert(0, word)
-        else:
-            own.append(word)
-            takes = OPTIONS.get(SHORT.get(name, name), ("", ""))[0]
-            if takes and name == word and waiting:
-                own.append(waiting.pop(0))
-    return own, rest
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    summary = (__doc__ or "").split("\n")[0]
-    width = max(map(len, COMMANDS))
-    listed = [f"  {name:{width}}  {row.help}" for name, row in COMMANDS.items()]
-    parser = argparse.ArgumentParser(
-        prog=program(), description=summary, allow_abbrev=False,
-        usage=f"{program()} [COMMAND] [OPTIONS]",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, width=COLUMNS, max_help_position=24),
-        epilog="commands:\n" + "\n".join(listed))
-    parser.add_argument("command", nargs="?", default="serve", help=argparse.SUPPRESS)
-    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
-    for name, (takes, text) in OPTIONS.items():
-        names = [*(short for short, long in SHORT.items() if long == name), name]
-        if takes:
-            parser.add_argument(*names, metavar=takes, help=text)
-        else:
-            parser.add_argument(*names, action="store_true", default=None,
-                                help=text or argparse.SUPPRESS)
-    return parser
-
-
-def known_command(word: str) -> str:
-    name = OTHER_NAMES.get(word, word)
-    if name not in COMMANDS:
-        raise ProxyError(400, f"no command {word!r}{nearest(word, COMMANDS)} "
-                              f"({', '.join(COMMANDS)})")
-    return name
 
 
 class Given(NamedTuple):
@@ -12924,13 +13038,6 @@ def read_text(path: str) -> str:
         raise ProxyError(400, f"{path}: cannot be read: {why}") from None
 
 
-def show_config(context: Context) -> int:
-    for name, value in context.config.shown().items():
-        source = context.sources.get(name, "default")
-        say(f"{name:20} {str(value):40} {source}")
-    return 0
-
-
 def start_log(context: Context, quiet: bool) -> None:
     """Log to standard error; where the terminal is another's, only if asked to."""
     level = context.config.log_level.upper()
@@ -12976,15 +13083,14 @@ class LogLines:
         return re.sub(r"[^ -~]", lambda match: ascii(match[0])[1:-1], text)
 
 
-# ---- commands
+# ---- 38. Running: the server, and clients on it ------------------------------
+# The server until a signal ends it; Claude Code or any program for as long as it runs;
+# Claude Code's settings meanwhile.
 
-def run_serve(context: Context) -> int:
-    if unready_here(context):
-        return run_setup(context)
-    check_config(context.config)
-    raise_descriptor_limit()
-    mend_claude(context)
-    return asyncio.run(serve_forever(context))
+
+# Options that a client's environment depends on: hints repeat them.
+HINTED = ("--config", "--provider", "--model", "--base-url", "--host", "--port",
+          "--demo")
 
 
 def hinted(context: Context, port: int) -> str:
@@ -12997,6 +13103,298 @@ def hinted(context: Context, port: int) -> str:
         if value:
             given += f" {name}" + ("" if value is True else f" {shlex.quote(value)}")
     return given
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process have as many sockets as it may; macOS begins at 256."""
+    with contextlib.suppress(ImportError, OSError, ValueError):     # Windows
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        boundless = resource.RLIM_INFINITY
+        wanted = MAX_DESCRIPTORS if hard == boundless else min(hard, MAX_DESCRIPTORS)
+        if soft != boundless and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def check_config(config: Config) -> None:
+    """What can be known to be wrong before anything listens."""
+    if config.default_model != DEMO_MODEL and missing_key(config):
+        raise ProxyError(400, missing_key(config))
+    if not on_loopback(config.host) and len(config.proxy_key) < 16:
+        raise ProxyError(400, f"listening at {config.host} lets others spend your key: "
+                              "set PROXY_API_KEY to 16 characters or more")
+    for variable, path in config.ca_files:
+        if not os.path.exists(path):
+            raise ProxyError(400, f"{variable}={path}: no such file")
+
+
+async def serve_forever(context: Context) -> int:
+    """Serve until a signal; the first drains, the second stops at once."""
+    config = context.config
+    try:
+        server = await serve(config, near_ports(config))
+    except OSError as error:
+        complain(address_trouble(config, error))
+        return 1
+    port = tell_port(config, server.url)
+    stopping = asyncio.Event()
+    tasks = [] if heed_signals(stopping) else [asyncio.ensure_future(wake())]
+    tasks.append(asyncio.ensure_future(trim_memory(server.proxy.counts)))
+    say(f"nimproxy {__version__} listening on {server.url}")
+    say(f"  upstream {described_upstream(config)}")
+    say(f"  Claude Code: eval \"$({program()} env{hinted(context, port)})\" && claude")
+    with clients_led(context, server.url):
+        await stopping.wait()
+    count = server.drain()
+    if count:
+        with contextlib.suppress(OSError):      # the terminal may have gone
+            tell = log.warning if config.log_json else complain
+            tell(f"waiting for {count} answer{'s' * (count > 1)}; "
+                 "again to stop at once")
+    await server.close(DRAIN_SECONDS)
+    for task in tasks:
+        task.cancel()
+    # A thread that still resolves a name does not hold the end up.
+    asyncio.get_running_loop().call_later(LINGER_SECONDS, os._exit, 0)
+    return 0
+
+
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")      # as far as there are
+
+
+def heed_signals(stopping: asyncio.Event) -> bool:
+    """Set the event at the first signal, end the program at the second; whether they
+    wake the loop.
+
+    SIGHUP, the end of a terminal, comes twice or along with others: it is never the
+    second.  Under nohup it stays ignored.
+    """
+    loop = asyncio.get_running_loop()
+
+    def stop(name: str) -> None:
+        if stopping.is_set() and name != "SIGHUP":
+            # Threads that resolve names would hold a plain exit up.  Not at once: what
+            # waits for the first signal may not have heard of it yet.
+            loop.call_soon(os._exit, 130)
+        stopping.set()
+
+    wakes = True
+    for name in STOP_SIGNALS:
+        number = getattr(signal, name, 0)
+        ignored = number and signal.getsignal(number) == signal.SIG_IGN
+        if not number or name == "SIGHUP" and ignored:
+            continue
+        try:
+            loop.add_signal_handler(number, stop, name)
+        except NotImplementedError:     # Windows
+            wakes = False
+            signal.signal(number, lambda *_, name=name: loop.call_soon_threadsafe(
+                stop, name))
+    return wakes
+
+
+async def wake() -> None:
+    """Windows looks for signals only between two steps of a loop."""
+    while True:
+        await asyncio.sleep(WAKE_SECONDS)
+
+
+async def trim_memory(counts: Mapping[str, int]) -> None:
+    """Give free memory back after requests: glibc keeps 20 MB of a hundred."""
+    trim, before, last = None, 0, 0
+    await asyncio.sleep(TRIM_SECONDS)       # ctypes takes 2 ms: not while starting
+    with contextlib.suppress(ImportError, OSError, TypeError):      # Windows
+        import ctypes
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)      # only glibc has it
+    while trim:
+        if counts["requests"] != before:    # of the time before last: what was asked
+            trim(0)                         # then may have been held until now
+        before, last = last, counts["requests"]
+        await asyncio.sleep(TRIM_SECONDS)
+
+
+def described_upstream(config: Config) -> str:
+    return f"{upstream_place(config)}, model {config.default_model}"
+
+
+def tell_port(config: Config, url: str) -> int:
+    """The port of a URL; that it is not the configured one is said, and why."""
+    port = urlsplit(url).port or 0
+    if config.port not in (0, port):
+        complain(f"port {config.port} is in use by {port_user(config)}; taking {port}")
+    return port
+
+
+def address_trouble(config: Config, error: OSError) -> str:
+    where, ports = f"{config.host}:{config.port}", near_ports(config)
+    if error.errno in TAKEN:
+        return (f"{where} is in use by {port_user(config)}, and no port up to "
+                f"{ports[-1]} is free; end one of them, or choose with --port "
+                f"(`{program()} status` shows a nimproxy that is up)")
+    return f"cannot listen at {where}: {error.strerror or error}; try --host or --port"
+
+
+def launch(context: Context, command: List[str]) -> int:
+    """Run a client on a proxy of its own: a free port, a key that lives as long."""
+    mend_claude(context)
+    config = context.config
+    if "port" not in context.sources:
+        config = config._replace(port=0)
+    if not config.proxy_key:
+        config = config._replace(proxy_key=os.urandom(24).hex())
+    if not {"--help", "-h", "--version", "-v"}.intersection(context.arguments):
+        check_config(config)
+    near, status = running_proxy(context.config) if config.port else (config, {})
+    if status.get("base_url") == upstream_place(config):
+        return run_client(context, context.config, config_url(near), command)
+    with contextlib.ExitStack() as stack:
+        try:
+            url = stack.enter_context(Background(config, near_ports(config)))
+        except OSError as error:
+            complain(address_trouble(config, error))
+            return 1
+        tell_port(config, url)
+        return run_client(context, config, url, command)
+
+
+def run_client(context: Context, config: Config, url: str, command: List[str]) -> int:
+    one_model = context.sources.get("default_model", "").startswith("--")
+    window = ask_window(config, url) or config.context_window
+    config = config._replace(context_window=window)
+    added = client_environment(config, url, one_model, context.environ)
+    name = os.path.basename(command[0])
+    print(f"nimproxy: {name} on {described_upstream(config)}, by way of {url}",
+          file=sys.stderr, flush=True)
+    piped = sys.argv[:1] == ["-"]       # python3 - code < nimproxy.py
+    try:
+        with settings_over(context, command[0], added) as flags:
+            command = [command[0], *flags, *command[1:]]
+            code = run_child(command, child_environment(added, context.environ), piped)
+    except OSError as error:
+        complain(f"cannot run {command[0]}: {error.strerror or error}")
+        return 126
+    tell_failure(config, url)
+    return code
+
+
+def tell_failure(config: Config, url: str) -> None:
+    """Say what upstream has refused, if a client got nothing else all the time."""
+    status = running_status(config._replace(port=urlsplit(url).port))
+    counts, errors = status.get("counts") or {}, status.get("last_errors")
+    if errors and not counts.get("answers") and errors[-1]["status"] in PUZZLES:
+        complain(f"{errors[-1]['message']}; `{program()} doctor` looks for the cause")
+
+
+@contextlib.contextmanager
+def settings_over(context: Context, command: str, added: Mapping[str, str]
+                  ) -> Iterator[List[str]]:
+    """Flags for Claude Code where its settings.json would lead it elsewhere.
+
+    What stands there goes over the environment; what --settings names goes over both.
+    A file, because others may read a command line, and it holds the proxy's key.
+    """
+    led = {}
+    if os.path.basename(command).partition(".")[0] == "claude":
+        with contextlib.suppress(ProxyError):
+            paths = claude_paths(context.environ)
+            led = led_elsewhere(settings_env(paths), own_env(paths), added)
+    if not led or any(word.startswith("--settings") for word in context.arguments):
+        yield []
+        return
+    from tempfile import TemporaryDirectory
+    with TemporaryDirectory(prefix="nimproxy-") as folder:
+        path = os.path.join(folder, "settings.json")
+        with open(path, "w", encoding="ascii") as file:
+            json.dump({"env": led}, file)
+        yield ["--settings", path]
+
+
+def led_elsewhere(there: Json, own: Json, added: Mapping[str, str]) -> Dict[str, str]:
+    """What has to go over `there`, the env of settings.json, for a client of ours.
+
+    `own` is what the user alone has there: models and the like, which win.
+    """
+    led = {name: "" for name in BYPASSES if there.get(name)}
+    for name, value in added.items():
+        ours = name in there and there[name] != own.get(name)
+        if ours or name in there and name in LEADS:
+            led[name] = value
+    return {name: value for name, value in led.items() if there[name] != value}
+
+
+def ask_window(config: Config, url: str) -> int:
+    """The default model's window as the proxy knows it, tokens; 0 if it cannot say."""
+    try:
+        path = "/v1/models/" + quote(config.default_model, safe="/")
+        connection, response = ask_proxy(config, url, "GET", path)
+        with contextlib.closing(connection):
+            row = decode_json(response.read().decode("utf-8", "replace"))
+    except (OSError, ValueError):
+        return 0
+    return whole(row.get("max_input_tokens")) if isinstance(row, dict) else 0
+
+
+# What decides where a client goes; all else in settings.json is the user's to choose.
+LEADS = ("ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN")
+
+
+def mend_claude(context: Context) -> None:
+    """Put back what a crashed run has left in Claude Code's settings."""
+    if not context.options.no_claude_settings:
+        with contextlib.suppress(ProxyError):       # no home: nothing is left there
+            mend_settings(claude_paths(context.environ),
+                          lambda words: log.warning("%s", words))
+
+
+@contextlib.contextmanager
+def clients_led(context: Context, url: str) -> Iterator[None]:
+    """Lead Claude Code to `url` in its settings, if the user has once said yes."""
+    with contextlib.ExitStack() as stack:
+        try:
+            if not context.options.no_claude_settings:
+                stack.enter_context(led_by_settings(context, url))
+        except ProxyError as error:
+            log.warning("%s; Claude Code's settings are left alone", error.message)
+        yield
+
+
+def led_by_settings(context: Context, url: str) -> ContextManager:
+    paths = claude_paths(context.environ)
+    installed = installed_env(paths) or {}
+    wished = context.store.settings.get("claude_settings") is True
+    there = installed.get("ANTHROPIC_BASE_URL", "" if wished else url)
+    if there == url or there and answers(context.config, there):
+        return contextlib.nullcontext()
+    wish = settings_wish(context, paths, url)
+    return claude_settings(paths, wish, lambda words: log.warning("%s", words))
+
+
+def settings_wish(context: Context, paths: ClaudePaths, url: str) -> Dict[str, str]:
+    """What `env` in settings.json should hold; the user's own wins, but for models and
+    what leads elsewhere.  ProxyError for a file that is not to be touched.
+
+    Not NO_PROXY: settings go over the shell's variables, and there it may be longer.
+    """
+    own = own_env(paths)
+    wishes = {name: context.environ.get(name, "") for name in DEFEATED}
+    wishes.update((name, str(value)) for name, value in own.items()
+                  if value and not name.startswith("ANTHROPIC_"))
+    one_model = context.sources.get("default_model", "").startswith("--")
+    wish = client_environment(context.config, url, one_model, wishes)
+    del wish["NO_PROXY"], wish["no_proxy"]
+    return {**wish, **{name: "" for name in BYPASSES if own.get(name)}}
+
+
+# ---- 39. Commands: what each of them does ------------------------------------
+# One function for each, whose result is the exit code.
+
+def run_serve(context: Context) -> int:
+    if unready_here(context):
+        return run_setup(context)
+    check_config(context.config)
+    raise_descriptor_limit()
+    mend_claude(context)
+    return asyncio.run(serve_forever(context))
 
 
 def unready_here(context: Context) -> bool:
@@ -13056,7 +13454,7 @@ def run_setup(context: Context) -> int:
 
 def start_after_setup(context: Context, draft: Draft, terminal: Terminal) -> int:
     """Do what was asked for before, or ask what to start after `setup`."""
-    options, start = context.options, known_command(context.options.command)
+    options, start = context.options, context.options.command
     if start == "setup":
         rows = [Choice("code", "Launch Claude Code", f"{program()} code"),
                 Choice("serve", "Start the proxy", program())]
@@ -13069,7 +13467,7 @@ def start_after_setup(context: Context, draft: Draft, terminal: Terminal) -> int
     if draft.claude and not draft.ready:
         agree_on_settings(context)
     start_log(context, quiet=start != "serve")
-    return globals()[COMMANDS[start].run](context)
+    return run_code(context) if start == "code" else run_serve(context)
 
 
 def agree_on_settings(context: Context) -> None:
@@ -13267,135 +13665,6 @@ def named_provider(context: Context, names: Iterable[str]) -> str:
     return found
 
 
-def raise_descriptor_limit() -> None:
-    """Let this process have as many sockets as it may; macOS begins at 256."""
-    with contextlib.suppress(ImportError, OSError, ValueError):     # Windows
-        import resource
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        boundless = resource.RLIM_INFINITY
-        wanted = MAX_DESCRIPTORS if hard == boundless else min(hard, MAX_DESCRIPTORS)
-        if soft != boundless and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def check_config(config: Config) -> None:
-    """What can be known to be wrong before anything listens."""
-    if config.default_model != DEMO_MODEL and missing_key(config):
-        raise ProxyError(400, missing_key(config))
-    if not on_loopback(config.host) and len(config.proxy_key) < 16:
-        raise ProxyError(400, f"listening at {config.host} lets others spend your key: "
-                              "set PROXY_API_KEY to 16 characters or more")
-    for variable, path in config.ca_files:
-        if not os.path.exists(path):
-            raise ProxyError(400, f"{variable}={path}: no such file")
-
-
-async def serve_forever(context: Context) -> int:
-    """Serve until a signal; the first drains, the second stops at once."""
-    config = context.config
-    try:
-        server = await serve(config, near_ports(config))
-    except OSError as error:
-        complain(address_trouble(config, error))
-        return 1
-    port = tell_port(config, server.url)
-    stopping = asyncio.Event()
-    tasks = [] if heed_signals(stopping) else [asyncio.ensure_future(wake())]
-    tasks.append(asyncio.ensure_future(trim_memory(server.proxy.counts)))
-    say(f"nimproxy {__version__} listening on {server.url}")
-    say(f"  upstream {described_upstream(config)}")
-    say(f"  Claude Code: eval \"$({program()} env{hinted(context, port)})\" && claude")
-    with clients_led(context, server.url):
-        await stopping.wait()
-    count = server.drain()
-    if count:
-        with contextlib.suppress(OSError):      # the terminal may have gone
-            tell = log.warning if config.log_json else complain
-            tell(f"waiting for {count} answer{'s' * (count > 1)}; "
-                 "again to stop at once")
-    await server.close(DRAIN_SECONDS)
-    for task in tasks:
-        task.cancel()
-    # A thread that still resolves a name does not hold the end up.
-    asyncio.get_running_loop().call_later(LINGER_SECONDS, os._exit, 0)
-    return 0
-
-
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")      # as far as there are
-
-
-def heed_signals(stopping: asyncio.Event) -> bool:
-    """Set the event at the first signal, end the program at the second; whether they
-    wake the loop.
-
-    SIGHUP, the end of a terminal, comes twice or along with others: it is never the
-    second.  Under nohup it stays ignored.
-    """
-    loop = asyncio.get_running_loop()
-
-    def stop(name: str) -> None:
-        if stopping.is_set() and name != "SIGHUP":
-            # Threads that resolve names would hold a plain exit up.  Not at once: what
-            # waits for the first signal may not have heard of it yet.
-            loop.call_soon(os._exit, 130)
-        stopping.set()
-
-    wakes = True
-    for name in STOP_SIGNALS:
-        number = getattr(signal, name, 0)
-        ignored = number and signal.getsignal(number) == signal.SIG_IGN
-        if not number or name == "SIGHUP" and ignored:
-            continue
-        try:
-            loop.add_signal_handler(number, stop, name)
-        except NotImplementedError:     # Windows
-            wakes = False
-            signal.signal(number, lambda *_, name=name: loop.call_soon_threadsafe(
-                stop, name))
-    return wakes
-
-
-async def wake() -> None:
-    """Windows looks for signals only between two steps of a loop."""
-    while True:
-        await asyncio.sleep(WAKE_SECONDS)
-
-
-async def trim_memory(counts: Mapping[str, int]) -> None:
-    """Give free memory back after requests: glibc keeps 20 MB of a hundred."""
-    trim, before, last = None, 0, 0
-    await asyncio.sleep(TRIM_SECONDS)       # ctypes takes 2 ms: not while starting
-    with contextlib.suppress(ImportError, OSError, TypeError):      # Windows
-        import ctypes
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)      # only glibc has it
-    while trim:
-        if counts["requests"] != before:    # of the time before last: what was asked
-            trim(0)                         # then may have been held until now
-        before, last = last, counts["requests"]
-        await asyncio.sleep(TRIM_SECONDS)
-
-
-def described_upstream(config: Config) -> str:
-    return f"{upstream_place(config)}, model {config.default_model}"
-
-
-def tell_port(config: Config, url: str) -> int:
-    """The port of a URL; that it is not the configured one is said, and why."""
-    port = urlsplit(url).port or 0
-    if config.port not in (0, port):
-        complain(f"port {config.port} is in use by {port_user(config)}; taking {port}")
-    return port
-
-
-def address_trouble(config: Config, error: OSError) -> str:
-    where, ports = f"{config.host}:{config.port}", near_ports(config)
-    if error.errno in TAKEN:
-        return (f"{where} is in use by {port_user(config)}, and no port up to "
-                f"{ports[-1]} is free; end one of them, or choose with --port "
-                f"(`{program()} status` shows a nimproxy that is up)")
-    return f"cannot listen at {where}: {error.strerror or error}; try --host or --port"
-
-
 def run_code(context: Context) -> int:
     program = claude_program(context.environ)
     if not program:
@@ -13418,157 +13687,6 @@ def run_program(context: Context) -> int:
         complain(f"run: no program {context.arguments[0]!r} on PATH")
         return 127
     return launch(context, [program, *context.arguments[1:]])
-
-
-def launch(context: Context, command: List[str]) -> int:
-    """Run a client on a proxy of its own: a free port, a key that lives as long."""
-    mend_claude(context)
-    config = context.config
-    if "port" not in context.sources:
-        config = config._replace(port=0)
-    if not config.proxy_key:
-        config = config._replace(proxy_key=os.urandom(24).hex())
-    if not {"--help", "-h", "--version", "-v"}.intersection(context.arguments):
-        check_config(config)
-    near, status = running_proxy(context.config) if config.port else (config, {})
-    if status.get("base_url") == upstream_place(config):
-        return run_client(context, context.config, config_url(near), command)
-    with contextlib.ExitStack() as stack:
-        try:
-            url = stack.enter_context(Background(config, near_ports(config)))
-        except OSError as error:
-            complain(address_trouble(config, error))
-            return 1
-        tell_port(config, url)
-        return run_client(context, config, url, command)
-
-
-def run_client(context: Context, config: Config, url: str, command: List[str]) -> int:
-    one_model = context.sources.get("default_model", "").startswith("--")
-    window = ask_window(config, url) or config.context_window
-    config = config._replace(context_window=window)
-    added = client_environment(config, url, one_model, context.environ)
-    name = os.path.basename(command[0])
-    print(f"nimproxy: {name} on {described_upstream(config)}, by way of {url}",
-          file=sys.stderr, flush=True)
-    piped = sys.argv[:1] == ["-"]       # python3 - code < nimproxy.py
-    try:
-        with settings_over(context, command[0], added) as flags:
-            command = [command[0], *flags, *command[1:]]
-            code = run_child(command, child_environment(added, context.environ), piped)
-    except OSError as error:
-        complain(f"cannot run {command[0]}: {error.strerror or error}")
-        return 126
-    tell_failure(config, url)
-    return code
-
-
-def tell_failure(config: Config, url: str) -> None:
-    """Say what upstream has refused, if a client got nothing else all the time."""
-    status = running_status(config._replace(port=urlsplit(url).port))
-    counts, errors = status.get("counts") or {}, status.get("last_errors")
-    if errors and not counts.get("answers") and errors[-1]["status"] in PUZZLES:
-        complain(f"{errors[-1]['message']}; `{program()} doctor` looks for the cause")
-
-
-@contextlib.contextmanager
-def settings_over(context: Context, command: str, added: Mapping[str, str]
-                  ) -> Iterator[List[str]]:
-    """Flags for Claude Code where its settings.json would lead it elsewhere.
-
-    What stands there goes over the environment; what --settings names goes over both.
-    A file, because others may read a command line, and it holds the proxy's key.
-    """
-    led = {}
-    if os.path.basename(command).partition(".")[0] == "claude":
-        with contextlib.suppress(ProxyError):
-            paths = claude_paths(context.environ)
-            led = led_elsewhere(settings_env(paths), own_env(paths), added)
-    if not led or any(word.startswith("--settings") for word in context.arguments):
-        yield []
-        return
-    from tempfile import TemporaryDirectory
-    with TemporaryDirectory(prefix="nimproxy-") as folder:
-        path = os.path.join(folder, "settings.json")
-        with open(path, "w", encoding="ascii") as file:
-            json.dump({"env": led}, file)
-        yield ["--settings", path]
-
-
-def led_elsewhere(there: Json, own: Json, added: Mapping[str, str]) -> Dict[str, str]:
-    """What has to go over `there`, the env of settings.json, for a client of ours.
-
-    `own` is what the user alone has there: models and the like, which win.
-    """
-    led = {name: "" for name in BYPASSES if there.get(name)}
-    for name, value in added.items():
-        ours = name in there and there[name] != own.get(name)
-        if ours or name in there and name in LEADS:
-            led[name] = value
-    return {name: value for name, value in led.items() if there[name] != value}
-
-
-def ask_window(config: Config, url: str) -> int:
-    """The default model's window as the proxy knows it, tokens; 0 if it cannot say."""
-    try:
-        path = "/v1/models/" + quote(config.default_model, safe="/")
-        connection, response = ask_proxy(config, url, "GET", path)
-        with contextlib.closing(connection):
-            row = decode_json(response.read().decode("utf-8", "replace"))
-    except (OSError, ValueError):
-        return 0
-    return whole(row.get("max_input_tokens")) if isinstance(row, dict) else 0
-
-
-# What decides where a client goes; all else in settings.json is the user's to choose.
-LEADS = ("ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN")
-
-
-def mend_claude(context: Context) -> None:
-    """Put back what a crashed run has left in Claude Code's settings."""
-    if not context.options.no_claude_settings:
-        with contextlib.suppress(ProxyError):       # no home: nothing is left there
-            mend_settings(claude_paths(context.environ),
-                          lambda words: log.warning("%s", words))
-
-
-@contextlib.contextmanager
-def clients_led(context: Context, url: str) -> Iterator[None]:
-    """Lead Claude Code to `url` in its settings, if the user has once said yes."""
-    with contextlib.ExitStack() as stack:
-        try:
-            if not context.options.no_claude_settings:
-                stack.enter_context(led_by_settings(context, url))
-        except ProxyError as error:
-            log.warning("%s; Claude Code's settings are left alone", error.message)
-        yield
-
-
-def led_by_settings(context: Context, url: str) -> ContextManager:
-    paths = claude_paths(context.environ)
-    installed = installed_env(paths) or {}
-    wished = context.store.settings.get("claude_settings") is True
-    there = installed.get("ANTHROPIC_BASE_URL", "" if wished else url)
-    if there == url or there and answers(context.config, there):
-        return contextlib.nullcontext()
-    wish = settings_wish(context, paths, url)
-    return claude_settings(paths, wish, lambda words: log.warning("%s", words))
-
-
-def settings_wish(context: Context, paths: ClaudePaths, url: str) -> Dict[str, str]:
-    """What `env` in settings.json should hold; the user's own wins, but for models and
-    what leads elsewhere.  ProxyError for a file that is not to be touched.
-
-    Not NO_PROXY: settings go over the shell's variables, and there it may be longer.
-    """
-    own = own_env(paths)
-    wishes = {name: context.environ.get(name, "") for name in DEFEATED}
-    wishes.update((name, str(value)) for name, value in own.items()
-                  if value and not name.startswith("ANTHROPIC_"))
-    one_model = context.sources.get("default_model", "").startswith("--")
-    wish = client_environment(context.config, url, one_model, wishes)
-    del wish["NO_PROXY"], wish["no_proxy"]
-    return {**wish, **{name: "" for name in BYPASSES if own.get(name)}}
 
 
 def run_install(context: Context) -> int:
@@ -13806,62 +13924,6 @@ async def live_list(config: Config) -> List[str]:
         await proxy.close()
 
 
-def model_rows(config: Config, live: Optional[List[str]]) -> List[Json]:
-    """What is known of each model that the catalog, the configuration or, if it was
-    asked, the provider names."""
-    tiers = {tier: getattr(config, tier) for tier in TIERS}
-    tiers["default"] = config.default_model
-    hosted = config.base_url == PROVIDERS[config.provider].base_url
-    known = offered(config.provider) if hosted or live is None else []
-    named = [*(live or []), *config.models, *known, *tiers.values()]
-    learned = Learned(config.home)
-    rows = [model_about(config, name, learned.mends(config.base_url, name))
-            for name in dict.fromkeys(filter(None, named))]
-    for row in rows:
-        name = row["id"]
-        row["tiers"] = [tier for tier, model in tiers.items() if model == name]
-        row["new"] = name in (live or ()) and name not in MODELS
-        row["gone"] = live is not None and name not in live
-    return [row for row in rows
-            if row["tiers"] or not (row["gone"] and row["retired"])]
-
-
-def model_about(config: Config, name: str, mends: List[str]) -> Json:
-    """What the catalog and the configuration know of a model, None where they know
-    nothing, and what was learned."""
-    known = model_facts(config, name)
-    sure, thinks = known.sure, known.thinks
-    if thinks is None:
-        thinks = model_family(name) is not NO_FAMILY
-    windows = [int(mend[7:]) for mend in mends if re.fullmatch(r"window:[0-9]+", mend)]
-    window = min(windows, default=known.window if sure else None)
-    return {"id": name, "window": window, "output": known.output if sure else None,
-            "images": known.vision if sure else None,
-            "thinking": thinks, "tools": "text" if "xml" in mends else "native",
-            "retired": known.retired, "instead": SUCCESSORS.get(name)}
-
-
-def model_line(row: Json) -> str:
-    """`z-ai/glm-5.3   1M          thinking  opus`; notes that do not fit come below."""
-    notes = [mark for mark in ("new", "gone") if row[mark]]
-    notes += row["tiers"][:-1] if row["tiers"][1:] else row["tiers"]
-    notes += ["tools as text"] if row["tools"] == "text" else []
-    size = short_window(row["window"]) if row["window"] else "?"
-    words = [word if row[word] else " " * len(word) for word in ("images", "thinking")]
-    line = f"{harmless(row['id']):46} {size:>6} {' '.join(words)}"
-    end = ", ".join(notes)
-    if len(line) + 1 + len(end) <= COLUMNS:
-        return f"{line} {end}".rstrip()
-    return f"{line.rstrip()}\n{'':39}{end}"
-
-
-def short_window(tokens: int) -> str:
-    """`128k` for 128000 and for 131072, `1M` for 1000000 and for 1048576."""
-    kilo = 1000 if tokens % 1000 == 0 or tokens % 1024 else 1024
-    return (f"{tokens / kilo ** 2:.3g}M" if tokens >= kilo ** 2
-            else f"{tokens / kilo:.0f}k")
-
-
 def run_status(context: Context) -> int:
     config, status = running_proxy(context.config)
     if not status:
@@ -13878,86 +13940,6 @@ def run_status(context: Context) -> int:
     for line in status_lines(status, config_url(config)):
         say(line)
     return 0
-
-
-KINDS_OF_COUNTS = {         # title: how the names of its counts begin
-    "mended": ("calls_", "mended_"), "asked again": ("retried_",),
-    "fallbacks": ("fallback_",),
-}
-SHOWN_REQUESTS, SHOWN_ERRORS = 8, 5     # the last ones; a screen has 24 lines
-
-
-def status_lines(status: Json, url: str) -> List[str]:
-    """A status for people, in lines that fit."""
-    counts = status["counts"]
-    sums = [f"{name.replace('_', ' ')} {short_count(counts.get(name, 0))}" for name in
-            ("requests", "answers", "input_tokens", "output_tokens")]
-    lines = [f"nimproxy {status['version']} at {url}, up "
-             f"{time_span(status['uptime_seconds'])}, pid {status['pid']}",
-             f"  upstream {status['base_url']}"]
-    lines += [f"  {tier:8} {model}" for tier, model in status["models"].items()]
-    lines += ["  " + ", ".join(sums), "  " + limits_line(status["limits"])]
-    for title, kinds in KINDS_OF_COUNTS.items():
-        found = [f"{name.partition('_')[2]} {count}" for name, count in counts.items()
-                 if name.startswith(kinds)]
-        if found:
-            lines.append(f"  {title}: " + ", ".join(sorted(found)))
-    turned = collections.Counter(f"  {row['instead']} instead of {row['model']}: "
-                                 f"{row['reason']}" for row in status["fallbacks"])
-    lines += [words + (f", in {count} sessions" if count > 1 else "")
-              for words, count in turned.items()]
-    lines = [folded(line, "    ") for line in lines]
-    last = status.get("last_requests", [])[-SHOWN_REQUESTS:]
-    lines += [f"  last requests{'':42}first   all    in   out"] if last else []
-    lines += [request_line(row) for row in last]
-    lines += ["  last errors"] if status["last_errors"] else []
-    for error in status["last_errors"][-SHOWN_ERRORS:]:
-        clock = time.strftime("%d %b %H:%M:%S", time.localtime(error["at"]))
-        lines.append(folded(f"  {clock} {error['status']} {error['message']}",
-                            " " * 22, most=3))
-    return lines
-
-
-def request_line(row: Json) -> str:
-    """`  12:00:07 200 z-ai/glm-5.3    1.8   9.2   24k   512`: seconds, then tokens."""
-    clock = time.strftime("%H:%M:%S", time.localtime(row["at"]))
-    name = harmless(row["model"])
-    name = name if len(name) <= 41 else name[:39] + ".."
-    first = f"{row['ttft']:.1f}" if "ttft" in row else ""
-    read, wrote = (short_count(row.get(key, 0)) for key in ("input_tokens",
-                                                            "output_tokens"))
-    return (f"  {clock} {row['status']} {name:41} {first:>5} "
-            f"{row.get('seconds', 0):>5.1f} {read:>5} {wrote:>5}")
-
-
-def short_count(number: int) -> str:
-    """`999`, `24k`, `1.2M`."""
-    if number >= 999500:
-        return f"{number / 1e6:.1f}M"
-    return f"{number / 1000:.0f}k" if number >= 10000 else str(number)
-
-
-SPANS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-
-
-def time_span(seconds: float) -> str:
-    """`7 s`, `3 h 12 min`: the largest unit, and the next one."""
-    at = next((at for at, (size, _) in enumerate(SPANS) if seconds >= size), 3)
-    size, name = SPANS[at]
-    words = f"{seconds // size:.0f} {name}"
-    rest = [f" {seconds % size // small:.0f} {unit}" for small, unit in SPANS[at + 1:]]
-    return words + "".join(rest[:1])
-
-
-def limits_line(limits: Json) -> str:
-    """What of the limits is used up: `7 of 40 requests this minute, 2 of 6 running`."""
-    rows = (("requests_per_minute", "sent_this_minute", "requests this minute"),
-            ("concurrency", "running", "running"))
-    words = [f"{limits[used]}{f' of {limits[most]}' if limits[most] else ''} {what}"
-             for most, used, what in rows] + [f"{limits['waiting']} waiting"]
-    words += [f"{model} pauses {time_span(seconds)}"
-              for model, seconds in limits["pauses"].items()]
-    return ", ".join(words)
 
 
 OPENCLAW_NOTE = """\
@@ -13985,14 +13967,6 @@ def run_openclaw(context: Context) -> int:
     return 0
 
 
-USAGE_DAYS = 7              # a week, unless told otherwise
-TABLE_COLUMNS = 80          # at most, however wide the terminal is
-NAME_COLUMNS = 28           # of a usage table: models are cut
-LEAST_BAR = 8               # columns for the longest; in less there are none
-FIGURES = ("answers", "input_tokens", "output_tokens", "cached_input_tokens")
-Usage = Dict[str, Dict[str, List[int]]]     # figures by day and model
-
-
 def run_usage(context: Context) -> int:
     """Tokens per day and model, from the usage log."""
     days = convert("days", context.options.days or USAGE_DAYS, "--days")
@@ -14018,118 +13992,168 @@ def run_usage(context: Context) -> int:
     return 0
 
 
-def usage_files(home: str) -> Dict[str, str]:
-    """The log of each day, by its date; the older program's where ours has none."""
-    older = os.path.expanduser(os.path.join("~", ".claude-adapter", USAGE_LOG))
-    found = {}
-    for folder in (older, os.path.join(home, USAGE_LOG) if home else ""):
-        names: List[str] = []
-        with contextlib.suppress(OSError):
-            names = os.listdir(folder) if folder else []
-        for name in names:
-            path = os.path.join(folder, name)
-            if re.fullmatch(r"\d{4}-\d\d-\d\d\.jsonl", name) and os.path.isfile(path):
-                found[name[:10]] = path
-    return found
-
-
-def read_usage(path: str) -> Tuple[Dict[str, List[int]], int]:
-    """The figures of a day by model, and how many lines could not be read."""
-    models: Dict[str, List[int]] = {}
-    unread = 0
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in filter(str.strip, file):
-                try:
-                    model, figures = usage_figures(line)
-                except (ValueError, RecursionError):
-                    unread += 1
-                    continue
-                models[model] = summed([models.get(model, [0, 0, 0, 0]), figures])
-    except OSError as error:
-        complain(f"cannot read {path}: {error.strerror}")
-    return models, unread
-
-
-def summed(rows: Iterable[List[int]]) -> List[int]:
-    return [sum(column) for column in zip(*rows)]
-
-
-def usage_totals(usage: Usage) -> Dict[str, List[int]]:
-    """The figures of all days by model, the largest first."""
-    totals: Dict[str, List[int]] = {}
-    for models in usage.values():
-        for model, figures in models.items():
-            totals[model] = summed([totals.get(model, [0, 0, 0, 0]), figures])
-    return largest_first(totals)
-
-
-def largest_first(models: Dict[str, List[int]]) -> Dict[str, List[int]]:
-    return dict(sorted(models.items(), key=lambda row: (-tokens_of(row[1]), row[0])))
-
-
-def tokens_of(figures: List[int]) -> int:
-    return figures[1] + figures[2]
-
-
-def usage_json(usage: Usage, unread: int) -> Json:
-    def named(models: Dict[str, List[int]]) -> Json:
-        rows = [{"model": model, **dict(zip(FIGURES, figures))}
-                for model, figures in largest_first(models).items()]
-        total = summed(models.values()) or [0, 0, 0, 0]
-        return {**dict(zip(FIGURES, total)), "models": rows}
-    return {"days": [{"day": date, **named(models)} for date, models in usage.items()],
-            "total": named(usage_totals(usage)), "unreadable_lines": unread}
-
-
-def usage_lines(usage: Usage, columns: int, mark: str) -> List[str]:
-    """The table: each day with its models, then all days; bars are to one scale in
-    either."""
-    rows: List[Tuple[str, List[str], float]] = [("", ["answers", "in", "out"], 0.0)]
-    days = {date: summed(models.values()) for date, models in usage.items()}
-    totals = usage_totals(usage)
-    most = max(map(tokens_of, days.values()))
-    blocks = [(date, most, models) for date, models in usage.items()]
-    blocks.append((f"{len(days)} day{'s' * (len(days) > 1)}",
-                   tokens_of(summed(totals.values())), totals))
-    for title, scale, models in blocks:
-        found = {title: summed(models.values())}
-        found.update(("  " + name, row) for name, row in largest_first(models).items())
-        rows += [(name, [f"{value:,}" for value in row[:3]],
-                  tokens_of(row) / max(scale, 1)) for name, row in found.items()]
-    room = columns - max(len(usage_line(*row[:2])) for row in rows) - 2
-    return [usage_line(name, figures, bar(part, room) * mark)
-            for name, figures, part in rows]
-
-
-def usage_line(name: str, figures: List[str], marks: str = "") -> str:
-    name = printable(name)
-    name = name if len(name) <= NAME_COLUMNS else name[:NAME_COLUMNS - 3] + "..."
-    answers, taken, given = figures
-    line = f"{name:{NAME_COLUMNS}} {answers:>7} {taken:>13} {given:>11}"
-    return f"{line}  {marks}".rstrip()
-
-
-def bar(part: float, room: int) -> int:
-    """How long a bar is; one that stands for anything can be seen."""
-    return max(round(room * part), 1) if part and room >= LEAST_BAR else 0
-
-
-def bar_mark() -> str:
-    """What bars are made of: blocks where the output can show them."""
-    coding = getattr(sys.stdout, "encoding", None) or "ascii"
-    block = "\u2588"
-    return block if block.encode(coding, "ignore") else "#"
-
-
-def terminal_columns() -> int:
-    import shutil
-    return min(shutil.get_terminal_size((TABLE_COLUMNS, 24)).columns, TABLE_COLUMNS)
-
-
 def run_version() -> int:
     place = globals().get("__file__", "<stdin>")
     say(f"nimproxy {__version__}, Python {sys.version.split()[0]}, {place}")
+    return 0
+
+
+# ---- 40. Command line --------------------------------------------------------
+# The only part that reads the environment and files, prints, or exits.
+
+
+class Command(NamedTuple):
+    run: str                # the function's name
+    help: str
+
+
+COMMANDS = {
+    "serve": Command("run_serve", "serve in the foreground (also: proxy, or nothing)"),
+    "code": Command("run_code", "launch Claude Code on its own proxy: code [ARGS]"),
+    "run": Command("run_program", "the same for any program: run -- CMD ..."),
+    "setup": Command("run_setup", "choose and set up a provider (also: init, or -r)"),
+    "ls": Command("run_ls", "the providers that are set up"),
+    "use": Command("run_use", "make one of them the active one: use NAME"),
+    "rm": Command("run_rm", "forget one of them: rm NAME [-f]"),
+    "env": Command("run_env", "the client's environment as exports"),
+    "demo": Command("run_demo", "the main job shown, with neither key nor network"),
+    "test": Command("run_test", "one request, streamed to the terminal: test [PROMPT]"),
+    "doctor": Command("run_doctor", "what is wrong, and what mends it"),
+    "models": Command("run_models", "what the provider offers (--live: ask it)"),
+    "status": Command("run_status", "is a proxy up here, for which upstream"),
+    "usage": Command("run_usage", "tokens per day and model, as they were logged"),
+    "openclaw": Command("run_openclaw", "OpenClaw's configuration for this proxy"),
+    "install": Command("run_install", "lead every Claude Code here, in its settings"),
+    "uninstall": Command("run_uninstall", "put Claude Code's settings back"),
+    "version": Command("run_version", "version, Python, file"),
+}
+OTHER_NAMES = {"proxy": "serve", "init": "setup"}
+SHORT = {"-p": "--port", "-f": "--force", "-r": "--reconfigure", "-y": "--yes"}
+
+OPTIONS = {                 # name: (what it takes, or "" for a switch; help)
+    "--config": ("FILE", "YAML, JSON5 or OpenClaw's (default: ./config.yaml)"),
+    "--provider": ("NAME", "who answers: nvidia, ollama, kimi, custom and others"),
+    "--model": ("ID", "the one model to use"),
+    "--base-url": ("URL", "a Chat Completions server, such as http://host:8000/v1"),
+    "--host": ("HOST", "address to listen at (default 127.0.0.1)"),
+    "--port": ("PORT", "port to listen at (default 8787; with code only --port)"),
+    "--log-level": ("LEVEL", ", ".join(LEVELS)),
+    "--log-json": ("", "log lines as JSON objects"),
+    "--demo": ("", "use the built-in upstream"),
+    "--show-config": ("", "print each setting with its source, and exit"),
+    "--live": ("", "models: ask the provider"),
+    "--json": ("", "lists and reports as JSON"),
+    "--probe": ("", "doctor: one small request to each model"),
+    "--days": ("N", "usage: of so many days (default 7, at most 30)"),
+    "--shell": ("SHELL", "env: sh, fish or powershell"),
+    "--reconfigure": ("", "set the active provider up anew, then serve"),
+    "--force": ("", "rm: without a question"),
+    "--yes": ("", "install: without a question"),
+    "--no-claude-settings": ("", "leave Claude Code's own settings as they are"),
+}
+CHILD_COMMANDS = ("code", "run")
+PLAIN_COMMANDS = ("demo", "version")    # of no concern to any setting
+STORE_COMMANDS = ("setup", "ls", "use", "rm", "doctor")     # which mend or tell what
+                                                            # would stop others
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run a command line; the exit code is 0 done, 1 failed, 2 usage or settings."""
+    if sys.version_info < (3, 8):
+        print("nimproxy needs Python 3.8 or newer", file=sys.stderr)
+        return 2
+    try:
+        own, rest = split_arguments(list(sys.argv[1:] if argv is None else argv))
+        options = argument_parser().parse_intermixed_args(own)
+        command = options.command = known_command(options.command)
+        if command in PLAIN_COMMANDS:
+            return globals()[COMMANDS[command].run]()
+        if options.reconfigure and command == "serve":
+            command = "setup"
+        arguments, store = rest or options.arguments, Store(*home_folders(os.environ))
+        for trouble in store.troubles if command != "doctor" else ():
+            complain(trouble)
+        if command in STORE_COMMANDS:
+            context = Context(options, Config(), {}, arguments, dict(os.environ), store)
+            return globals()[COMMANDS[command].run](context)
+        context = make_context(options, arguments, store)
+        if options.show_config:
+            return show_config(context)
+        start_log(context, quiet=command != "serve")
+        return globals()[COMMANDS[command].run](context)
+    except ProxyError as error:
+        complain(error.message)
+        return 2
+    except BrokenPipeError:     # `nimproxy models | head`
+        sys.stdout = None
+        return 1
+    except (KeyboardInterrupt, Leave):
+        return 130
+
+
+def split_arguments(argv: List[str]) -> Tuple[List[str], List[str]]:
+    """Our arguments and, for `code` and `run`, the child's, in their order.
+
+    Only our own long options are taken out: `-p` is Claude Code's, not a port.
+    """
+    own: List[str] = []
+    rest: List[str] = []
+    command = ""
+    waiting = list(argv)
+    while waiting:
+        word = waiting.pop(0)
+        name = word.partition("=")[0]
+        for_child = command in CHILD_COMMANDS
+        if for_child and word == "--":
+            rest += waiting
+            break
+        if for_child and name not in OPTIONS:
+            rest.append(word)
+        elif not command and not word.startswith("-"):
+            command = word
+            own.insert(0, word)
+        else:
+            own.append(word)
+            takes = OPTIONS.get(SHORT.get(name, name), ("", ""))[0]
+            if takes and name == word and waiting:
+                own.append(waiting.pop(0))
+    return own, rest
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    summary = (__doc__ or "").split("\n")[0]
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:{width}}  {row.help}" for name, row in COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog=program(), description=summary, allow_abbrev=False,
+        usage=f"{program()} [COMMAND] [OPTIONS]",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, width=COLUMNS, max_help_position=24),
+        epilog="commands:\n" + "\n".join(rows))
+    parser.add_argument("command", nargs="?", default="serve", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
+    for name, (takes, text) in OPTIONS.items():
+        names = [*(short for short, long in SHORT.items() if long == name), name]
+        if takes:
+            parser.add_argument(*names, metavar=takes, help=text)
+        else:
+            parser.add_argument(*names, action="store_true", default=None,
+                                help=text or argparse.SUPPRESS)
+    return parser
+
+
+def known_command(word: str) -> str:
+    name = OTHER_NAMES.get(word, word)
+    if name not in COMMANDS:
+        raise ProxyError(400, f"no command {word!r}{nearest(word, COMMANDS)} "
+                              f"({', '.join(COMMANDS)})")
+    return name
+
+
+def show_config(context: Context) -> int:
+    for name, value in context.config.shown().items():
+        source = context.sources.get(name, "default")
+        say(f"{name:20} {str(value):40} {source}")
     return 0
 
 

@@ -336,47 +336,56 @@ WAITING = PARTS.index("Upstream")       # the parts before it do no I/O, read no
 USES = {            # part: the other parts it may use
     "Numbers": "",
     "Errors": "Numbers",
+    "Splices": "Errors",
     "Models": "Errors",
     "Files": "Errors",
-    "Configuration": "Errors Models Files",
+    "Values": "Errors Models",
+    "OpenClaw": "Errors Models Files Values",
+    "Configuration": "Errors Models Files Values OpenClaw",
     "Documents": "Numbers",
     "Requests": "Numbers Errors Models Documents",
     "Token": "Requests",
-    "Refusals": "Numbers Errors Models Configuration Requests",
+    "Refusals": "Numbers Errors Models Values Configuration Requests",
     "Arguments": "Errors Requests",
     "Mends": "Errors Requests Arguments",
     "Dialects": "Numbers Errors Arguments",
     "Streams": "Numbers Errors Configuration Refusals Arguments Dialects",
     "Event": "Numbers Errors Refusals Streams",
-    "Passing": "Numbers Errors Configuration Refusals Arguments Streams Event",
+    "Passing": "Numbers Errors Splices Refusals Arguments Streams Event",
     "HTTP/1.1": "Numbers Errors",
     "Demonstration": "Errors Models Arguments Streams",
     "Pacing": "Numbers Errors",
-    "Upstream": "Numbers Errors Configuration HTTP/1.1",
+    "Upstream": "Numbers Errors Values Configuration HTTP/1.1",
     "Memory": "Numbers Errors",
     "Journal": "Errors Configuration Pacing Memory",
     "Asking": " ".join(PARTS[:PARTS.index("Asking")]),
     "Page": "",
     "Proxy": " ".join(PARTS[:PARTS.index("Proxy")]),
     "Server": "Numbers Errors Configuration HTTP/1.1 Upstream Journal Proxy",
-    "Client": "Numbers Errors Models Configuration Refusals Streams Event Journal "
-              "Server",
-    "Saved": "Numbers Errors Models Files Configuration Memory",
-    "Settings": "Numbers Errors Files Memory",
+    "Client": "Models Values Configuration Journal",
+    "Neighbours": "Numbers Errors Configuration Refusals Streams Event Journal Server",
+    "Saved": "Errors Models Files Values Configuration Memory",
+    "Settings": "Numbers Errors Splices Memory",
     "Terminal": "Errors Journal",
-    "Setup": "Errors Models Files Configuration Journal Saved Terminal",
+    "Setup": "Errors Models Files Values Configuration Saved Terminal",
     "Doctor": " ".join(PARTS[:PARTS.index("Setup")]),
-    "Command": " ".join(PARTS[:-1]),
+    "Reports": "Models Configuration Memory Journal Neighbours Terminal",
+    "Context": " ".join(PARTS[:PARTS.index("Setup")]),
+    "Running": " ".join(PARTS[:PARTS.index("Setup")] + ["Context"]),
+    "Commands": " ".join(PARTS[:PARTS.index("Commands")]),
+    "Command": "Errors Models Values Configuration Saved Terminal Context Commands",
 }
 WAIT = ["Upstream", "Memory", "Journal", "Asking", "Page", "Proxy", "Server", "Client",
-        "Saved", "Settings", "Terminal", "Setup", "Doctor", "Command"]
+        "Neighbours", "Saved", "Settings", "Terminal", "Setup", "Doctor", "Reports",
+        "Context", "Running", "Commands", "Command"]
 KEPT = {            # names that only some parts may use
     "asyncio": WAIT, "time": WAIT, "socket": ["Upstream", "Server", "Doctor"],
-    "open": ["Memory", "Client", "Saved", "Settings", "Terminal", "Doctor", "Command"],
+    "open": ["Memory", "Client", "Neighbours", "Saved", "Settings", "Doctor", "Reports",
+             "Context", "Running"],
     "subprocess": ["Client", "Settings"], "os": WAIT,
-    "sys": ["Client", "Terminal", "Setup", "Command"],
-    "print": ["Terminal", "Command"], "input": ["Terminal"],
-    "threading": ["Server", "Doctor"], "logging": ["Memory", "Command"],
+    "sys": ["Neighbours", "Terminal", "Reports", "Running", "Commands", "Command"],
+    "print": ["Terminal", "Running", "Command"], "input": ["Terminal"],
+    "threading": ["Server", "Doctor"], "logging": ["Memory", "Context"],
 }
 
 
@@ -586,7 +595,7 @@ def test_json_without_nan(text):
         np.decode_json(text)
 
 
-# ---- 3. Models and providers -------------------------------------------------
+# ---- 4. Models and providers -------------------------------------------------
 
 def test_catalog_rows_make_sense():
     assert len(np.MODELS) > 70
@@ -627,7 +636,7 @@ def test_effort_words(asked, three, low_high_max):
     assert np.effort_word(asked, np.LOW_HIGH_MAX) == low_high_max
 
 
-# ---- 4. Files: YAML, JSON5 and .env ------------------------------------------
+# ---- 5. Files: YAML, JSON5 and .env ------------------------------------------
 
 def json5(text):
     return np.plain_value(np.json5_tree(np.File("f", text)))
@@ -729,7 +738,7 @@ def test_json5_takes_linear_time():
         assert time.monotonic() - began < 2
 
 
-# ---- 5. Configuration --------------------------------------------------------
+# ---- 8. Configuration --------------------------------------------------------
 
 S1_FILE = """\
 # the seed's own example
@@ -1251,7 +1260,7 @@ def test_model_names_in_openclaws_words(name, ids, asked, upstream):
     assert np.upstream_model(config, asked) == upstream
 
 
-# ---- 6. Documents: text from PDF ---------------------------------------------
+# ---- 9. Documents: text from PDF ---------------------------------------------
 
 FLATE = b"/Filter/FlateDecode"
 CATALOG = b"<</Type/Catalog/Pages 2 0 R>>"
@@ -1559,7 +1568,7 @@ def test_a_bomb_is_stopped(data):
         tracemalloc.stop()
 
 
-# ---- 7. Requests: body to chat -----------------------------------------------
+# ---- 10. Requests: body to chat ----------------------------------------------
 
 def chat_of(*messages, model="m", **body):
     return np.chat_body({"messages": list(messages), "max_tokens": 100, **body}, model)
@@ -2102,7 +2111,7 @@ def test_a_document_with_an_odd_title_is_read():
     assert block["text"] == "[['t']]\nx"
 
 
-# ---- 8. Token estimate -------------------------------------------------------
+# ---- 11. Token estimate ------------------------------------------------------
 
 def test_an_empty_conversation_has_a_token():
     assert np.count_tokens({"messages": []}) == 1
@@ -2214,7 +2223,7 @@ def test_ten_requests_calibrate_it_to_a_real_tokenizer():
         assert sorted(map(abs, errors))[len(errors) // 2] < 0.05
 
 
-# ---- 9. Refusals: upstream's errors to ours ----------------------------------
+# ---- 12. Refusals: upstream's errors to ours ---------------------------------
 
 ASKED = np.Asked(np.Config(api_key="nvapi-secret"), "meta/llama-9", 1000)
 REFUSED = [     # (case, upstream's status, words, our status, type, in the message)
@@ -2373,7 +2382,7 @@ def test_overflows_are_said_in_anthropics_words(words, figures):
             assert figures in ("", f"{found[1]} > {found[2]}")
 
 
-# ---- 10. Arguments: repaired and fitted --------------------------------------
+# ---- 13. Arguments: repaired and fitted --------------------------------------
 
 AB = {"a": "b"}
 LINES = {"a": "x\n\ty"}
@@ -2958,7 +2967,7 @@ def test_spellings_of_tools(spelling, name):
     assert np.declared_name(spelling, iter(TOOLS + TOOLS)) == name
 
 
-# ---- 11. Mends: chats that are taken after a refusal -------------------------
+# ---- 14. Mends: chats that are taken after a refusal -------------------------
 
 def refused(words, status=400):
     return refuses(status, {"error": {"message": words, "type": "Bad Request"}})
@@ -3412,7 +3421,7 @@ def test_text_before_the_tag_is_streamed():
             assert b"tool_use" in received(sock)
 
 
-# ---- 12. Dialects: tool calls written as text --------------------------------
+# ---- 15. Dialects: tool calls written as text --------------------------------
 
 BAR, MINIMAX = "\uff5c", "]<]minimax[>["
 DSML = BAR + "DSML" + BAR
@@ -3801,7 +3810,7 @@ def test_hostile_text_takes_a_second_and_comes_back(words):
     assert got == [("text", words)] or got[0][0] == "call"
 
 
-# ---- 13. Streams: chunks to events -------------------------------------------
+# ---- 16. Streams: chunks to events -------------------------------------------
 
 def told(chunks, **reading):
     """The events of some chunks, each chunk a read of its own, and [DONE]."""
@@ -4334,7 +4343,7 @@ def test_a_large_text_in_one_piece_takes_no_time():
     assert time.process_time() - began < 1.5
 
 
-# ---- 14. Event streams: bytes to chunks, events to bytes ---------------------
+# ---- 17. Event streams: bytes to chunks, events to bytes ---------------------
 
 def translated(pieces, **reading):
     """The bytes that upstream's bytes become."""
@@ -4483,7 +4492,7 @@ def test_fold_undoes_the_split():
     assert content([whole])[0] == once
 
 
-# ---- 15. Passing: what stays as it is ----------------------------------------
+# ---- 18. Passing: what stays as it is ----------------------------------------
 
 PASSED_BODIES = [      # (case, what came, what goes to the model "up")
     ("first", b'{"model":"m","n":1.0}', b'{"model":"up","n":1.0}'),
@@ -4694,7 +4703,7 @@ def test_a_frame_without_end_is_an_error(monkeypatch):
             pass_on(np.Passed("m", "anthropic"), *pieces)
 
 
-# ---- 16. HTTP/1.1 messages ---------------------------------------------------
+# ---- 19. HTTP/1.1 messages ---------------------------------------------------
 
 PATHS = [("/v1/messages?beta=true", "/v1/messages"), ("http://x:1/a?b", "/a"),
          ("http://x", "/"), ("/a#b", "/a"), ("/%0d%0a", "/%0d%0a")]
@@ -4801,7 +4810,7 @@ def test_a_header_cannot_break_out_of_its_line():
         np.encode_head("HTTP/1.1 200 OK", [("A", "b\r\nEvil: 1")])
 
 
-# ---- 17. Demonstration: the built-in upstream --------------------------------
+# ---- 20. Demonstration: the built-in upstream --------------------------------
 
 def test_the_demo_calls_a_tool_and_sums_it_up():
     tools = [{"name": "weigh", "input_schema": {"properties": {"n": {"type": "number"}},
@@ -4822,7 +4831,7 @@ def test_the_demo_calls_a_tool_and_sums_it_up():
     assert second["content"][-1]["text"] == "The tool says: hello"
 
 
-# ---- 18. Pacing: whose turn it is, and when to ask again ---------------------
+# ---- 21. Pacing: whose turn it is, and when to ask again ---------------------
 # On a clock of the test's own: an hour takes a second.
 
 class Hour:
@@ -5068,7 +5077,7 @@ def test_repetitions_back_off_and_spread():
             assert high == pytest.approx(1.3 * middle)
 
 
-# ---- 19. Upstream ------------------------------------------------------------
+# ---- 22. Upstream ------------------------------------------------------------
 
 def test_a_tool_loop_uses_one_connection_on_both_sides():
     with both(streams(*HELLO)) as (nim, client):
@@ -5881,7 +5890,7 @@ def test_tls_failures_say_what_is_wrong(certificates, tmp_path):
         thread.join()
 
 
-# ---- 20. Memory --------------------------------------------------------------
+# ---- 23. Memory --------------------------------------------------------------
 
 TOP_K = refused("Unsupported parameter(s): `top_k`")
 
@@ -5965,7 +5974,7 @@ def test_mends_of_another_version_are_ignored(tmp_path):
     assert chat == {"messages": []} and learned.window("u", "m") == 0
 
 
-# ---- 23. Page: what a browser gets -------------------------------------------
+# ---- 26. Page: what a browser gets -------------------------------------------
 
 BROWSERS = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 ACCEPTED = [    # what is accepted at /, what comes
@@ -6059,7 +6068,7 @@ def test_a_client_that_left_is_among_the_last_requests():
     assert row["status"] == 499
 
 
-# ---- 24. Proxy ---------------------------------------------------------------
+# ---- 27. Proxy ---------------------------------------------------------------
 
 def names_of(events):
     return [name for name, _ in events]
@@ -7922,7 +7931,7 @@ def test_a_long_silence_is_said(caplog):
                for each in caplog.records) == 1
 
 
-# ---- 25. Server --------------------------------------------------------------
+# ---- 28. Server --------------------------------------------------------------
 
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n"
@@ -8338,7 +8347,7 @@ def test_a_name_is_listened_at_with_all_its_addresses(monkeypatch):
         np.listening_sockets("some.name", 0)
 
 
-# ---- 26. Client programs -----------------------------------------------------
+# ---- 29. Client programs -----------------------------------------------------
 
 
 # ---- the inputs of a hostile client
@@ -8986,7 +8995,7 @@ def test_requests_cannot_forge_lines_of_the_log(caplog, data):
     assert re.fullmatch(r"[ -~]{1,1000}", record.getMessage())
 
 
-# ---- 26. Client programs -----------------------------------------------------
+# ---- 29. Client programs -----------------------------------------------------
 
 CONFIG = np.Config(default_model="z-ai/glm-5.3", opus="o/o", sonnet="s/s", haiku="h/h",
                    proxy_key="secret")
@@ -9045,7 +9054,7 @@ def test_the_window_that_the_file_tells_is_the_clients():
     assert added["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "32768"
 
 
-# ---- 27. Saved: providers as they were set up --------------------------------
+# ---- 31. Saved: providers as they were set up --------------------------------
 # Both programs' files, by what they lead to.
 
 SAVED_PROXY = {"provider": "ollama", "base_url": "http://localhost:11434/v1",
@@ -9372,7 +9381,7 @@ def test_use_on_a_read_only_home_fails_in_words(shell, capsys, monkeypatch):
     assert code == 1 and "Read-only file system" in err
 
 
-# ---- 28. Settings: Claude Code's own files -----------------------------------
+# ---- 32. Settings: Claude Code's own files -----------------------------------
 
 DEEP_HOOKS = b'{"hooks": ' + b"[" * 200 + b"]" * 200 + b', "env": {"A": "1"}}'
 SHAPES = [      # what settings.json holds; None: there is no such file
@@ -10057,7 +10066,7 @@ def test_code_goes_over_settings_that_lead_elsewhere(shell, capsys):
     assert launched("--settings", "{}")[0] == ["-p", "hi", "--settings", "{}"]
 
 
-# ---- 30. Setup: the wizard ---------------------------------------------------
+# ---- 34. Setup: the wizard ---------------------------------------------------
 # A person at a pseudo-terminal, who reads before typing.
 
 class Person:
@@ -10541,7 +10550,7 @@ def test_setup_needs_somebody_to_ask(shell, capsys):
     assert code == 2 and "no terminal" in err and "NVIDIA_API_KEY" in err
 
 
-# ---- 31. Doctor: what is wrong, and what mends it ----------------------------
+# ---- 35. Doctor: what is wrong, and what mends it ----------------------------
 # One thing is broken at a time, and the finding that names it is looked for.
 
 class Clinic:
@@ -11114,7 +11123,7 @@ def test_many_things_are_wrong_at_once(clinic):
         "home": 1, "settings": 3, "clients": 1}
 
 
-# ---- 32. Command line --------------------------------------------------------
+# ---- 40. Command line --------------------------------------------------------
 
 @pytest.fixture
 def shell(monkeypatch, tmp_path):
