@@ -3508,7 +3508,7 @@ def words_in(value: Any) -> str:
             code, param = value.get("code"), value.get("param")
             code = code if isinstance(code, str) else value.get("status_code")
             kind = str(value.get("type"))
-            code = code or (kind if re.search("_quota|[0-9]{4}", kind) else None)
+            code = code or (kind if re.search("_quota|^[0-9]{4}$", kind) else None)
             words = words_in(value[name]) + (f" ({code})" if code else "")
             named = isinstance(param, str) and param and param not in words
             return f"{param}: {words}" if named else words
