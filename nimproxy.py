@@ -1260,8 +1260,11 @@ def as_model(raw: Any) -> str:
 
 
 def as_level(raw: Any) -> str:
-    """A log level; the seeds' WARN and their upper case are understood."""
-    return one_of(LEVELS)({"warn": "warning"}.get(as_text(raw).lower(), raw))
+    """A log level; other programs' words and their upper case are understood."""
+    return one_of(LEVELS)(LEVEL_WORDS.get(as_text(raw).lower(), raw))
+
+
+LEVEL_WORDS = {"warn": "warning", "critical": "error", "trace": "debug"}
 
 
 def as_switch(raw: Any) -> bool:
@@ -1977,9 +1980,11 @@ def upstream_label(config: Config) -> str:
 
 
 def missing_key(config: Config) -> str:
-    """What to say when the provider's own endpoint needs a key and there is none."""
+    """What to say when the provider's own host needs a key and there is none."""
     row = PROVIDERS[config.provider]
-    if config.api_key or not row.key_variable or config.base_url != row.base_url:
+    host = urlsplit(config.base_url).netloc.lower()
+    if (config.api_key or not row.key_variable
+            or not re.fullmatch(row.hosts or "-", host)):
         return ""
     return (f"no API key for {row.label}: get one at {row.key_page} and set "
             f"{row.key_variable}, or run `setup`; `demo` and `code --demo` need none")

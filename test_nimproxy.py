@@ -1031,6 +1031,14 @@ def test_a_missing_key_says_where_to_get_one():
     message = np.missing_key(resolved()[0])
     assert "https://build.nvidia.com" in message and "NVIDIA_API_KEY" in message
     assert not np.missing_key(resolved(base_url="http://localhost:8000/v1")[0])
+    region = resolved(provider="kimi", base_url="https://api.moonshot.ai/anthropic")[0]
+    assert "MOONSHOT_API_KEY" in np.missing_key(region)
+
+
+@pytest.mark.parametrize("word, level", [
+    ("WARN", "warning"), ("Critical", "error"), ("trace", "debug"), ("INFO", "info")])
+def test_log_levels_in_other_programs_words(word, level):
+    assert resolved(environ={"LOG_LEVEL": word})[0].log_level == level
 
 
 def test_proxies_from_the_environment():
