@@ -1189,6 +1189,11 @@ def masked(url: str) -> str:
     return re.sub(r"//[^/@]*@", "//***@", url)
 
 
+def masked_key(key: str) -> str:
+    """`***cdef`: no more than the last four, and of a short key nothing."""
+    return "***" + (key[-4:] if len(key) >= 12 else "")
+
+
 ALIASES, FALLBACKS = "model_aliases", "fallbacks"   # the sections with free keys
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -1346,7 +1351,14 @@ def api_at(base_url: str) -> str:
     return APIS[1] if own else APIS[0]
 
 
-def clean_base_url(url: str, api: str = APIS[0]) -> str:
+def provider_at(base_url: str) -> Optional[Provider]:
+    """The row of those whose host a URL names; None if nobody's is known by it."""
+    host = urlsplit(base_url).netloc.rpartition("@")[2].lower()
+    return next((row for row in PROVIDERS.values()
+                 if row.hosts and re.fullmatch(row.hosts, host)), None)
+
+
+def clean_base_url(url: str, api: str) -> str:
     """The URL that paths are appended to, without the end that many copy along with it.
 
     It is `https://host/v1`, with /v1 if there is no path and the host is not known to
@@ -1416,12 +1428,11 @@ def openclaw_entries(tree: Node, environ: Mapping[str, str], wanted: str) -> Ent
         ref = f"{name}/{ref.partition('/')[2]}"     # through this proxy: the same id
     default = openclaw_id(name, rows, ref) if mine else next(iter(rows), "")
     key = told.key(beneath(node, "apiKey"), f"{at}.apiKey")
-    host = urlsplit(base_url).netloc.lower()
-    own = not base_url or re.fullmatch(row.hosts or "-", host)
+    own = not base_url or provider_at(base_url) is row
     found = {
         "provider": (row.name, node),
         "upstream.base_url": (base_url, beneath(node, "baseUrl")),
-        "upstream.api_key": (key or own and block.get(row.key_variable, ""),
+        "upstream.api_key": (key or own and block.get(row.key_variable) or "",
                              beneath(node, "apiKey")),
         "upstream.api": (told.value("api", beneath(node, "api"), f"{at}.api"),
                          beneath(node, "api")),
@@ -1469,10 +1480,7 @@ def openclaw_provider(tree: Node, wanted: str, primary: str) -> Tuple[str, Node]
 
 def openclaw_row(name: str, base_url: str) -> Provider:
     """Our row for a provider: by its host, or by its name."""
-    host = urlsplit(base_url).netloc.lower()
-    return next((row for row in PROVIDERS.values()
-                 if row.hosts and re.fullmatch(row.hosts, host)),
-                PROVIDERS.get(name, PROVIDERS["custom"]))
+    return provider_at(base_url) or PROVIDERS.get(name, PROVIDERS["custom"])
 
 
 def openclaw_id(name: str, ids: Iterable[str], ref: str) -> str:
@@ -1935,17 +1943,12 @@ def is_anthropic(config: Config) -> bool:
 
 def upstream_api(config: Config) -> Provider:
     """Whose API answers: by the host, where that is known, else as configured."""
-    host = urlsplit(config.base_url).netloc.rpartition("@")[2].lower()
-    return next((row for row in PROVIDERS.values()
-                 if row.hosts and re.fullmatch(row.hosts, host)),
-                PROVIDERS[config.provider])
+    return provider_at(config.base_url) or PROVIDERS[config.provider]
 
 
 def host_row(config: Config) -> Provider:
     """The row of the host that is asked; one without limits if it is not known."""
-    row = upstream_api(config)
-    host = urlsplit(config.base_url).netloc
-    return row if re.fullmatch(row.hosts or "-", host) else PROVIDERS["custom"]
+    return provider_at(config.base_url) or PROVIDERS["custom"]
 
 
 def requests_a_minute(config: Config) -> int:
@@ -10510,7 +10513,7 @@ class Store:
         path = os.path.join(old_home, "config.json")    # of claude-adapter's own
         older = self.read(path) if old_home and not self.records else {}    # ancestor
         if older:
-            name = provider_at(str(older.get("baseUrl")))
+            name = (provider_at(str(older.get("baseUrl"))) or PROVIDERS["custom"]).name
             self.records[name], self.paths[name] = older, path
             active = active or name
         usable = [*self.records, *KEYLESS]
@@ -10575,13 +10578,6 @@ class Store:
 
 
 KEYLESS = [row.name for row in PROVIDERS.values() if not row.key_variable]
-
-
-def provider_at(base_url: str) -> str:
-    """The provider whose API answers at a URL; "custom" if it is not known."""
-    host = urlsplit(base_url).netloc.lower()
-    return next((row.name for row in PROVIDERS.values()
-                 if row.hosts and re.fullmatch(row.hosts, host)), "custom")
 
 
 def saved_entries(record: Json, path: str, old_home: str) -> Entries:
@@ -11261,27 +11257,35 @@ def program() -> str:
 
 def say(text: str = "", end: str = "\n") -> None:
     """Print, whatever the terminal's encoding can do."""
-    coding = getattr(sys.stdout, "encoding", None) or "ascii"
+    coding = output_coding()
     print(text.encode(coding, "replace").decode(coding), end=end, flush=True)
 
 
+def output_coding() -> str:
+    return getattr(sys.stdout, "encoding", None) or "ascii"
+
+
+def can_show(text: str) -> bool:
+    try:
+        return bool(text.encode(output_coding()))
+    except (UnicodeError, LookupError):
+        return False
+
+
 def complain(text: str) -> None:
-    print("nimproxy: " + printable_long(text), file=sys.stderr, flush=True)
+    """Say what is wrong, in ASCII; upstream may have a part in its words."""
+    words = harmless(text).encode("ascii", "backslashreplace").decode()
+    print("nimproxy: " + words, file=sys.stderr, flush=True)
 
 
 def agreed(question: str) -> bool:
     """Whether the user says yes; ProxyError if there is nobody to ask."""
-    if not sys.stdin.isatty():
+    if not on_terminal(sys.stdin):
         raise ProxyError(400, f"{question} Nobody can be asked here: add --yes")
-    say(f"{question} [y/N] ", end="")
     try:
-        return input().strip().lower() in ("y", "yes")
-    except EOFError:
+        return read_line(f"{question} [y/N] ").lower() in ("y", "yes")
+    except Leave:
         return False
-
-
-def printable_long(text: str) -> str:
-    return text.encode("ascii", "backslashreplace").decode()
 
 
 class Leave(Exception):
@@ -11314,9 +11318,9 @@ CHINESE = {                 # of the menus' words, shown beside them
 }
 KEY_SECONDS = 0.05          # between the bytes of one key; a lone Esc has no more
 PRESSES = {b"\x1b[A": "up", b"\x1bOA": "up", b"k": "up", b"\x1b[B": "down",
-        b"\x1bOB": "down", b"j": "down", b"\r": "enter", b"\n": "enter",
-        b"\x1b": "back", b"\x7f": "back", b"\x1b[D": "back", b"q": "exit",
-        b"\x04": "exit", b"": "exit"}
+           b"\x1bOB": "down", b"j": "down", b"\r": "enter", b"\n": "enter",
+           b"\x1b": "back", b"\x7f": "back", b"\x1b[D": "back", b"q": "exit",
+           b"\x04": "exit", b"": "exit"}
 
 
 class Terminal:
@@ -11324,12 +11328,7 @@ class Terminal:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.keys = reads_keys(environ)     # one by one, and moves its cursor
-        coding = getattr(sys.stdout, "encoding", None) or "ascii"
-        try:
-            "".join(CHINESE.values()).encode(coding)
-            self.beside = CHINESE
-        except (UnicodeError, LookupError):
-            self.beside = {}
+        self.beside = CHINESE if can_show("".join(CHINESE.values())) else {}
 
     def words(self, text: str) -> str:
         """A text with its Chinese beside it, if it has some and that can be shown."""
@@ -11691,7 +11690,7 @@ class Wizard:
         for url in row.other_urls:
             say(f"  also known: {url}")
         url = self.terminal.enter("Base URL", draft.base_url, parsed_url)
-        if provider_at(url) != draft.provider and row.hosts:
+        if row.hosts and provider_at(url) is not row:
             draft = draft._replace(own_server=True)     # no longer the hosted one
         kept, draft = self.begun(draft), draft._replace(base_url=url)
         if draft.api_key and draft.api_key == kept.api_key and not same_server(
@@ -11847,7 +11846,7 @@ def clean_key(text: str, shape: str) -> str:
 
 def summary_rows(draft: Draft) -> List[Tuple[str, str]]:
     rows = [("provider", PROVIDERS[draft.provider].label), ("base URL", draft.base_url),
-            ("API key", "***" + draft.api_key[-4:] if draft.api_key else "-"),
+            ("API key", masked_key(draft.api_key) if draft.api_key else "-"),
             ("port", str(draft.port))]
     rows += [(tier, getattr(draft, tier)) for tier in TIERS]
     if draft.relayed():
@@ -12041,11 +12040,6 @@ def key_fault(raw: str) -> str:
     if "..." in raw or raw.strip("*xX.") == "" != raw:
         return "holds an example instead of a key"
     return "" if re.fullmatch("[!-~]*", raw.strip()) else "holds what is no plain ASCII"
-
-
-def masked_key(key: str) -> str:
-    """`***cdef`: no more than the last four, and of a short key nothing."""
-    return "***" + (key[-4:] if len(key) >= 12 else "")
 
 
 def key_owner(key: str) -> str:
@@ -12832,7 +12826,6 @@ def limits_line(limits: Json) -> str:
 
 
 USAGE_DAYS = 7              # a week, unless told otherwise
-TABLE_COLUMNS = 80          # at most, however wide the terminal is
 NAME_COLUMNS = 28           # of a usage table: models are cut
 LEAST_BAR = 8               # columns for the longest; in less there are none
 FIGURES = ("answers", "input_tokens", "output_tokens", "cached_input_tokens")
@@ -12938,14 +12931,7 @@ def bar(part: float, room: int) -> int:
 
 def bar_mark() -> str:
     """What bars are made of: blocks where the output can show them."""
-    coding = getattr(sys.stdout, "encoding", None) or "ascii"
-    block = "\u2588"
-    return block if block.encode(coding, "ignore") else "#"
-
-
-def terminal_columns() -> int:
-    import shutil
-    return min(shutil.get_terminal_size((TABLE_COLUMNS, 24)).columns, TABLE_COLUMNS)
+    return "\u2588" if can_show("\u2588") else "#"
 
 
 # ---- 37. Context: what a command works with ----------------------------------
@@ -13003,10 +12989,9 @@ def configured(options: argparse.Namespace, given: Given) -> Tuple[Config, Json]
 def led_astray(config: Config, sources: Json, found: List[str]) -> bool:
     """Whether a file that was only found in the current folder, such as a stranger's
     repository, leads to a server that is neither the provider's own nor ours."""
-    host = urlsplit(config.base_url)
-    own = re.fullmatch(PROVIDERS[config.provider].hosts or "-", host.netloc.lower())
+    own = provider_at(config.base_url) is PROVIDERS[config.provider]
     return (sources.get("base_url", "").startswith(tuple(found)) and not own
-            and not on_loopback(host.hostname or ""))
+            and not on_loopback(urlsplit(config.base_url).hostname or ""))
 
 
 def kept_secrets(config: Config, sources: Json, file: File) -> Config:
@@ -13830,11 +13815,6 @@ def run_test(context: Context) -> int:
         return show_answer(context, config._replace(port=urlsplit(url).port), body)
 
 
-def gave_up(error: Exception) -> int:
-    complain(str(error))
-    return 1
-
-
 def show_answer(context: Context, config: Config, body: Json) -> int:
     """Stream an answer to the terminal; then how fast it was, what it took, and who
     gave it."""
@@ -13850,8 +13830,9 @@ def show_answer(context: Context, config: Config, body: Json) -> int:
             events.append((name, data))
     except (ProxyError, OSError) as error:
         say(end="\n" if events else "")
-        gave_up(error)
-        return gave_up(OSError(f"`{program()} doctor` looks for the cause"))
+        complain(str(error))
+        complain(f"`{program()} doctor` looks for the cause")
+        return 1
     finally:
         say("\x1b[0m" if shade else "", end="")     # also after Ctrl-C
     message = fold(events)
@@ -13896,7 +13877,8 @@ def run_models(context: Context) -> int:
         if context.options.live:
             live = asyncio.run(live_list(config))
     except ProxyError as error:
-        return gave_up(error)
+        complain(str(error))
+        return 1
     rows = model_rows(config, live)
     if context.options.json:
         say(json.dumps(rows, indent=1))
@@ -13991,7 +13973,8 @@ def run_usage(context: Context) -> int:
         say(f"no tokens logged in {days} day{'s' * (days > 1)}, in "
             f"{os.path.join(context.config.home or '(no home)', USAGE_LOG)}")
     else:
-        say("\n".join(usage_lines(usage, terminal_columns(), bar_mark())))
+        columns = min(terminal_width(), COLUMNS)
+        say("\n".join(usage_lines(usage, columns, bar_mark())))
     if unread:
         say(f"{unread} line{'s' * (unread > 1)} could not be read")
     return 0

@@ -383,7 +383,7 @@ KEPT = {            # names that only some parts may use
     "open": ["Memory", "Client", "Neighbours", "Saved", "Settings", "Doctor", "Reports",
              "Context", "Running"],
     "subprocess": ["Client", "Settings"], "os": WAIT,
-    "sys": ["Neighbours", "Terminal", "Reports", "Running", "Commands", "Command"],
+    "sys": ["Neighbours", "Terminal", "Running", "Commands", "Command"],
     "print": ["Terminal", "Running", "Command"], "input": ["Terminal"],
     "threading": ["Server", "Doctor"], "logging": ["Memory", "Context"],
 }
@@ -922,6 +922,7 @@ def test_bad_configuration_is_named(file, message):
 
 LIMITS = [      # base URL, what the file says, requests a minute and at once
     ("", "", (40, 6)), ("https://integrate.api.nvidia.com/v1", "", (40, 6)),
+    ("https://Integrate.API.NVIDIA.com/v1", "", (40, 6)),
     ("http://box:8000/v1", "", (0, 0)), ("", "limits:\n  concurrency: 0", (40, 0)),
     ("http://box:8000/v1", "limits:\n  requests_per_minute: 9\n  concurrency: 2",
      (9, 2)),
@@ -11366,9 +11367,9 @@ def test_test_asks_and_measures(shell, capsys):
         url = nim.url.replace("/v1", "/anthropic")
         code, out, _ = run(capsys, "test", "--base-url", url, "--port", "1")
     assert code == 0 and "in 14, out 4" in out
-    with FakeNim(refuses(401, {"detail": "Authentication failed"})) as nim:
+    with FakeNim(refuses(401, {"detail": "Authentication \x1b[2Jfailed"})) as nim:
         code, _, err = run(capsys, "test", "--base-url", nim.url, "--port", "1")
-    assert code == 1 and "Authentication failed" in err
+    assert code == 1 and "Authentication ?[2Jfailed" in err     # no screen is cleared
     assert err.endswith(" doctor` looks for the cause\n") and err.count("\n") == 2
 
 
