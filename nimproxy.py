@@ -389,7 +389,7 @@ def text_with(text: str, path: Path, raw: str) -> str:
 
 
 def neighbours_manner(text: str, rows: List[Member], holder: Optional[Member]
-           ) -> Tuple[str, str, str]:
+                      ) -> Tuple[str, str, str]:
     """What goes before a new member's name, after it, and after a first member."""
     like = rows[-1] if rows else holder
     if not like:
@@ -1374,7 +1374,14 @@ def clean_base_url(url: str, api: str) -> str:
 
 
 # ---- 7. OpenClaw: another client's file as settings --------------------------
-# Its providers and models as entries of our own keys, with the lines they stand in.
+# Its providers and models as entries of our own keys, with the lines they stand in.  Of
+#
+#     {env: {X: "..", vars: {X: ".."}},
+#      agents: {defaults: {model: {primary: "name/id", fallbacks: ["name/id"]}}},
+#      models: {providers: {name: {baseUrl, apiKey, api, models: [{id, ...}]}}}}
+#
+# one provider is taken; everything else is OpenClaw's own business.
+# https://docs.openclaw.ai/gateway/configuration
 
 PRIMARY = ("agents", "defaults", "model")
 MODEL_KINDS = {             # key of a model there: (field of Model, row of KINDS)
@@ -1572,7 +1579,7 @@ class OpenclawValues:
 
 # ---- 8. Configuration --------------------------------------------------------
 # Flags over environment over .env over file over the provider's row, merged once
-# by a pure function.  Only the command line looks at the environment.
+# by a pure function.  The environment and the files' texts are its arguments.
 
 class Config(NamedTuple):
     """All settings.  Seconds and characters; an empty string is "not set"."""
@@ -1873,15 +1880,6 @@ def own_entries(entries: Entries, environ: Mapping[str, str]) -> Entries:
             entries[path] = [expanded(item, environ, where) if isinstance(item, str)
                              else item for item in value], where
     return entries
-
-
-# OpenClaw's configuration: https://docs.openclaw.ai/gateway/configuration.  Of
-#
-#     {env: {X: "..", vars: {X: ".."}},
-#      agents: {defaults: {model: {primary: "name/id", fallbacks: ["name/id"]}}},
-#      models: {providers: {name: {baseUrl, apiKey, api, models: [{id, ...}]}}}}
-#
-# one provider is taken; everything else is OpenClaw's own business.
 
 
 def model_facts(config: Config, name: str) -> Model:
@@ -10061,8 +10059,8 @@ class Background:
 
 
 # ---- 29. Client programs -----------------------------------------------------
-# The environment that makes Claude Code and the SDKs work through the proxy, running
-# them (terminal, signals and exit code are theirs), and a proxy as they see it.
+# The environment that makes Claude Code and the SDKs work through the proxy, OpenClaw's
+# configuration, and running them: terminal, signals and exit code are theirs.
 
 # What would lead the client around the proxy, or hand it a key it does not need.
 BYPASSES = ("ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_UNIX_SOCKET",
@@ -10070,8 +10068,6 @@ BYPASSES = ("ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_UNIX_SOCK
             "CLAUDE_CODE_USE_FOUNDRY", "ANTHROPIC_CUSTOM_HEADERS")
 REMOVED = (*BYPASSES,
            *(row.key_variable for row in PROVIDERS.values() if row.key_variable))
-
-
 # A wish of the user's, and the variable of ours that would defeat it.
 DEFEATED = {"ENABLE_TOOL_SEARCH": "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS",
             "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY":
@@ -10263,9 +10259,6 @@ def openclaw_model(config: Config, name: str) -> Json:
             "maxTokens": facts.output, "cost": dict(zip(COSTS, facts.cost))}
 
 
-# ---- a proxy as its clients see it
-
-
 # ---- 30. Neighbours: proxies that are up here --------------------------------
 # How one is found, by the ports that it may have, and asked; who else has its port.
 
@@ -10297,6 +10290,8 @@ def streamed_events(connection: Any, response: Any) -> Iterator[Event]:
 
 
 PROBE_SECONDS = {"/status": 1.0, "/health": 1.0}   # strangers may say nothing
+LOOKUP_SECONDS = 2.0        # for a model: our own proxy may ask its server for it
+ANSWER_SECONDS = 600.0      # of silence in an answer; pings come long before
 MAX_STATUS_BYTES = 1 << 20  # forty requests and errors and some hundred counts
 
 
@@ -10304,7 +10299,7 @@ def ask_proxy(config: Config, url: str, method: str, path: str,
               body: Optional[Json] = None) -> Tuple[Any, Any]:
     """http.client's connection and response; OSError for whatever fails."""
     from http.client import HTTPConnection, HTTPException
-    seconds = 600.0 if body else PROBE_SECONDS.get(path, 2.0)
+    seconds = ANSWER_SECONDS if body else PROBE_SECONDS.get(path, LOOKUP_SECONDS)
     connection = HTTPConnection(urlsplit(url).netloc, timeout=seconds)
     headers = {"x-api-key": config.proxy_key} if config.proxy_key else {}
     payload = json.dumps(body) if body else None
@@ -10318,18 +10313,25 @@ def ask_proxy(config: Config, url: str, method: str, path: str,
 
 def running_status(config: Config, path: str = "/status") -> Json:
     """The status of a proxy of ours at the configured address; {} if there is none."""
+    return status_at(config, config_url(config), path)
+
+
+def status_at(config: Config, url: str, path: str) -> Json:
+    status = proxy_json(config, url, path)
+    return status if status.get("service") == "nimproxy" else {}
+
+
+def proxy_json(config: Config, url: str, path: str) -> Json:
+    """The JSON object that answers a GET; {} for all else, as strangers may send."""
     from http.client import HTTPException
-    url = config_url(config)
     try:
         connection, response = ask_proxy(config, url, "GET", path)
         with contextlib.closing(connection):
             if not 0 < (response.length or 0) < MAX_STATUS_BYTES:
-                return {}                   # a stranger's, which may have no end
-            status = decode_json(response.read().decode("utf-8", "replace"))
-    except (OSError, ValueError, HTTPException, RecursionError):
+                return {}                   # which may have no end
+            return shaped(json_in(response.read()), dict)
+    except (OSError, HTTPException):
         return {}
-    ours = isinstance(status, dict) and status.get("service") == "nimproxy"
-    return status if ours else {}
 
 
 def running_proxy(config: Config) -> Tuple[Config, Json]:
@@ -10354,12 +10356,7 @@ def neighbour_status(config: Config) -> Json:
 
 def answers(config: Config, url: str) -> bool:
     """Whether a nimproxy is up there, which Claude Code had better stay with."""
-    try:
-        connection, response = ask_proxy(config, url, "GET", "/health")
-        with contextlib.closing(connection):
-            return b'"nimproxy"' in response.read(MAX_LINE_BYTES)
-    except OSError:
-        return False
+    return bool(status_at(config, url, "/health"))
 
 
 ONCE_SECONDS = 0.05         # what comes within them has come at once, at no rate
@@ -10962,21 +10959,29 @@ def read_receipt(paths: ClaudePaths) -> Json:
          "files": {"settings": record, ...},       see `imposed`
          "holders": [{"kind": "run", "id": "5e1f", "pid": 7, "mark": "812", "env": {}}]}
     """
-    receipt: Json = {"files": {}, "holders": [], "settled": True}
     try:
-        with plain_file(paths.receipt) as file:
-            receipt = decode_json(file.read(MAX_RECEIPT_BYTES))
-        check_receipt(receipt)
+        return sound_receipt(paths)
     except (FileNotFoundError, NotADirectoryError):
-        pass
+        return {"files": {}, "holders": [], "settled": True}
     except OSError as error:
         raise ProxyError(400, f"{paths.receipt}: cannot be read: {error.strerror}"
                          ) from None
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+    except DAMAGES:
         with contextlib.suppress(OSError):
             os.replace(paths.receipt, paths.receipt + ".bad")
         raise ProxyError(400, f"{paths.receipt} is damaged, and set aside with .bad at "
                               "its end: what was changed cannot be told") from None
+
+
+# What a receipt of another shape raises when it is read and checked.
+DAMAGES = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+
+
+def sound_receipt(paths: ClaudePaths) -> Json:
+    """The receipt as it is; OSError, or one of DAMAGES."""
+    with plain_file(paths.receipt) as file:
+        receipt = decode_json(file.read(MAX_RECEIPT_BYTES))
+    check_receipt(receipt)
     return receipt
 
 
@@ -12565,10 +12570,8 @@ def receipt_said(paths: ClaudePaths) -> Said:
     if not os.path.exists(paths.receipt):
         return
     try:
-        with open(paths.receipt, encoding="utf-8") as file:     # which sets none aside
-            receipt = decode_json(file.read(MAX_RECEIPT_BYTES))
-        check_receipt(receipt)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        receipt = sound_receipt(paths)      # which sets none aside
+    except DAMAGES:
         yield BROKEN, f"{paths.receipt} is damaged: what was changed cannot be told", (
             f"look through {paths.settings} by hand, and delete it")
         return
@@ -13077,7 +13080,6 @@ class LogLines:
 # The server until a signal ends it; Claude Code or any program for as long as it runs;
 # Claude Code's settings meanwhile.
 
-
 # Options that a client's environment depends on: hints repeat them.
 HINTED = ("--config", "--provider", "--model", "--base-url", "--host", "--port",
           "--demo")
@@ -13314,14 +13316,8 @@ def led_elsewhere(there: Json, own: Json, added: Mapping[str, str]) -> Dict[str,
 
 def ask_window(config: Config, url: str) -> int:
     """The default model's window as the proxy knows it, tokens; 0 if it cannot say."""
-    try:
-        path = "/v1/models/" + quote(config.default_model, safe="/")
-        connection, response = ask_proxy(config, url, "GET", path)
-        with contextlib.closing(connection):
-            row = decode_json(response.read().decode("utf-8", "replace"))
-    except (OSError, ValueError):
-        return 0
-    return whole(row.get("max_input_tokens")) if isinstance(row, dict) else 0
+    path = "/v1/models/" + quote(config.default_model, safe="/")
+    return whole(proxy_json(config, url, path).get("max_input_tokens"))
 
 
 # What decides where a client goes; all else in settings.json is the user's to choose.
@@ -13390,11 +13386,12 @@ def run_serve(context: Context) -> int:
 def unready_here(context: Context) -> bool:
     """Whether a provider is to be set up first, and there is somebody to do it."""
     config = context.config
-    demo = config.default_model == DEMO_MODEL
-    unready = not demo and bool(missing_key(config)) and at_terminal()
-    if unready:
+    if config.default_model == DEMO_MODEL or not missing_key(config):
+        return False
+    asks = at_terminal()
+    if asks:
         say(f"nimproxy {__version__}: no provider is set up yet.")
-    return unready
+    return asks
 
 
 def at_terminal() -> bool:
@@ -13656,8 +13653,8 @@ def named_provider(context: Context, names: Iterable[str]) -> str:
 
 
 def run_code(context: Context) -> int:
-    program = claude_program(context.environ)
-    if not program:
+    path = claude_program(context.environ)
+    if not path:
         complain(CLAUDE_MISSING)
         return 1
     if unready_here(context):
@@ -13665,18 +13662,18 @@ def run_code(context: Context) -> int:
     arguments = context.arguments
     if context.options.model:
         arguments = ["--model", context.options.model, *arguments]
-    return launch(context, [program, *arguments])
+    return launch(context, [path, *arguments])
 
 
 def run_program(context: Context) -> int:
     if not context.arguments or context.arguments[0].startswith("-"):
         raise ProxyError(400, "run: expected a command, as in `run -- CMD ...`")
     import shutil
-    program = shutil.which(context.arguments[0], path=context.environ.get("PATH"))
-    if not program:
+    path = shutil.which(context.arguments[0], path=context.environ.get("PATH"))
+    if not path:
         complain(f"run: no program {context.arguments[0]!r} on PATH")
         return 127
-    return launch(context, [program, *context.arguments[1:]])
+    return launch(context, [path, *context.arguments[1:]])
 
 
 def run_install(context: Context) -> int:
@@ -13987,8 +13984,7 @@ def run_version() -> int:
 
 
 # ---- 40. Command line --------------------------------------------------------
-# The only part that reads the environment and files, prints, or exits.
-
+# Words and options as rows, and which function they call; errors become exit codes.
 
 class Command(NamedTuple):
     run: str                # the function's name

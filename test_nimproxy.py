@@ -363,7 +363,8 @@ USES = {            # part: the other parts it may use
     "Proxy": " ".join(PARTS[:PARTS.index("Proxy")]),
     "Server": "Numbers Errors Configuration HTTP/1.1 Upstream Journal Proxy",
     "Client": "Models Values Configuration Journal",
-    "Neighbours": "Numbers Errors Configuration Refusals Streams Event Journal Server",
+    "Neighbours": "Numbers Errors Configuration Refusals Arguments Streams Event "
+                  "Journal Asking Server",
     "Saved": "Errors Models Files Values Configuration Memory",
     "Settings": "Numbers Errors Splices Memory",
     "Terminal": "Errors Journal",
