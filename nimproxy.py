@@ -1924,6 +1924,12 @@ def upstream_model(config: Config, asked: str) -> str:
     return name or config.default_model
 
 
+def own_models(config: Config) -> List[str]:
+    """The default, those of the tiers, and the file's, each once."""
+    tiers = (getattr(config, tier) for tier in TIERS)
+    return list(dict.fromkeys([config.default_model, *tiers, *config.models]))
+
+
 def upstream_place(config: Config) -> str:
     return "built in" if config.default_model == DEMO_MODEL else config.base_url
 
@@ -7639,17 +7645,24 @@ def proxy_for(config: Config, target: Target) -> str:
     raise ProxyError(502, f"proxy {masked(url)}: expected http://host:port")
 
 
+def on_loopback(host: str) -> bool:
+    """Whether a host, which may be an address in brackets, is this machine alone."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    return host.lower().rstrip(".") == "localhost"
+
+
 def bypasses(no_proxy: str, target: Target) -> bool:
     """Whether NO_PROXY, or being on this machine, exempts a target.
 
     Entries: *, host (with its sub-domains), .host, host:port, address, network.
     """
     host = target.host.lower().rstrip(".")
+    if on_loopback(host):
+        return True
     address = None
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(host)
-    if host == "localhost" or address and address.is_loopback:
-        return True
     for entry in re.split(r"[\s,]+", no_proxy.lower()):
         name, _, port = entry.rpartition(":") if re.search(r"[^:]:\d+$", entry) \
             else (entry, "", "")
@@ -7961,7 +7974,7 @@ class DayLog:
             return
         row = {"timestamp": time.strftime("%Y-%m-%dT%H:%M:%S"), **row}
         line = encode_json(row) + "\n"
-        path = os.path.join(self.folder, time.strftime("%Y-%m-%d") + ".jsonl")
+        path = day_file(self.folder)
         try:
             self.write(path, line.encode("ascii"))
         except OSError as trouble:
@@ -7988,10 +8001,17 @@ class DayLog:
 
     def thin_out(self) -> None:
         """Delete the days that are too old, before another one begins."""
-        days = [name for name in os.listdir(self.folder)
-                if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\.jsonl", name)]
+        days = [name for name in os.listdir(self.folder) if DAY_FILE.fullmatch(name)]
         for name in sorted(days)[:1 - DAY_LOG_DAYS]:
             os.unlink(os.path.join(self.folder, name))
+
+
+DAY_FILE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\.jsonl")     # by the local clock
+
+
+def day_file(folder: str) -> str:
+    """The path of today's file."""
+    return os.path.join(folder, time.strftime("%Y-%m-%d") + ".jsonl")
 
 
 def error_row(course: Course, error: ProxyError, config: Config) -> Json:
@@ -8680,6 +8700,16 @@ def json_in(raw: bytes) -> Any:
     with contextlib.suppress(ValueError, RecursionError):
         return decode_json(raw.decode("utf-8", "replace"))
     return None
+
+
+def list_path(config: Config) -> str:
+    """Where upstream lists its models, below the base URL."""
+    return "/v1/models" if speaks_messages(config) else "/models"
+
+
+def listed_ids(value: Json) -> List[str]:
+    return [row["id"] for row in shaped(value.get("data"), list)
+            if isinstance(row, dict) and isinstance(row.get("id"), str)]
 
 
 def told_windows(value: Json, model: str) -> Dict[str, int]:
@@ -9418,9 +9448,7 @@ class Proxy:
         when, ids = self.listed
         if ids and time.monotonic() - when < MODELS_FRESH_SECONDS:
             return ids
-        own = list(dict.fromkeys([self.config.default_model, self.config.opus,
-                                  self.config.sonnet, self.config.haiku,
-                                  *self.config.models]))
+        own = own_models(self.config)
         live = asyncio.ensure_future(self.live_models())
         live.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
@@ -9440,12 +9468,9 @@ class Proxy:
         """The ids that upstream lists; ProxyError if it does not."""
         if self.config.default_model == DEMO_MODEL:
             return []
-        path = "/v1/models" if speaks_messages(self.config) else "/models"
-        value = await self.asker.fetched(path)
+        value = await self.asker.fetched(list_path(self.config))
         self.asker.windows.update(told_windows(value, self.config.default_model))
-        rows = value.get("data")
-        return [row["id"] for row in rows if isinstance(row, dict)
-                and isinstance(row.get("id"), str)] if isinstance(rows, list) else []
+        return listed_ids(value)
 
     async def home(self, request: Request) -> Response:
         """The live page for a browser, what /health says for everybody else."""
@@ -9539,10 +9564,14 @@ def last_words(question: Question, error: ProxyError) -> bytes:
                                                not course.raises)))
 
 
-def on_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    return host == "localhost"
+def exposure(config: Config) -> str:
+    """What is wrong with listening where others can reach us; "" if nothing is."""
+    if on_loopback(config.host) or len(config.proxy_key) >= LEAST_KEY_CHARS:
+        return ""
+    return f"listening at {config.host} lets others spend your key"
+
+
+LEAST_KEY_CHARS = 16        # of a key that others might guess
 
 
 @contextlib.contextmanager
@@ -10137,8 +10166,7 @@ def export_lines(added: Mapping[str, str], shell: str) -> List[str]:
 
 CLAUDE_PLACES = ("~/.local/bin", "~/.claude/local", "~/.npm-global/bin",
                  "/opt/homebrew/bin", "/usr/local/bin")
-CLAUDE_MISSING = ("the claude program was not found on PATH; install it with "
-                  "`npm install -g @anthropic-ai/claude-code`")
+CLAUDE_INSTALL = "npm install -g @anthropic-ai/claude-code"
 
 
 def claude_program(environ: Mapping[str, str]) -> str:
@@ -10235,8 +10263,7 @@ def openclaw_config(config: Config, url: str) -> Json:
 def openclaw_ids(config: Config) -> List[str]:
     """The default, the tiers, the file's own, and what lives of NVIDIA's catalog."""
     hosted = config.base_url == PROVIDERS["nvidia"].base_url
-    ids = [config.default_model, *(getattr(config, tier) for tier in TIERS),
-           *config.models]
+    ids = own_models(config)
     if hosted and config.default_model != DEMO_MODEL:
         ids = [SUCCESSORS.get(name, name) if known_model(name).retired else name
                for name in ids]
@@ -12001,8 +12028,8 @@ def check_choices(patient: Patient) -> Said:
         source = sources.get("base_url") or sources.get("provider", "default")
         yield OK, (f"{upstream_label(config)}, {config.base_url} (by {source}), "
                    f"{config.api}"), ""
-    if not on_loopback(config.host) and len(config.proxy_key) < 16:
-        yield BROKEN, f"listening at {config.host} lets others spend your key", (
+    if exposure(config):
+        yield BROKEN, exposure(config), (
             "export PROXY_API_KEY=$(openssl rand -hex 16), or --host 127.0.0.1")
 
 
@@ -12207,16 +12234,14 @@ def check_upstream(patient: Patient) -> Said:
         yield (OK if patient.built_in else NOTE), "it is built in" if patient.built_in \
             else "not asked: there is no connection", ""
         return
-    path = "/v1/models" if speaks_messages(config) else "/models"
     try:
-        status, headers, raw = fetched(config, path)
+        status, headers, raw = fetched(config, list_path(config))
     except ProxyError as error:
         patient.asked = False
         yield BROKEN, error.message, connection_mend(config, error.message)
         return
     value = shaped(json_in(raw), dict)
-    patient.live = [row["id"] for row in shaped(value.get("data"), list)
-                    if isinstance(row, dict) and isinstance(row.get("id"), str)]
+    patient.live = listed_ids(value)
     patient.windows.update(told_windows(value, config.default_model))
     if status == 200 and patient.live:
         yield OK, f"lists {len(patient.live)} models; listed is not open to you: " \
@@ -12518,8 +12543,7 @@ def running_said(patient: Patient, url: str, status: Json) -> Said:
 
 def check_log(patient: Patient) -> Said:
     """Today's failed requests, of all proxies."""
-    name = time.strftime("%Y-%m-%d") + ".jsonl"
-    path = os.path.join(patient.store.home, ERROR_LOG, name)
+    path = day_file(os.path.join(patient.store.home, ERROR_LOG))
     if not patient.store.home or not os.path.isfile(path):
         return
     with open(path, "rb") as file:
@@ -12604,7 +12628,7 @@ def base_said(patient: Patient, url: Any, where: str, undo: str
     except ProxyError as error:
         return BROKEN, error.message, undo
     words = f"ANTHROPIC_BASE_URL in {where} leads to {url}"
-    if not bypasses("", target):        # not this machine
+    if not on_loopback(target.host):
         return NOTE, f"{words}: plain claude goes there", f"{undo}; `code` goes here"
     if target.secure:
         return BROKEN, f"{words}, and http:// is spoken here", undo
@@ -12620,8 +12644,7 @@ def check_claude(patient: Patient) -> Said:
     import shutil
     path = claude_program(patient.environ)
     if not path:
-        yield NOTE, "the claude program is not on PATH", (
-            "npm install -g @anthropic-ai/claude-code")
+        yield NOTE, "the claude program is not on PATH", CLAUDE_INSTALL
         return
     folders = patient.environ.get("PATH", os.defpath).split(os.pathsep)
     every = [shutil.which("claude", path=folder) for folder in folders if folder]
@@ -12637,7 +12660,7 @@ def check_claude(patient: Patient) -> Said:
             "node", path=patient.environ.get("PATH", os.defpath))
         yield BROKEN, f"{path} does not run: {trouble}", (
             "install Node.js 18 or newer: https://nodejs.org" if node else
-            "npm install -g @anthropic-ai/claude-code")
+            CLAUDE_INSTALL)
     elif not numbers:
         yield NOTE, f"{path} says no version, but {found[:60] or 'nothing'}", ""
     elif tuple(map(int, numbers.groups())) < LEAST_CLAUDE:
@@ -12701,7 +12724,7 @@ def model_rows(config: Config, live: Optional[List[str]]) -> List[Json]:
     known = offered(config.provider) if hosted or live is None else []
     named = [*(live or []), *config.models, *known, *tiers.values()]
     learned = Learned(config.home)
-    rows = [model_about(config, name, learned.mends(config.base_url, name))
+    rows = [model_about(config, name, learned)
             for name in dict.fromkeys(filter(None, named))]
     for row in rows:
         name = row["id"]
@@ -12712,15 +12735,15 @@ def model_rows(config: Config, live: Optional[List[str]]) -> List[Json]:
             if row["tiers"] or not (row["gone"] and row["retired"])]
 
 
-def model_about(config: Config, name: str, mends: List[str]) -> Json:
+def model_about(config: Config, name: str, learned: Learned) -> Json:
     """What the catalog and the configuration know of a model, None where they know
     nothing, and what was learned."""
     known = model_facts(config, name)
     sure, thinks = known.sure, known.thinks
     if thinks is None:
         thinks = model_family(name) is not NO_FAMILY
-    windows = [int(mend[7:]) for mend in mends if re.fullmatch(r"window:[0-9]+", mend)]
-    window = min(windows, default=known.window if sure else None)
+    window = learned.window(config.base_url, name) or (known.window if sure else None)
+    mends = learned.mends(config.base_url, name)
     return {"id": name, "window": window, "output": known.output if sure else None,
             "images": known.vision if sure else None,
             "thinking": thinks, "tools": "text" if "xml" in mends else "native",
@@ -12835,17 +12858,16 @@ FIGURES = ("answers", "input_tokens", "output_tokens", "cached_input_tokens")
 Usage = Dict[str, Dict[str, List[int]]]     # figures by day and model
 
 
-def usage_files(home: str) -> Dict[str, str]:
+def usage_files(home: str, old_home: str) -> Dict[str, str]:
     """The log of each day, by its date; the older program's where ours has none."""
-    older = os.path.expanduser(os.path.join("~", ".claude-adapter", USAGE_LOG))
     found = {}
-    for folder in (older, os.path.join(home, USAGE_LOG) if home else ""):
-        names: List[str] = []
+    for place in filter(None, (old_home, home)):
+        folder, names = os.path.join(place, USAGE_LOG), []
         with contextlib.suppress(OSError):
-            names = os.listdir(folder) if folder else []
+            names = os.listdir(folder)
         for name in names:
             path = os.path.join(folder, name)
-            if re.fullmatch(r"\d{4}-\d\d-\d\d\.jsonl", name) and os.path.isfile(path):
+            if DAY_FILE.fullmatch(name) and os.path.isfile(path):
                 found[name[:10]] = path
     return found
 
@@ -13112,9 +13134,9 @@ def check_config(config: Config) -> None:
     """What can be known to be wrong before anything listens."""
     if config.default_model != DEMO_MODEL and missing_key(config):
         raise ProxyError(400, missing_key(config))
-    if not on_loopback(config.host) and len(config.proxy_key) < 16:
-        raise ProxyError(400, f"listening at {config.host} lets others spend your key: "
-                              "set PROXY_API_KEY to 16 characters or more")
+    if exposure(config):
+        raise ProxyError(400, f"{exposure(config)}: set PROXY_API_KEY to "
+                              f"{LEAST_KEY_CHARS} characters or more")
     for variable, path in config.ca_files:
         if not os.path.exists(path):
             raise ProxyError(400, f"{variable}={path}: no such file")
@@ -13250,10 +13272,9 @@ def launch(context: Context, command: List[str]) -> int:
 
 
 def run_client(context: Context, config: Config, url: str, command: List[str]) -> int:
-    one_model = context.sources.get("default_model", "").startswith("--")
     window = ask_window(config, url) or config.context_window
     config = config._replace(context_window=window)
-    added = client_environment(config, url, one_model, context.environ)
+    added = client_environment(config, url, asks_one_model(context), context.environ)
     name = os.path.basename(command[0])
     print(f"nimproxy: {name} on {described_upstream(config)}, by way of {url}",
           file=sys.stderr, flush=True)
@@ -13267,6 +13288,11 @@ def run_client(context: Context, config: Config, url: str, command: List[str]) -
         return 126
     tell_failure(config, url)
     return code
+
+
+def asks_one_model(context: Context) -> bool:
+    """Whether a flag names the model, so that it serves the client's subagents, too."""
+    return context.sources.get("default_model", "").startswith("--")
 
 
 def tell_failure(config: Config, url: str) -> None:
@@ -13328,8 +13354,11 @@ def mend_claude(context: Context) -> None:
     """Put back what a crashed run has left in Claude Code's settings."""
     if not context.options.no_claude_settings:
         with contextlib.suppress(ProxyError):       # no home: nothing is left there
-            mend_settings(claude_paths(context.environ),
-                          lambda words: log.warning("%s", words))
+            mend_settings(claude_paths(context.environ), warn)
+
+
+def warn(words: str) -> None:
+    log.warning("%s", words)
 
 
 @contextlib.contextmanager
@@ -13351,8 +13380,7 @@ def led_by_settings(context: Context, url: str) -> ContextManager:
     there = installed.get("ANTHROPIC_BASE_URL", "" if wished else url)
     if there == url or there and answers(context.config, there):
         return contextlib.nullcontext()
-    wish = settings_wish(context, paths, url)
-    return claude_settings(paths, wish, lambda words: log.warning("%s", words))
+    return claude_settings(paths, settings_wish(context, paths, url), warn)
 
 
 def settings_wish(context: Context, paths: ClaudePaths, url: str) -> Dict[str, str]:
@@ -13365,8 +13393,7 @@ def settings_wish(context: Context, paths: ClaudePaths, url: str) -> Dict[str, s
     wishes = {name: context.environ.get(name, "") for name in DEFEATED}
     wishes.update((name, str(value)) for name, value in own.items()
                   if value and not name.startswith("ANTHROPIC_"))
-    one_model = context.sources.get("default_model", "").startswith("--")
-    wish = client_environment(context.config, url, one_model, wishes)
+    wish = client_environment(context.config, url, asks_one_model(context), wishes)
     del wish["NO_PROXY"], wish["no_proxy"]
     return {**wish, **{name: "" for name in BYPASSES if own.get(name)}}
 
@@ -13655,7 +13682,8 @@ def named_provider(context: Context, names: Iterable[str]) -> str:
 def run_code(context: Context) -> int:
     path = claude_program(context.environ)
     if not path:
-        complain(CLAUDE_MISSING)
+        complain("the claude program was not found on PATH; install it with "
+                 f"`{CLAUDE_INSTALL}`")
         return 1
     if unready_here(context):
         return run_setup(context)
@@ -13740,8 +13768,7 @@ def run_env(context: Context) -> int:
                               f"found {shell!r}{nearest(shell, EXPORTS)}")
     config = context.config
     url = config_url(running_proxy(config)[0])
-    one_model = context.sources.get("default_model", "").startswith("--")
-    added = client_environment(config, url, one_model, context.environ)
+    added = client_environment(config, url, asks_one_model(context), context.environ)
     say("\n".join(export_lines(added, shell)))
     return 0
 
@@ -13958,7 +13985,8 @@ def run_usage(context: Context) -> int:
         time.time() - 86400 * (days - 1)))
     usage: Usage = {}
     unread = 0
-    for date, path in sorted(usage_files(context.config.home).items()):
+    store = context.store
+    for date, path in sorted(usage_files(store.home, store.old_home).items()):
         if date >= oldest:
             usage[date], count = read_usage(path)
             unread += count
@@ -13968,7 +13996,7 @@ def run_usage(context: Context) -> int:
         return 0
     if not usage:
         say(f"no tokens logged in {days} day{'s' * (days > 1)}, in "
-            f"{os.path.join(context.config.home or '(no home)', USAGE_LOG)}")
+            f"{os.path.join(store.home or '(no home)', USAGE_LOG)}")
     else:
         columns = min(terminal_width(), COLUMNS)
         say("\n".join(usage_lines(usage, columns, bar_mark())))

@@ -9237,6 +9237,8 @@ PIPES = named([             # a file, a command that reads it, and what that say
     ("what was learned", ".nimproxy/learned.json", "models", b""),
     ("the receipt", ".claude/settings.json.nimproxy-receipt", "uninstall",
      b"plain file"),
+    ("the receipt, for doctor", ".claude/settings.json.nimproxy-receipt",
+     "doctor --demo", b""),
 ])
 
 
@@ -9245,7 +9247,7 @@ PIPES = named([             # a file, a command that reads it, and what that say
 def test_a_pipe_in_a_files_place_is_not_waited_for(shell, name, command, words):
     (shell / name).parent.mkdir(parents=True)
     os.mkfifo(str(shell / name))
-    done = subprocess.run([sys.executable, str(HERE / "nimproxy.py"), command],
+    done = subprocess.run([sys.executable, str(HERE / "nimproxy.py"), *command.split()],
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=20)
     assert done.returncode in (0, 1, 2) and words in done.stderr
 
