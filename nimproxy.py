@@ -100,8 +100,8 @@ from typing import (Any, AsyncIterator, Awaitable, Callable, ContextManager, Dic
                     Set, TextIO, Tuple, Union)
 from urllib.parse import quote, unquote, urlsplit
 
-# difflib, hmac, http.client and shutil are imported where they are used: few runs need
-# them, and together they are a tenth of the time that a start takes.
+# difflib, hmac, http.client, shutil and the like are imported where they are used: few
+# runs need them, and these four alone are a tenth of the time that a start takes.
 
 __version__ = "0.1.0"
 __all__ = ["Background", "Config", "Message", "ProxyError", "chat_body",
@@ -6494,9 +6494,9 @@ def parse_fields(data: bytes) -> Headers:
     return headers
 
 
-def header(headers: Headers, name: str, default: str = "") -> str:
+def header(headers: Headers, name: str) -> str:
     """The first value of a header; names are lower case."""
-    return next((value for key, value in headers if key == name), default)
+    return next((value for key, value in headers if key == name), "")
 
 
 def field_values(headers: Headers, name: str) -> List[str]:
@@ -10338,9 +10338,9 @@ def ask_proxy(config: Config, url: str, method: str, path: str,
         raise OSError(f"{url} does not answer: {error}") from None
 
 
-def running_status(config: Config, path: str = "/status") -> Json:
+def running_status(config: Config) -> Json:
     """The status of a proxy of ours at the configured address; {} if there is none."""
-    return status_at(config, config_url(config), path)
+    return status_at(config, config_url(config), "/status")
 
 
 def status_at(config: Config, url: str, path: str) -> Json:
@@ -10365,7 +10365,7 @@ def running_proxy(config: Config) -> Tuple[Config, Json]:
     """Where a proxy of ours for the same upstream is up, from the configured port on,
     and its status; else whichever is at that port itself, {} if none is."""
     from concurrent.futures import ThreadPoolExecutor
-    own, place = running_status(config), upstream_place(config)
+    own, place = neighbour_status(config), upstream_place(config)
     others = [config._replace(port=port) for port in near_ports(config)[1:]]
     if own.get("base_url") == place or not others:
         return config, own
@@ -10376,14 +10376,13 @@ def running_proxy(config: Config) -> Tuple[Config, Json]:
 
 
 def neighbour_status(config: Config) -> Json:
-    """The same, and no key goes to whoever does not even say that it is a nimproxy."""
-    known = running_status(config._replace(proxy_key=""), "/health")
-    return running_status(config) if known else {}
+    """The status; no key goes to whoever does not even say that it is a nimproxy."""
+    return running_status(config) if answers(config, config_url(config)) else {}
 
 
 def answers(config: Config, url: str) -> bool:
-    """Whether a nimproxy is up there, which Claude Code had better stay with."""
-    return bool(status_at(config, url, "/health"))
+    """Whether a nimproxy is up at a URL; it is asked without the key."""
+    return bool(status_at(config._replace(proxy_key=""), url, "/health"))
 
 
 ONCE_SECONDS = 0.05         # what comes within them has come at once, at no rate
@@ -10416,7 +10415,7 @@ def near_ports(config: Config) -> range:
 def port_user(config: Config) -> str:
     """Who listens where we would: `python3 (pid 7)`, `nimproxy already`."""
     name, pid = port_owner(config)
-    if running_status(config._replace(proxy_key=""), "/health"):
+    if answers(config, config_url(config)):
         name = "nimproxy already"
     return name + (f" (pid {pid})" if pid else "")
 
@@ -10524,7 +10523,7 @@ class Store:
 
     def __init__(self, home: str, old_home: str = "") -> None:
         self.home, self.old_home = home, old_home
-        self.troubles: List[str] = []
+        self.troubles: List[Tuple[str, str]] = []       # path and words
         self.records: Dict[str, Json] = {}      # what the files hold, by provider
         self.paths: Dict[str, str] = {}         # and where
         for folder in filter(None, (home, old_home)):
@@ -10560,7 +10559,7 @@ class Store:
             return {}
         except (OSError, ValueError, RecursionError) as error:
             why = getattr(error, "strerror", None) or error
-            self.troubles.append(f"{path}: cannot be read: {why}")
+            self.troubles.append((path, f"cannot be read: {why}"))
             return {}
 
     def saved(self) -> SavedProviders:
@@ -11977,13 +11976,12 @@ def check_home(patient: Patient) -> Said:
     try:
         learned_rows(looking.read(memory))
     except ValueError as error:
-        looking.troubles.append(f"{memory}: cannot be read: {error}")
+        looking.troubles.append((memory, f"cannot be read: {error}"))
     if not looking.troubles:                    # else that would set it aside
         patient.learned = Learned(home)
     damaged += looking.troubles
-    for words in damaged:
-        path = words.partition(": cannot be read")[0]
-        yield BROKEN, words, f"repair or delete it: rm {shlex.quote(path)}"
+    for path, words in damaged:
+        yield BROKEN, f"{path}: {words}", f"repair or delete it: rm {shlex.quote(path)}"
     place = home
     while not os.path.lexists(place) and os.path.dirname(place) != place:
         place = os.path.dirname(place)
@@ -12490,7 +12488,7 @@ def check_port(patient: Patient) -> Said:
         yield from running_said(patient, config_url(near), status)
     elif not config.port:
         yield OK, "any that is free", ""
-    elif running_status(config._replace(proxy_key=""), "/health"):
+    elif answers(config, config_url(config)):
         yield NOTE, f"a nimproxy is up at {config_url(config)}, with another key", (
             "export PROXY_API_KEY with its key")
     else:
@@ -12632,7 +12630,7 @@ def base_said(patient: Patient, url: Any, where: str, undo: str
         return NOTE, f"{words}: plain claude goes there", f"{undo}; `code` goes here"
     if target.secure:
         return BROKEN, f"{words}, and http:// is spoken here", undo
-    if answers(patient.config._replace(proxy_key=""), url):     # perhaps a stranger
+    if answers(patient.config, url):
         return OK, f"{words}, where a nimproxy answers", ""
     port = "" if target.port == patient.config.port else f" --port {target.port}"
     return BROKEN, f"{words}, where no nimproxy answers", (
@@ -13938,12 +13936,12 @@ async def live_list(config: Config) -> List[str]:
 def run_status(context: Context) -> int:
     config, status = running_proxy(context.config)
     if not status:
-        locked = running_status(config, "/health")
         url = config_url(config)
+        locked = answers(config, url)
         complain(f"a nimproxy is up at {url}; set PROXY_API_KEY to its key" if locked
                  else f"no nimproxy answers at {url}; start one with `{program()}`")
         if context.options.json:
-            say(json.dumps({"running": bool(locked)}))
+            say(json.dumps({"running": locked}))
         return 1
     if context.options.json:
         say(json.dumps(status, indent=1))
@@ -14083,8 +14081,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         if options.reconfigure and command == "serve":
             command = "setup"
         arguments, store = rest or options.arguments, Store(*home_folders(os.environ))
-        for trouble in store.troubles if command != "doctor" else ():
-            complain(trouble)
+        for path, words in store.troubles if command != "doctor" else ():
+            complain(f"{path}: {words}")
         if command in STORE_COMMANDS:
             context = Context(options, Config(), {}, arguments, dict(os.environ), store)
             return globals()[COMMANDS[command].run](context)

@@ -913,8 +913,7 @@ def test_windows_and_tool_formats_as_the_seeds_write_them():
         assert (config.context_window, config.tool_format) == (tokens, "xml")
 
 
-@pytest.mark.parametrize("file, message", [row[1:] for row in BAD_CONFIGS],
-                         ids=[row[0] for row in BAD_CONFIGS])
+@pytest.mark.parametrize("file, message", named(BAD_CONFIGS))
 def test_bad_configuration_is_named(file, message):
     with pytest.raises(np.ProxyError) as caught:
         resolved(file)
@@ -12722,7 +12721,6 @@ def said_in(finish, *chunks):
                           for chunk in chunks), finish))
 
 
-LIMITED_429 = {"type": "rate_limit_reached_error"}
 ZAI_RATE = zai(429, "Rate limit reached for requests", "1302")
 HIS_WELL = said_in("stop", says(content="Well."))
 GATEWAY_404 = {"status": 404, "title": "Not Found",
