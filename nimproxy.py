@@ -7992,9 +7992,10 @@ class DayLog:
         flags |= getattr(os, "O_NONBLOCK", 0)   # a pipe that nobody reads is an error
         file = os.open(path, flags, 0o600)
         try:
-            if not os.path.isfile(path):
+            there = os.fstat(file)
+            if not stat.S_ISREG(there.st_mode):
                 raise OSError(errno.EINVAL, "expected a plain file there")
-            if os.fstat(file).st_size + len(line) <= DAY_LOG_BYTES:
+            if there.st_size + len(line) <= DAY_LOG_BYTES:
                 os.write(file, line)
         finally:
             os.close(file)
@@ -10736,7 +10737,8 @@ def mend_settings(paths: ClaudePaths, tell: Callable[[str], None]) -> None:
             return
         numbers = "".join(f" (pid {row['pid']})" for row in gone)
         if change_settings(paths, list, tell) or gone:
-            tell("put back what a crashed run had left in Claude's settings" + numbers)
+            tell("put back what a crashed run had left in Claude Code's settings"
+                 + numbers)
     except ProxyError as error:
         tell(f"Claude Code's settings are not put back: {error.message}")
 
@@ -11298,9 +11300,10 @@ def output_coding() -> str:
 
 def can_show(text: str) -> bool:
     try:
-        return bool(text.encode(output_coding()))
+        text.encode(output_coding())
     except (UnicodeError, LookupError):
         return False
+    return True
 
 
 def complain(text: str) -> None:
@@ -13155,8 +13158,12 @@ async def serve_forever(context: Context) -> int:
     say(f"nimproxy {__version__} listening on {server.url}")
     say(f"  upstream {described_upstream(config)}")
     say(f"  Claude Code: eval \"$({program()} env{hinted(context, port)})\" && claude")
-    with clients_led(context, server.url):
+    loop = asyncio.get_running_loop()
+    with contextlib.ExitStack() as stack:       # both wait for files, and for others
+        led = clients_led(context, server.url)
+        await loop.run_in_executor(None, stack.enter_context, led)
         await stopping.wait()
+        await loop.run_in_executor(None, stack.close)
     count = server.drain()
     if count:
         with contextlib.suppress(OSError):      # the terminal may have gone
@@ -13167,7 +13174,7 @@ async def serve_forever(context: Context) -> int:
     for task in tasks:
         task.cancel()
     # A thread that still resolves a name does not hold the end up.
-    asyncio.get_running_loop().call_later(LINGER_SECONDS, os._exit, 0)
+    loop.call_later(LINGER_SECONDS, os._exit, 0)
     return 0
 
 
@@ -13707,8 +13714,7 @@ def run_install(context: Context) -> int:
     config = context.config
     if not config.port:
         raise ProxyError(400, "install: expected the port that `serve` will listen at")
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    url = config_url(config._replace(host=host))
+    url = config_url(config)
     mend_claude(context)
     paths = claude_paths(context.environ)
     try:

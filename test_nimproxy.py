@@ -111,10 +111,7 @@ class FakeNim:
 
     def heard(self, count):
         """Wait until so many requests have come."""
-        end = time.monotonic() + 10
-        while len(self.requests) < count:
-            assert time.monotonic() < end
-            time.sleep(0.005)
+        until(lambda: len(self.requests) >= count)
 
     def answer(self, handler, chat):
         self.requests.append((handler.command, handler.path, dict(handler.headers)))
@@ -9565,8 +9562,8 @@ def test_what_a_killed_run_left_is_put_back_at_the_next_start(tmp_path):
         for paths in all_paths:
             np.mend_settings(paths, told.append)
     assert tree(tmp_path) == before
-    assert told == ["put back what a crashed run had left in Claude's settings (pid %d)"
-                    % child.pid] * len(SHAPES)
+    assert told == ["put back what a crashed run had left in Claude Code's settings "
+                    "(pid %d)" % child.pid] * len(SHAPES)
 
 
 @pytest.mark.parametrize("raw, words", named(UNFIT))
@@ -11708,6 +11705,22 @@ def test_serve_until_a_signal(shell):
         assert status == 200 and "built-in" in message["content"][-1]["text"]
         child.send_signal(signal.SIGTERM)
         assert child.wait(5) == 0
+
+
+def test_serve_answers_while_it_looks_who_has_claudes_settings(shell, capsys):
+    """`install` may have named this very proxy otherwise: it asks itself then."""
+    port = str(free_port())
+    where = ("--demo", "--host", "localhost", "--port", port)
+    assert run(capsys, "install", "--yes", *where)[0] == 0
+    before = tree(shell)
+    with serving(*where) as (child, url):
+        began = time.monotonic()
+        assert Client(url).request("GET", "/health")[0] == 200
+        assert time.monotonic() - began < 0.8       # a second is how long it waits
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(5) == 0
+        assert b"while this runs" not in child.stderr.read()
+    assert tree(shell) == before
 
 
 def test_the_demo_sums_up_a_result_that_has_something_after_it():
