@@ -10574,8 +10574,8 @@ class Store:
         name, now = draft.provider, time.strftime("%Y-%m-%dT%H:%M:%S")
         if draft.ready:
             return self.activate(name)
-        if not draft.unasked:
-            self.settings["claude_settings"] = draft.claude
+        if not draft.unasked and not draft.claude:      # a yes counts when its
+            self.settings["claude_settings"] = False    # changes have been shown
         self.active = name
         self.records[name] = draft.record(now, self.records.get(name, {}))
         self.paths[name] = os.path.join(self.home, "providers", name + ".json")
@@ -13474,6 +13474,10 @@ def run_setup(context: Context) -> int:
 def start_after_setup(context: Context, draft: Draft, terminal: Terminal) -> int:
     """Do what was asked for before, or ask what to start after `setup`."""
     options, start = context.options, context.options.command
+    options.reconfigure = None
+    context = make_context(options, context.arguments, context.store)
+    if draft.claude and not draft.ready:
+        agree_on_settings(context)
     if start == "setup":
         rows = [Choice("code", "Launch Claude Code", f"{program()} code"),
                 Choice("serve", "Start the proxy", program())]
@@ -13481,10 +13485,6 @@ def start_after_setup(context: Context, draft: Draft, terminal: Terminal) -> int
             start = terminal.choose("It is set up. Start now?", rows)
         except (Back, Leave):
             return 0
-    options.reconfigure = None
-    context = make_context(options, context.arguments, context.store)
-    if draft.claude and not draft.ready:
-        agree_on_settings(context)
     start_log(context, quiet=start != "serve")
     return run_code(context) if start == "code" else run_serve(context)
 
@@ -13500,10 +13500,10 @@ def agree_on_settings(context: Context) -> None:
         return
     for edit in edits:
         say(edit.trouble or "\n".join(diff_lines(edit)))
-    if not agreed("Write this, each time while `serve` runs?"):
-        store.settings["claude_settings"] = False
-        with contextlib.suppress(OSError):      # said already
-            store.activate(store.active)
+    store.settings["claude_settings"] = agreed(
+        "Write this, each time while `serve` runs?")
+    with contextlib.suppress(OSError):          # said already
+        store.activate(store.active)
 
 
 def listed_models(config: Config) -> List[str]:

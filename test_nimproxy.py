@@ -10408,6 +10408,23 @@ def test_claude_codes_settings_are_changed_on_two_yeses(tmp_path, word, there):
 
 
 @on_a_terminal
+def test_a_yes_counts_only_once_its_changes_were_shown(tmp_path):
+    way = [("settings?", "2"), ("All right?", "2"), ('"ANTHROPIC_BASE_URL"', "")]
+    with models_fake() as nim, Person(tmp_path, "setup") as person:
+        person.answers(*to_nvidia(nim.url)[:-1], *way, ("Write this", "\x03"))
+        assert person.ends() == 130
+    assert "claude_settings" not in saved_file(tmp_path, "settings")
+    other = tmp_path / "other"
+    other.mkdir()
+    with models_fake() as nim, Person(other, "setup") as person:
+        person.answers(*to_nvidia(nim.url)[:-1], *way, ("Write this", "y" + ENTER),
+                       ("Start now?", "4"))
+        assert person.ends() == 0
+    assert saved_file(other, "settings")["claude_settings"] is True
+    assert not (other / ".claude").exists()
+
+
+@on_a_terminal
 def test_without_a_home_the_wizard_says_so(tmp_path):
     with Person(tmp_path, "setup", HOME="") as person:
         assert person.ends() == 2
