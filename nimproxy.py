@@ -10250,6 +10250,8 @@ def openclaw_config(config: Config, url: str) -> Json:
               OPENCLAW[1]: (url + "/v1", key, APIS[0])}
     variable = PROVIDERS[config.provider].key_variable
     if config.default_model != DEMO_MODEL:
+        if config.api == APIS[1]:           # a relay has no other words to offer
+            del blocks[OPENCLAW[1]]
         key = "${%s}" % variable if variable else "local"
         blocks[config.prefix or config.provider] = config.base_url, key, config.api
     return {
@@ -13959,8 +13961,9 @@ def run_status(context: Context) -> int:
 
 OPENCLAW_NOTE = """\
 // For ~/.openclaw/openclaw.json; keep of the providers what you want.
-// {0}: this proxy in Anthropic's words; {1}: in OpenAI's;
-// any other: that server itself.  Keys are taken from the environment.
+// {0}: this proxy in Anthropic's words; {1}: in OpenAI's,
+// unless it relays; any other: that server itself.
+// Keys are taken from the environment.
 """
 
 

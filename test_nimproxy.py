@@ -12213,6 +12213,11 @@ def test_models_that_openclaws_file_tells(shell, capsys):
         "foo", 4096, False)
 
 
+def test_openclaw_gets_no_words_that_a_relay_does_not_understand(shell, capsys):
+    code, out, _ = run(capsys, "openclaw", "--provider", "kimi")
+    assert code == 0 and list(json5(out)["models"]["providers"]) == ["nimproxy", "kimi"]
+
+
 def test_openclaw_of_an_unknown_provider(shell, capsys):
     code, _, err = run(capsys, "openclaw", "nvida")
     assert code == 2 and "expected one of nimproxy, nimproxy-openai, nvidia" in err
