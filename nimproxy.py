@@ -12725,6 +12725,7 @@ def model_rows(config: Config, live: Optional[List[str]]) -> List[Json]:
     tiers["default"] = config.default_model
     hosted = config.base_url == PROVIDERS[config.provider].base_url
     known = offered(config.provider) if hosted or live is None else []
+    theirs = {*(live or []), *config.models, *tiers.values()}
     named = [*(live or []), *config.models, *known, *tiers.values()]
     learned = Learned(config.home)
     rows = [model_about(config, name, learned)
@@ -12734,6 +12735,8 @@ def model_rows(config: Config, live: Optional[List[str]]) -> List[Json]:
         row["tiers"] = [tier for tier, model in tiers.items() if model == name]
         row["new"] = name in (live or ()) and name not in MODELS
         row["gone"] = live is not None and name not in live
+        if not hosted and name in theirs:       # retired there, and not here
+            row.update(retired=False, instead=None)
     return [row for row in rows
             if row["tiers"] or not (row["gone"] and row["retired"])]
 

@@ -11363,10 +11363,20 @@ def test_colours_are_for_terminals(shell, monkeypatch, environ, wanted):
 
 
 def test_live_models(shell, capsys):
-    models = {"data": [{"id": "a/b"}, {"id": "z-ai/glm-5.2"}]}
-    with FakeNim(response(json.dumps(models).encode())) as nim:
+    listed = {"data": [{"id": "a/b"}, {"id": "z-ai/glm-5.2"}]}
+    with FakeNim(response(json.dumps(listed).encode())) as nim:
         code, out, _ = run(capsys, "models", "--live", "--base-url", nim.url)
-    assert code == 0 and "a/b" in out and "retired" in out
+    assert code == 0 and "a/b" in out
+    assert "z-ai/glm-5.2 " in out and "retired" not in out      # NVIDIA's, not here
+
+
+def test_a_server_of_ones_own_has_what_its_owner_names(shell, capsys):
+    name = "meta/llama-3.3-70b-instruct"
+    own = "--base-url", "http://localhost:8000/v1"
+    for argv, retired in (((), True), (own, False)):
+        code, out, _ = run(capsys, "models", "--json", "--model", name, *argv)
+        row = next(row for row in json.loads(out) if row["id"] == name)
+        assert code == 0 and row["retired"] is bool(row["instead"]) is retired
 
 
 def test_test_asks_and_measures(shell, capsys):
