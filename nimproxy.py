@@ -11407,14 +11407,14 @@ class Terminal:
 
     def chosen_by_keys(self, title: str, rows: List[Choice], at: int) -> Any:
         with single_keys() as read:         # from here on, typed ahead or not
-            line = title + "  (arrow keys and Enter, or a number)"
+            line = title + "  (arrow keys or a number, then Enter)"
             say(line if cut_to(line, terminal_width() - 1) == line else title)
             say("\n".join(self.lines(rows, at)))
             while True:
                 key = read()
                 name = PRESSES.get(key, "")
                 if key.isdigit() and 1 <= int(key) <= len(rows):
-                    at, name = int(key) - 1, "enter"
+                    at = int(key) - 1       # many type Enter behind it, as elsewhere
                 at = (at + {"up": -1, "down": 1}.get(name, 0)) % len(rows)
                 if name in ("back", "exit"):
                     at = len(rows) - (2 if name == "back" else 1)

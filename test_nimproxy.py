@@ -10116,7 +10116,7 @@ class Person:
         """For each pair: what is read first, and the keys that are typed then."""
         for words, keys in pairs:
             self.reads(words)
-            self.types(keys)
+            self.types(keys + ENTER if keys.isdigit() else keys)
 
     def ends(self, seconds=20):
         """The exit code, None if it has none so soon; what is still said is kept."""
@@ -10364,7 +10364,7 @@ def test_a_check_of_the_first_run_stands_in_plain_lines_that_fit(tmp_path):
     with nim, Person(tmp_path, "-p", "0") as person:
         said = "".join(person.reads(words) + words + (person.types(keys) or "")
                        for words, keys in to_nvidia(nim.url) + [
-                           ("All right?", "1"), ("big/one: ok\r\n  mid/one: ok", "")])
+                           ("All right?", ENTER), ("big/one: ok\r\n  mid/one: ok", "")])
         for line in said.splitlines():
             line = re.sub(r"\x1b\[\w+", "", line)
             assert np.cut_to(line, 80) == line or str(tmp_path) in line
@@ -10481,6 +10481,16 @@ def test_keys_of_no_meaning_choose_nothing(tmp_path):
 
 
 @on_a_terminal
+def test_enter_behind_a_number_answers_no_other_question(tmp_path):
+    with Person(tmp_path, "setup") as person:
+        person.answers(("5. Exit", "2"), ("4. Go back", ""))
+        assert "? Choose provider" in person.said + person.reads("> 1. Kimi")
+        assert person.ends(0.5) is None and "action" not in person.said
+        person.types("\x03")
+        assert person.ends() == 130
+
+
+@on_a_terminal
 def test_a_damaged_provider_can_be_set_up_anew(tmp_path):
     put_files(tmp_path, **{".nimproxy/providers/ollama": {**SAVED_PROXY, "port": "x"}})
     with Person(tmp_path, "setup", "--provider", "ollama") as person:
@@ -10502,7 +10512,7 @@ def test_names_and_errors_of_a_server_do_not_steer_the_terminal(tmp_path):
         person.types("big/one" + ENTER)
         person.answers(*way[8:], ("All right?", "1"))
         told += person.reads("as it should")
-        person.types("3")
+        person.types("3" + ENTER)
         assert person.ends() == 130
     assert "mine\x07" not in told and "\x1b]" not in told and "\x9b" not in told
 
