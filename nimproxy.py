@@ -1989,9 +1989,8 @@ def upstream_label(config: Config) -> str:
 def missing_key(config: Config) -> str:
     """What to say when the provider's own host needs a key and there is none."""
     row = PROVIDERS[config.provider]
-    host = urlsplit(config.base_url).netloc.lower()
-    if (config.api_key or not row.key_variable
-            or not re.fullmatch(row.hosts or "-", host)):
+    own = provider_at(config.base_url) is row
+    if config.api_key or not row.key_variable or not own:
         return ""
     return (f"no API key for {row.label}: get one at {row.key_page} and set "
             f"{row.key_variable}, or run `setup`; `demo` and `code --demo` need none")
