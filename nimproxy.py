@@ -10509,9 +10509,10 @@ class Draft(NamedTuple):
         start = {"provider": self.provider, "base_url": self.base_url,
                  "api_key": self.api_key}
         if self.relayed():
+            window = {"max_context_window": self.window} if self.window else {}
             return {**start, "created_at": before.get("created_at") or now,
-                    "last_updated": now, "default_models": models,
-                    "preset_label": PROVIDERS[self.provider].label, "port": self.port}
+                    "last_updated": now, "default_models": models, "preset_label":
+                    PROVIDERS[self.provider].label, "port": self.port, **window}
         return {**start, "models": models, "tool_format": self.tool_format,
                 "port": self.port, "max_context_window": self.window or None}
 
@@ -11847,7 +11848,7 @@ STEPS: List[Tuple[str, Callable[[Draft], bool]]] = [    # and of which drafts
     ("action", lambda draft: not draft.again), ("guide", unready),
     ("api_key", lambda draft: unready(draft) and draft.provider not in KEYLESS),
     ("base_url", unready), ("port", unready), ("opus", unready), ("sonnet", unready),
-    ("haiku", unready), ("tool_format", translated), ("window", translated),
+    ("haiku", unready), ("tool_format", translated), ("window", unready),
     ("claude", lambda draft: unready(draft) and not draft.unasked),
     ("summary", unready)]
 EXAMPLE_URL = "https://api.openai.com/v1"
@@ -11884,10 +11885,9 @@ def summary_rows(draft: Draft) -> List[Tuple[str, str]]:
             ("API key", masked_key(draft.api_key) if draft.api_key else "-"),
             ("port", str(draft.port))]
     rows += [(tier, getattr(draft, tier)) for tier in TIERS]
-    if draft.relayed():
-        return [*rows, ("API", "Anthropic's own, relayed as it is")]
-    return [*rows, ("tool format", draft.tool_format),
-            ("window", str(draft.window or "auto"))]
+    how = (("API", "Anthropic's own, relayed as it is") if draft.relayed()
+           else ("tool format", draft.tool_format))
+    return [*rows, how, ("window", str(draft.window or "auto"))]
 
 
 # ---- 35. Doctor: what is wrong, and what mends it ----------------------------
@@ -12412,7 +12412,7 @@ PROBE_MENDS = [             # pattern in the words of a model that fails, what m
      "config.yaml names what to ask instead"),
     ("DEGRADED|busy|answered 5|empty answer", "wait, or `fallbacks` in config.yaml"),
     ("within|silen", "it may still be loading: again, or a smaller model"),
-    ("tool", "tool_format: xml in config.yaml, or another model"),
+    ("tool", "{prose}another model"),
     ("", "`{program} test --model {model}` shows it whole"),
 ]
 
@@ -12439,7 +12439,8 @@ def check_probe(patient: Patient) -> Said:
                             if re.search(pattern, words))
                 yield BROKEN, f"{name}: {words}", mend.format(
                     page=PROVIDERS[config.provider].key_page, program=program(),
-                    model=name)
+                    model=name, prose="" if speaks_messages(config)
+                    else "tool_format: xml in config.yaml, or ")
 
 
 def probing(config: Config, models: List[str]) -> Config:
@@ -13487,8 +13488,11 @@ def start_after_setup(context: Context, draft: Draft, terminal: Terminal) -> int
                 Choice("serve", "Start the proxy", program())]
         try:
             start = terminal.choose("It is set up. Start now?", rows)
-        except (Back, Leave):
+        except Leave:
             return 0
+        except Back:
+            options.provider, options.reconfigure = None, True
+            return run_setup(context)
     start_log(context, quiet=start != "serve")
     return run_code(context) if start == "code" else run_serve(context)
 

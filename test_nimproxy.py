@@ -309,6 +309,12 @@ def no_leaks():
     assert not [leak.exc_value for leak in LEAKS]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def nothing_of_ones_own(tmp_path_factory):
+    """Nobody's own ~/.nimproxy is read, or written to."""
+    os.environ["NIMPROXY_HOME"] = str(tmp_path_factory.mktemp("home"))
+
+
 @pytest.fixture(autouse=True)
 def in_haste(monkeypatch):
     """Repetitions, and the pauses after a 429, take no time."""
@@ -10221,6 +10227,15 @@ def test_the_wizard_by_numbers_and_without_chinese(tmp_path):
 
 
 @on_a_terminal
+def test_the_last_menu_can_be_gone_back_from(tmp_path):
+    with models_fake() as nim, Person(tmp_path, "setup") as person:
+        person.answers(*to_nvidia(nim.url), ("All right?", "2"), ("Start now?", ESCAPE),
+                       ("? NVIDIA NIM", "4"))       # Exit, of the same questions anew
+        assert person.ends() == 130
+    assert saved_file(tmp_path, "providers/nvidia")["port"] == 9191
+
+
+@on_a_terminal
 def test_the_wizard_saves_a_relayed_provider_in_its_own_shape(tmp_path):
     argv = ["setup", "--provider", "kimi"]
     with models_fake() as nim, Person(tmp_path, *argv) as person:
@@ -10233,12 +10248,15 @@ def test_the_wizard_saves_a_relayed_provider_in_its_own_shape(tmp_path):
             ("Sonnet [", "kimi-k2.7-code" + ENTER),
             ("the same again", "kimi-k2.7-code" + ENTER),
             ("Haiku [", "wee/one" + ENTER),
-            ("settings?", ENTER), ("relayed", ""), ("All right?", "2"),
+            ("Window [auto]", "64k" + ENTER), ("settings?", ENTER), ("relayed", ""),
+            ("All right?", "2"),
             ("Start now?", "4"))
         assert person.ends() == 0
     record = saved_file(tmp_path, "providers/kimi")
     assert list(record) == ["provider", "base_url", "api_key", "created_at",
-                            "last_updated", "default_models", "preset_label", "port"]
+                            "last_updated", "default_models", "preset_label", "port",
+                            "max_context_window"]
+    assert record["max_context_window"] == 65536
     assert record["base_url"] == nim.url.replace("/v1", "/anthropic")
     assert record["default_models"]["sonnet"] == "kimi-k2.7-code"
 
@@ -16680,7 +16698,8 @@ class Process:
     def __init__(self, home, *command):
         environ = {name: value for name, value in os.environ.items()
                    if name in ("PATH", "HOME", "LANG")}
-        environ["PYTHONPATH"] = str(HERE)
+        environ.update(PYTHONPATH=str(HERE),
+                       NIMPROXY_HOME=os.path.join(str(home), ".nimproxy"))
         self.process = subprocess.Popen(
             [sys.executable, *command], cwd=str(home), env=environ, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
