@@ -14,7 +14,7 @@ ENGINE   = .cache/engine/build/bin/llama-server
 help:    ## show this list
 	@sed -n 's/^\([a-z0-9]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-test: $(VENV)/pytest    ## run the tests (no network beyond this machine, a minute or two)
+test: $(VENV)/pytest    ## run the tests (no network beyond this machine, four minutes)
 	$(PYTEST) test_nimproxy.py
 
 properties: $(VENV)/pytest    ## what holds for all inputs, tried on 100,000 random ones
