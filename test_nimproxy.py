@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tests for nimproxy, in the order of its parts.
 
-    make test           all of them but e2e and bench; no network, a minute or two
+    make test           all of them but e2e and bench; no network, four minutes
     make properties     what holds for all inputs, tried on 100,000 random ones
     make e2e            the real Claude Code and both SDKs, through the proxy
     make bench          the figures of the README
