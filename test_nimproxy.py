@@ -10095,6 +10095,8 @@ class Person:
                        "sys.argv[0] = 'nimproxy'; sys.exit(nimproxy.main())", *argv]
             os.chdir(str(folder))
             command = program or command
+            for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP):
+                signal.signal(number, signal.SIG_DFL)   # ignored in the background
             os.execve(command[0], command, {
                 "HOME": str(folder), "TERM": "xterm", "LANG": "C.UTF-8",
                 "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(HERE),
@@ -10272,7 +10274,9 @@ def test_whoever_leaves_the_wizard_leaves_all_as_it_was(tmp_path, question, keys
     with models_fake() as nim, Person(tmp_path, "setup") as person:
         way = to_nvidia(nim.url)
         person.answers(*way[:QUESTIONS.index(question)], (question, keys))
+        limit = time.monotonic() + 20
         while person.ends(2) is None:       # a signal may come just before the read
+            assert time.monotonic() < limit
             person.types(keys)
         assert person.code == 130
     assert "Traceback" not in person.said and not (tmp_path / ".nimproxy").exists()
