@@ -13413,7 +13413,7 @@ def settings_wish(context: Context, paths: ClaudePaths, url: str) -> Dict[str, s
 
 def run_serve(context: Context) -> int:
     if unready_here(context):
-        return run_setup(context)
+        context = set_up(context)
     check_config(context.config)
     raise_descriptor_limit()
     mend_claude(context)
@@ -13443,7 +13443,45 @@ def at_terminal() -> bool:
 
 
 def run_setup(context: Context) -> int:
-    """The wizard; then what was set up is put to use."""
+    """The wizard; then what was asked for beside it, or is chosen."""
+    fresh = set_up(context)
+    start = context.options.command
+    rows = [Choice("code", "Launch Claude Code", f"{program()} code"),
+            Choice("serve", "Start the proxy", program())]
+    while start == "setup":
+        try:
+            start = Terminal(context.environ).choose("It is set up. Start now?", rows)
+        except Leave:
+            return 0
+        except Back:
+            context.options.provider, context.options.reconfigure = None, True
+            fresh = set_up(context)
+    start_log(fresh, quiet=start != "serve")
+    return run_code(fresh) if start == "code" else run_serve(fresh)
+
+
+def set_up(context: Context) -> Context:
+    """What commands work with after the wizard, which keeps what it was told."""
+    options, store = context.options, context.store
+    draft = asked_draft(context)
+    if not draft.ready:                     # what was given is answered
+        options.base_url = options.port = options.model = None
+    try:
+        store.keep(draft)
+    except OSError as error:
+        complain(f"cannot keep it in {store.home} ({error.strerror}): it is used now, "
+                 "and forgotten then")
+    options.reconfigure = None
+    fresh = make_context(options, context.arguments, store)
+    if draft.claude and not draft.ready:
+        agree_on_settings(fresh)
+    start_log(fresh, quiet=options.command != "serve")
+    return fresh
+
+
+def asked_draft(context: Context) -> Draft:
+    """The wizard's answers.  ProxyError if there is nobody to ask, or nowhere to keep
+    them; Leave."""
     options, store = context.options, context.store
     if not at_terminal():
         raise ProxyError(400, "setup asks questions, and there is no terminal to ask "
@@ -13459,42 +13497,12 @@ def run_setup(context: Context) -> int:
     if draft.provider and draft.provider not in PROVIDERS:
         raise ProxyError(400, f"--provider: expected one of {', '.join(PROVIDERS)}, "
                               f"found {draft.provider!r}")
-    terminal = Terminal(context.environ)
-    upstream = (listed_models, probed_model)
-    wizard = Wizard(terminal, store, context.environ, upstream)
+    wizard = Wizard(Terminal(context.environ), store, context.environ,
+                    (listed_models, probed_model))
     given = {"base_url": options.base_url, "port": options.port,
              "default_model": options.model}
     wizard.given = {name: value for name, value in given.items() if value is not None}
-    draft = wizard.run(draft)
-    if not draft.ready:                     # what was given is answered
-        options.base_url = options.port = options.model = None
-    try:
-        store.keep(draft)
-    except OSError as error:
-        complain(f"cannot keep it in {store.home} ({error.strerror}): it is used now, "
-                 "and forgotten then")
-    return start_after_setup(context, draft, terminal)
-
-
-def start_after_setup(context: Context, draft: Draft, terminal: Terminal) -> int:
-    """Do what was asked for before, or ask what to start after `setup`."""
-    options, start = context.options, context.options.command
-    options.reconfigure = None
-    context = make_context(options, context.arguments, context.store)
-    if draft.claude and not draft.ready:
-        agree_on_settings(context)
-    if start == "setup":
-        rows = [Choice("code", "Launch Claude Code", f"{program()} code"),
-                Choice("serve", "Start the proxy", program())]
-        try:
-            start = terminal.choose("It is set up. Start now?", rows)
-        except Leave:
-            return 0
-        except Back:
-            options.provider, options.reconfigure = None, True
-            return run_setup(context)
-    start_log(context, quiet=start != "serve")
-    return run_code(context) if start == "code" else run_serve(context)
+    return wizard.run(draft)
 
 
 def agree_on_settings(context: Context) -> None:
@@ -13699,7 +13707,7 @@ def run_code(context: Context) -> int:
                  f"`{CLAUDE_INSTALL}`")
         return 1
     if unready_here(context):
-        return run_setup(context)
+        context = set_up(context)
     arguments = context.arguments
     if context.options.model:
         arguments = ["--model", context.options.model, *arguments]
