@@ -36,9 +36,9 @@ The parts; each uses only parts above it, and the first twenty-one do no I/O:
    10. Requests: body to chat
    11. Token estimate
    12. Refusals: upstream's errors to ours
-   13. Arguments: repaired and fitted
+   13. Arguments: read and fitted
    14. Mends: chats that are taken after a refusal
-   15. Dialects: tool calls written as text
+   15. Calls in text: the rule of the tail
    16. Streams: chunks to events
    17. Event streams: bytes to chunks, events to bytes
    18. Passing: what stays as it is
@@ -76,6 +76,7 @@ import base64
 import collections
 import contextlib
 import errno
+import functools
 import ipaddress
 import json
 import logging
@@ -299,6 +300,28 @@ def check_items(text: str) -> None:
     """Raise ValueError for a JSON text whose value could take gigabytes."""
     if sum(map(text.count, ",[{")) > MAX_ITEMS:
         raise ValueError(f"it has more than {MAX_ITEMS} commas and brackets")
+
+
+def shaped(value: Any, shape: type) -> Any:
+    """The value if it is of a shape, else an empty one of it."""
+    return value if isinstance(value, shape) else shape()
+
+
+def value_in(text: str) -> Any:
+    """The JSON value that a text is, None if it is none."""
+    try:
+        return decode_json(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def referred(pointer: Any, root: Any) -> Any:
+    """What a pointer like #/$defs/a~1b points at; None if that is nothing."""
+    if not isinstance(pointer, str) or not re.match(r"#(/|\Z)", pointer):
+        return None
+    for step in unquote(pointer).split("/")[1:]:
+        root = shaped(root, dict).get(step.replace("~1", "/").replace("~0", "~"))
+    return root
 
 
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -2803,6 +2826,38 @@ def short_name(name: str, most: int) -> str:
     return "t_" + re.sub("[^A-Za-z0-9_-]", "_", name)[:most - 11] + digest
 
 
+def declared_name(name: str, known: Iterable[str]) -> str:
+    """The declared tool that a model's spelling means; "" if none or several.
+
+        functions.Read:0, Read<|channel|>json, ReadRead -> Read    web-fetch -> WebFetch
+    """
+    names = known if isinstance(known, dict) else dict.fromkeys(known)
+    plain = plain_name(name)
+    twice = plain[:len(plain) // 2] if plain[:len(plain) // 2] * 2 == plain else plain
+    same = next((word for word in (name, plain, twice) if word in names), "")
+    if not same and re.search(r"_[0-9a-f]{8}\Z", plain):    # shortened on the way
+        same = next((known for known in names
+                     if short_name(known, len(plain)) == plain), "")
+    return same or by_letters(names).get(letters(plain), "")
+
+
+def plain_name(name: str) -> str:
+    """A tool's name without what models and templates leave on it."""
+    return re.sub(r"\Afunctions\.|:[0-9]+\Z", "", name.split("<")[0].strip())
+
+
+def by_letters(names: Iterable[str]) -> Dict[str, str]:
+    """Each name under its letters; "" where two have the same."""
+    out: Dict[str, str] = {}
+    for name in names:
+        out[letters(name)] = "" if letters(name) in out else name
+    return out
+
+
+def letters(name: str) -> str:
+    return re.sub('[_"-]', "", name).lower()
+
+
 def declared_tools(body: Json) -> Dict[str, Json]:
     """The tools that may be called, by the names that upstream knows."""
     choice = body.get("tool_choice")
@@ -3544,378 +3599,309 @@ def stated_status(value: Json, status: int) -> int:
     return status
 
 
-# ---- 13. Arguments: repaired and fitted --------------------------------------
+# ---- 13. Arguments: read and fitted ------------------------------------------
 # What the text of a finished tool call means, as its tool's schema wants it.  Only
-# plain damage is repaired: how a broken-off string ends is never guessed, and a value
-# that fits is never touched.  Text and schema are strangers', so all work is bounded.
+# syntax is completed, never a string, a number or a word; what can be read in two
+# ways is not read.  Text and schema are strangers', so all work is bounded.
 
-MAX_DAMAGED_CHARS = 2 << 20     # of a text to repair; 256k tokens of output are 1 MB
-MAX_REPAIRS = 8     # of one text, then no further round; the worst seen took four
+MAX_DAMAGED_CHARS = 1 << 18     # of a text to repair: 64k tokens of output
 MAX_DEPTH = 100     # of schemas, and of values; Python's recursion ends at 1000 frames
 MAX_STEPS = 10000   # schemas that meet a value: 0.2 s; unions in unions multiply
-MISFIT = ""         # the note on a value that nothing makes what its schema wants
 
 
-class Fit(NamedTuple):
-    """What fitting must know, and what it finds."""
-    root: Any                   # the whole schema: $ref points into it
-    steps: Iterator[int]        # one for each schema that meets a value; they run out
-    notes: List[str]            # names of repairs, and MISFIT
+class Spelled(float):
+    """A fraction that knows how it was written: 3.10 may be a version."""
+
+    def __new__(cls, text: str) -> Spelled:
+        number = super().__new__(cls, finite(text))
+        number.text = text
+        return number
 
 
-def mended(text: str, schema: Json) -> Tuple[Optional[Json], List[str]]:
+class Raw(str):
+    """Text from between two tags: only the schema says whether it is more."""
+
+
+def one_reading(pairs: List[Tuple[str, Any]]) -> Json:
+    """The object of a text; ValueError if it says two things under one name."""
+    value = dict(pairs)
+    if len(value) < len(pairs) and any(value[name] != inner for name, inner in pairs):
+        raise ValueError("a name with two values")
+    return value
+
+
+ARGUMENTS = json.JSONDecoder(parse_float=Spelled, parse_int=integers(),
+                             parse_constant=refuse_constant,
+                             object_pairs_hook=one_reading)
+
+
+def read_arguments(text: str, schema: Json,
+                   ended: bool = True) -> Tuple[Optional[Json], List[str]]:
     """The arguments that a text means, fitted to the schema, and what that took.
 
         {'filePath': '/a', 'limit': '3'     text
-        {"file_path": "/a", "limit": 3}     ["python", "unclosed", "renamed", "coerced"]
+        {"file_path": "/a", "limit": 3}     ["repaired", "fitted"]
 
-    (None, []) where it would take a guess.  "" and null are {} and no repair.  What
-    took repairs is never too deep to be encoded.
+    (None, []) where it is none, or can be read in two ways.  "" and null are {} and no
+    repair.  Where the answer has not `ended`, no last bracket is completed.
     """
+    text, notes = text.strip(" \t\r\n"), []
     try:
-        value, repairs = repaired(text.strip(" \t\r\n"))
-        better = fitted(value, schema, Fit(schema, iter(range(MAX_STEPS)), repairs))
-    except RecursionError:
-        return None, []
-    value = better if isinstance(better, dict) else value   # if not, senseless schema
-    names = [name for name in dict.fromkeys(repairs) if name != MISFIT]
-    if value is None or names and is_deep(value):
-        return None, []
-    return value, names
-
-
-def is_deep(value: Any) -> bool:
-    """Whether lists and objects stand in each other deeper than any tool asks for."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        nests = [outer.values() if isinstance(outer, dict) else outer
-                 for outer in level if isinstance(outer, (dict, list))]
-        level = [inner for nest in nests for inner in nest]
-    return bool(level)
-
-
-def declared_name(name: str, known: Iterable[str]) -> str:
-    """The declared tool that a model's spelling means; "" if none or several.
-
-        functions.Read:0 -> Read    Read<|channel|>json -> Read    web-fetch -> WebFetch
-    """
-    names = known if isinstance(known, dict) else dict.fromkeys(known)
-    bare = plain_name(name)
-    same = next((spelling for spelling in (name, bare) if spelling in names), "")
-    if not same and re.search(r"_[0-9a-f]{8}\Z", bare):     # shortened on the way
-        same = next((known for known in names
-                     if short_name(known, len(bare)) == bare), "")
-    return same or by_letters(names).get(letters(bare), "")
-
-
-def plain_name(name: str) -> str:
-    """A tool's name without what models and templates leave on it."""
-    return re.sub(r"\Afunctions\.|:[0-9]+\Z", "", name.split("<|")[0].strip())
-
-
-def by_letters(names: Iterable[str]) -> Dict[str, str]:
-    """Each name under its letters; "" where two have the same."""
-    out: Dict[str, str] = {}
-    for name in names:
-        out[letters(name)] = "" if letters(name) in out else name
-    return out
-
-
-def letters(name: str) -> str:
-    return name.replace("_", "").replace("-", "").lower()
-
-
-# ---- repairs: a text in, a text out
-
-def repaired(text: str) -> Tuple[Optional[Json], List[str]]:
-    """The object in a text, None if it takes a guess, and the repairs it took."""
-    value, repairs, before = object_in(text), [], ""
-    if value is not None or len(text) > MAX_DAMAGED_CHARS:
-        return value, []
-    text = respelled(text)
-    while value is None and text != before and len(repairs) < MAX_REPAIRS:
-        before = text
-        for name, sign, repair in REPAIRS:
-            better = repair(text) if re.search(sign, text) else text
-            if better != text:
-                text, value = better, object_in(better)
-                repairs.append(name)
-    return value, repairs
-
-
-def object_in(text: str) -> Optional[Json]:
-    value = {} if text in ("", "null") else value_in(text)
-    return value if isinstance(value, dict) else None
-
-
-def value_in(text: str) -> Any:
-    """The JSON value that a text is, None if it is none."""
-    try:
-        return decode_json(text)
+        value = {} if text in ("", "null") else plain_object(text)
+        if value is None:
+            value, notes = repaired(text, ended), ["repaired"]
+        better, _ = fitted(value, Fit(schema, iter(range(MAX_STEPS))), schema)
+        if notes or better is not value:
+            encode_json(better)         # what is too deep for that is none
     except (ValueError, RecursionError):
-        return None
+        return None, []
+    if better is not value and isinstance(better, dict):    # if not, senseless schema
+        value, notes = better, [*notes, "fitted"]
+    return value, notes
 
 
-def first_value(text: str) -> Tuple[Any, int]:
-    """The JSON value that a text begins with, and where it ends: 0 if there is none."""
-    try:
-        return DECODER.raw_decode(text)
-    except (ValueError, RecursionError):
-        return None, 0
+def plain_object(text: str) -> Optional[Json]:
+    """The object that a sound text is, None if it is not or holds a path with bare
+    backslashes; ValueError for more of it than can be right."""
+    with contextlib.suppress(json.JSONDecodeError):
+        check_items(text)
+        value = ARGUMENTS.decode(text)
+        if isinstance(value, dict) and not (":\\" in text and DRIVE.search(text)):
+            return value
+    return None
 
 
-def respelled(text: str) -> str:
-    r"""The same strings, no \\ or \" in them: what quotes are left begin or end one."""
-    return text.replace("\\\\", "\\u005c").replace('\\"', "\\u0022")
-
-
-def unmarked(text: str) -> str:
-    """{"a": 1}</tool_call> -> {"a": 1}"""
-    return re.sub(r"(?<=\})\s{0,16}(?:</\w{1,20}>|<\|\w{1,40}\|>){1,4}\Z", "", text)
-
-
-def unfenced(text: str) -> str:
-    text = re.sub(r"\A```\w*", "", text)
-    return (text[:-3] if text.endswith("```") else text).strip()
-
-
-def unquoted(text: str) -> str:
-    value = value_in(text)
-    return respelled(value.strip()) if isinstance(value, str) else text
-
-
-def unpythoned(text: str) -> str:
-    """{'a': None} -> {"a": null}"""
-    return re.sub(r""""[^"]*"?|'[^']*'?|\b(?:True|False|None)\b""", json_token,
-                  text.replace("\\'", "\\u0027"))
-
-
-JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
-
-
-def json_token(found: re.Match[str]) -> str:
-    token = found[0]
-    if len(token) > 1 and token[0] == token[-1] == "'":
-        inside = token[1:-1].replace('"', "\\u0022").replace("\\x", "\\u00")
-        return f'"{inside}"'
-    return JSON_WORDS.get(token, token)
-
-
-def unescaped(text: str) -> str:
-    r"""{"a": "\d+"} -> {"a": "\\d+"}: what is no escape in JSON."""
-    return re.sub(r"\\(?![\"\\/bfnrt]|u[0-9A-Fa-f]{4})", r"\\u005c", text)
-
-
-def escaped(text: str) -> str:
-    """Control characters in strings as JSON spells them; not after a backslash."""
-    parts = text.split('"')         # outside, inside, outside, ...
-    parts[1::2] = [re.sub(r"(?<!\\)[\0-\x1f]+", json_escapes, part)
-                   for part in parts[1::2]]
-    return '"'.join(parts)
-
-
-def json_escapes(found: re.Match[str]) -> str:
-    return encode_json(found[0])[1:-1]
-
-
-def uncommaed(text: str) -> str:
-    """[1, 2, ] -> [1, 2 ]"""
-    parts = text.split('"')
-    parts[::2] = re.sub(r",(?=\s*[\]}])", "", '"'.join(parts[::2])).split('"')
-    return '"'.join(parts)
-
-
-def trimmed(text: str) -> str:
-    """{"a": 1}]} -> {"a": 1}"""
-    _, end = first_value(text)
-    return text[:end] if end and not text[end:].strip("]} \t\r\n") else text
-
-
-def unrepeated(text: str) -> str:
-    """{"a": 1} {"a": 1} -> {"a": 1}"""
-    first, end = first_value(text)
-    rest = text[end:]
-    return rest if isinstance(first, dict) and value_in(rest) == first else text
-
-
-def closed(text: str) -> str:
-    """{"a": [1 -> {"a": [1]}, but not in a string, nor where more was to follow."""
-    parts = text.split('"')
-    missing: List[str] = []
-    for bracket in re.sub(r"[^][{}]+", "", "".join(parts[::2])):
-        if bracket in "[{":
-            missing.append("]" if bracket == "[" else "}")
-        elif not missing or missing.pop() != bracket:
-            return text
-        if len(missing) > MAX_DEPTH:
-            return text
-    broken_off = len(parts) % 2 == 0 or text[1:].rstrip().endswith((",", "[", "{"))
-    return text if broken_off else text + "".join(reversed(missing))
-
-
-def unlisted(text: str) -> str:
-    """[{"a": 1}] -> {"a": 1}"""
-    value = value_in(text)
-    lone = isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict)
-    return encode_json(value[0]) if lone else text
-
-
-# Name, a sign without which there is no such damage, and the repair.  Strings come
-# first: the others must know what is inside of one.
-REPAIRS: List[Tuple[str, str, Callable[[str], str]]] = [
-    ("marks", r">\Z", unmarked),
-    ("fence", r"\A```|```\Z", unfenced),
-    ("quoted", r'\A"', unquoted),
-    ("python", r"'|True|False|None", unpythoned),
-    ("escapes", r"\\", unescaped),
-    ("newlines", r"[\0-\x1f]", escaped),
-    ("comma", r",\s*[\]}]", uncommaed),
-    ("surplus", r"[\]}]\Z", trimmed),
-    ("repeated", r"\}\s*\{", unrepeated),
-    ("unclosed", r"[\[{]", closed),
-    ("list", r"\A\[", unlisted),
-]
-
-
-# ---- fitting: a value and a schema in, the value out
-
-def fitted(value: Any, schema: Any, fit: Fit, depth: int = 0) -> Any:
-    """The value as the schema wants it; as it is where it fits, or nothing helps."""
-    if not isinstance(schema, dict) or depth > MAX_DEPTH or next(fit.steps, -1) < 0:
-        return value
-    if value is None and schema.get("nullable") is True:
-        return value
-    value = chosen(as_wanted(value, schema, fit.notes), schema, fit.notes)
-    target = referred(schema.get("$ref"), fit.root)
-    for part in [target, *shaped(schema.get("allOf"), list)]:
-        value = fitted(value, part, fit, depth + 1)
-    for union in ("anyOf", "oneOf"):
-        value = fitted_branch(value, shaped(schema.get(union), list), fit, depth + 1)
-    if isinstance(value, dict):
-        return fitted_object(value, schema, fit, depth + 1)
-    if isinstance(value, list):
-        return fitted_list(value, schema, fit, depth + 1)
+def repaired(text: str, ended: bool, tries: int = 8) -> Json:
+    """The object that a damaged text plainly means; ValueError if it takes a guess."""
+    text = re.sub(r"\A(?:```\w*\s*)+", "", text).strip()
+    if text in ("", "null", "None"):
+        return {}
+    if not tries or len(text) > MAX_DAMAGED_CHARS:
+        raise ValueError("too much damage")
+    strict, end = strict_json(text, 0, ended)
+    value = ARGUMENTS.decode(strict)
+    if not BEHIND.fullmatch(text, end) and (
+            not isinstance(value, dict)
+            or repaired(text[end:].lstrip(), ended, tries - 1) != value):
+        raise ValueError("words around it")
+    if isinstance(value, str):
+        return repaired(value.strip(), ended, tries - 1)
+    if isinstance(value, list) and len(value) == 1:
+        value, = value
+    if not isinstance(value, dict):
+        raise ValueError("no object")
     return value
 
 
-def shaped(value: Any, shape: type) -> Any:
-    """The value if it is of a shape, else an empty one of it."""
-    return value if isinstance(value, shape) else shape()
+# What may stand behind an object and means nothing: brackets too many, marks, fences.
+BEHIND = re.compile(r"(?:[\s\]}]|```|</\w{1,20}>|<\|\w{1,40}\|>)*")
+LOOSE = re.compile(r"""(?s)\s*(?:
+      (?P<string>"[^"\\]*(?:\\.[^"\\]*)*"|'[^'\\]*(?:\\.[^'\\]*)*')
+    | (?P<opens>[\[{]) | (?P<closes>[\]}]) | (?P<comma>,) | (?P<colon>:)
+    | (?P<word>[A-Za-z_]\w*) | (?P<number>-?[0-9][0-9.eE+-]*)
+    | (?P<other>\S|\Z))""", re.X)
+JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
+VALUES = ("string", "word", "number", "closes")     # tokens that end a value
+
+
+def strict_json(text: str, at: int, ended: bool) -> Tuple[str, int]:
+    """The value that begins at a place, as JSON, and where it ends.
+
+    Known are Python's quotes and words, raw line ends, escapes of no kind, a comma too
+    many, brackets too few at the end.  ValueError for what is broken off elsewhere.
+    """
+    out: List[str] = []
+    missing: List[str] = []
+    last = "nothing"
+    for token in LOOSE.finditer(text, at):
+        kind = token.lastgroup
+        word, end = token[kind], token.end()
+        if kind == "other":
+            end = token.start(kind)
+            if missing and word not in ("", "<", "`"):
+                raise BrokenOff("something else within it")
+            break
+        if last in VALUES and kind in ("string", "word", "number", "opens") or (
+                kind == "comma" and last not in VALUES):
+            raise ValueError("no JSON")
+        if kind == "string":
+            word = json_string(word)
+        elif kind == "colon" and last == "word":    # a key that lacks its quotes
+            out[-1] = f'"{out[-1]}"'
+        elif kind == "opens":
+            missing.append("]" if word == "[" else "}")
+        elif kind == "closes":
+            if last == "comma":
+                out.pop()
+            if not missing or missing.pop() != word:
+                raise ValueError("brackets that do not match")
+        out.append(JSON_WORDS.get(word, word))
+        last = kind
+        if not missing:
+            return "".join(out), end
+    if not ended or last not in ("string", "closes") or len(missing) > MAX_DEPTH:
+        raise BrokenOff("broken off")
+    return "".join(out + missing[::-1]), end
+
+
+class BrokenOff(ValueError):
+    """A value that ends where no value can."""
+
+
+# A string that begins with a drive; paths, every backslash of which is a separator.
+DRIVE = re.compile(r"""["'][A-Za-z]:\\[bfnrtu]""")
+PATHS = re.compile(r"\b[A-Za-z]:(?:\\(?:[\w.()$@~+-]+"
+                   r"(?: [\w.()$@~+-]+)*(?=\\)|[\w.()$@~+-]*))+")
+BACKSLASH = re.compile(r"(?s)\\(u[0-9A-Fa-f]{4}|x[0-9A-Fa-f]{2}|.)")
+SPECIAL = re.compile(rf'{BACKSLASH.pattern}|["\0-\x1f]')
+
+
+def json_string(word: str) -> str:
+    r"""A string of JSON's or Python's as JSON: "\d" is "\\d", 'a "b"' is "a \"b\"".
+
+    ValueError where backslashes can be read in two ways: one that begins no escape is
+    itself only if no other begins one, or if all of them are a path's (C:\new\data).
+    """
+    python, inside = word[0] == "'", word[1:-1]
+    kinds = set(BACKSLASH.findall(inside))
+    known = {kind for kind in kinds if len(kind) == 5 or kind in "bfnrt\\"
+             or python and len(kind) == 3}
+    literal = False
+    if kinds - known - {'"', "/", "'"} or not python and "'" in kinds or (
+            DRIVE.match(word)):
+        rest = PATHS.sub("", inside).replace('\\"', "")
+        literal = "\\" not in rest
+        if not literal and (known or "'" in kinds and not python):
+            raise ValueError("backslashes of two kinds")
+
+    def spelled(found: Any) -> str:
+        kind = found[1]
+        if kind is None:
+            return encode_json(found[0])[1:-1]
+        if kind in '"/' or kind == "'" and python:
+            return {'"': '\\"', "/": "/", "'": "'"}[kind]
+        if literal or kind not in known:
+            return "\\\\" + encode_json(kind)[1:-1]
+        return "\\u00" + kind[1:] if kind[0] == "x" else found[0]
+    return f'"{SPECIAL.sub(spelled, inside)}"'
+
+
+# ---- fitting: a value and a schema in, the value out, and whether it fits
+
+class Fit(NamedTuple):
+    root: Any                   # the whole schema: $ref points into it
+    steps: Iterator[int]        # one for each schema that meets a value; they run out
+
+
+def fitted(value: Any, fit: Fit, schema: Any, depth: int = 0) -> Tuple[Any, bool]:
+    """The value as the schema wants it, and whether it is; itself if nothing helps."""
+    if not isinstance(schema, dict) or depth > MAX_DEPTH or next(fit.steps, -1) < 0 or (
+            value is None and schema.get("nullable") is True):
+        return value, True
+    if isinstance(value, Raw):          # text, unless JSON in it fits as it is
+        inside = value_in(value.strip()) if value.strip()[:1] in ("[", "{") else None
+        nothing = [None] if value.strip() == "null" else []
+        for word in [*([inside] if inside is not None else nothing), str(value)]:
+            better, fits = fitted(word, fit, schema, depth + 1)
+            if fits and type(better) is type(word):
+                break
+        return better, fits
+    value, fits = as_wanted(value, schema)
+    for part in [referred(schema.get("$ref"), fit.root), *listed(schema, "allOf")]:
+        value, also = fitted(value, fit, part, depth + 1)
+        fits = fits and also
+    for branches in filter(None, (listed(schema, "anyOf"), listed(schema, "oneOf"))):
+        tries = [better for better, good in (fitted(value, fit, branch, depth + 1)
+                                             for branch in branches) if good]
+        fits = fits and bool(tries)
+        if not any(better is value for better in tries):
+            value = (tries or [value])[0]
+    if isinstance(value, dict):
+        value, also = fitted_object(value, fit, schema, depth + 1)
+        fits = fits and also
+    elif isinstance(value, list) and isinstance(schema.get("items"), dict):
+        items = [fitted(item, fit, schema["items"], depth + 1) for item in value]
+        fits = fits and all(good for _, good in items)
+        if any(new is not old for (new, _), old in zip(items, value)):
+            value = [new for new, _ in items]
+    return value, fits
+
+
+def listed(schema: Json, key: str) -> list:
+    return shaped(schema.get(key), list)
 
 
 JSON_TYPES = {type(None): ("null",), bool: ("boolean",), int: ("integer", "number"),
-              float: ("number",), str: ("string",), list: ("array",), dict: ("object",)}
+              float: ("number",), Spelled: ("number",), str: ("string",),
+              Raw: ("string",), list: ("array",), dict: ("object",)}
 ALL_TYPES = sum(JSON_TYPES.values(), ())
 
 
-def as_wanted(value: Any, schema: Json, notes: List[str]) -> Any:
-    """The value as one of the schema's types, the first that it can be."""
-    wanted = schema.get("type")
-    wanted = wanted if isinstance(wanted, list) else [wanted]
-    wanted = [kind for kind in wanted if kind in ALL_TYPES]
-    if not wanted or any(kind in wanted for kind in JSON_TYPES[type(value)]):
-        return value
-    for kind in wanted:
-        better = coerced(value, kind)
-        if kind in JSON_TYPES[type(better)]:
-            notes.append("coerced")
-            return better
-    notes.append(MISFIT)
-    return value
+def as_wanted(value: Any, schema: Json) -> Tuple[Any, bool]:
+    """The value as the first of the schema's types that it can be, and as the one of
+    its words that it equals but for case."""
+    kinds = schema.get("type")
+    kinds = [kind for kind in (kinds if isinstance(kinds, list) else [kinds])
+             if kind in ALL_TYPES]
+    if kinds and not any(kind in kinds for kind in JSON_TYPES[type(value)]):
+        can_be = [better for kind in kinds for better in coerced(value, kind)]
+        if not can_be:
+            return value, False
+        value = can_be[0]
+    words = [schema["const"]] if "const" in schema else listed(schema, "enum")
+    if not words or value in words:
+        return value, True
+    same = [word for word in words if isinstance(word, str)
+            and isinstance(value, str) and word.lower() == value.lower()]
+    return (same[0], True) if len(same) == 1 else (value, False)
 
 
-def coerced(value: Any, kind: str) -> Any:
-    """The value as another kind where it plainly means one.
+def coerced(value: Any, kind: str) -> list:
+    """The value as another kind, alone in a list, if it plainly means one.
 
         "True" -> true    "3.0", 3.0 -> 3    "[1]" -> [1]    {"a": 1} -> '{"a": 1}'
     """
-    if kind == "string" and value is not None:
-        return encode_text(value)
+    if kind == "string":
+        if value is None or isinstance(value, list):    # words, or JSON: who knows
+            return []
+        return [value.text if isinstance(value, Spelled) else encode_text(value)]
+    if kind == "null":
+        return [None] if value in ("null", "None") else []
     if isinstance(value, str):
-        inside = value_in(value.lower() if kind == "boolean" else value)
-        value = value if inside is None else inside
+        value = value_in(value.lower() if kind == "boolean" else value)
     if kind == "integer" and isinstance(value, float) and value.is_integer():
         value = int(value)
-    return value
+    return [value] if kind in JSON_TYPES[type(value)] else []
 
 
-def chosen(value: Any, schema: Json, notes: List[str]) -> Any:
-    """The value as the one of the schema's values that it equals but for case."""
-    values = shaped(schema.get("enum"), list)
-    values = [schema["const"]] if "const" in schema else values
-    if not values or value in values:
-        return value
-    same = [known for known in values if isinstance(known, str)
-            and isinstance(value, str) and known.lower() == value.lower()]
-    notes.append("coerced" if len(same) == 1 else MISFIT)
-    return same[0] if len(same) == 1 else value
-
-
-def referred(pointer: Any, root: Any) -> Any:
-    """What a pointer like #/$defs/a~1b points at; None if that is nothing."""
-    if not isinstance(pointer, str) or not re.match(r"#(/|\Z)", pointer):
-        return None
-    for step in unquote(pointer).split("/")[1:]:
-        if isinstance(root, list):
-            root = {str(place): item for place, item in enumerate(root)}
-        root = shaped(root, dict).get(step.replace("~1", "/").replace("~0", "~"))
-    return root
-
-
-def fitted_branch(value: Any, branches: list, fit: Fit, depth: int) -> Any:
-    """The value as the branch that it fits, else as the first that it can be."""
-    best, best_notes = value, [MISFIT] if branches else []
-    for branch in branches:
-        notes: List[str] = []
-        better = fitted(value, branch, fit._replace(notes=notes), depth)
-        if not notes:
-            return better
-        if MISFIT in best_notes and MISFIT not in notes:
-            best, best_notes = better, notes
-    fit.notes.extend(best_notes)
-    return best
-
-
-def fitted_object(value: Json, schema: Json, fit: Fit, depth: int) -> Json:
+def fitted_object(value: Json, fit: Fit, schema: Json, depth: int) -> Tuple[Json, bool]:
     """The object with its properties fitted; a null that is optional and unfit goes."""
     declared = shaped(schema.get("properties"), dict)
-    required = shaped(schema.get("required"), list)
-    others = schema.get("additionalProperties")
-    others = None if "patternProperties" in schema else others  # which names, who knows
-    out = {}
-    for name, inner in renamed(value, declared, fit.notes).items():
-        notes: List[str] = []
-        own = fit._replace(notes=notes)
-        better = fitted(inner, declared.get(name, others), own, depth)
-        optional = name in declared and name not in required
-        if inner is None and optional and MISFIT in notes:
-            fit.notes.append("null")
-            continue
-        out[name] = better
-        fit.notes.extend(notes)
-    if any(isinstance(name, str) and name not in out for name in required):
-        fit.notes.append(MISFIT)
-    return out
+    required = listed(schema, "required")
+    absent = by_letters(name for name in declared if name not in value)
+    out: Json = {}
+    fits = same = True
+    for name, inner in value.items():
+        own = name
+        if name not in declared:        # {"filePath": 1} -> {"file_path": 1}
+            own = absent.pop(letters(name), "") or name
+        if isinstance(inner, str) and own in declared:
+            inner = own_quotes(name, inner)
+        better, good = fitted(inner, fit, declared.get(own), depth)
+        if good or inner is not None or own not in declared or own in required:
+            out[own], fits = better, fits and good
+        same = same and own == name and out.get(own, out) is value[name]
+    fits = fits and all(name in out for name in required if isinstance(name, str))
+    return value if same else out, fits
 
 
-def renamed(value: Json, declared: Json, notes: List[str]) -> Json:
-    """{"filePath": 1} -> {"file_path": 1} if that is declared, and not there itself."""
-    strange = [name for name in value if name not in declared]
-    absent = by_letters(name for name in declared if strange and name not in value)
-    names = {name: absent.pop(letters(name), "") for name in strange if absent}
-    if not any(names.values()):
-        return value
-    notes.append("renamed")
-    return {names.get(name) or name: inner for name, inner in value.items()}
-
-
-def fitted_list(value: list, schema: Json, fit: Fit, depth: int) -> list:
-    items = schema.get("items")
-    first = shaped(schema.get("prefixItems") or items, list)
-    if not first and not isinstance(items, dict):
-        return value
-    return [fitted(item, first[place] if place < len(first) else items, fit, depth)
-            for place, item in enumerate(value)]
+def own_quotes(name: str, text: str) -> str:
+    r"""A value without quotes that the model put into JSON's: Gemma's <|"|>, and those
+    that are around its name, too: {"\"a\"": "\"b\""}."""
+    marks = '<|"|>' if text[:5] == '<|"|>' else name[:1]
+    quoted = marks in ('"', '<|"|>') and len(text) >= 2 * len(marks)
+    quoted = quoted and text.startswith(marks) and text.endswith(marks)
+    return text[len(marks):-len(marks)] if quoted else text
 
 
 # ---- 14. Mends: chats that are taken after a refusal -------------------------
@@ -4290,7 +4276,7 @@ XML_OUTPUT = "<tool_output>\n%s\n</tool_output>"
 
 
 def tools_in_prose(chat: Json, _: str) -> None:
-    """Tools, calls and results as text, which Leaks reads back."""
+    """Tools, calls and results as text, which `text_calls` reads back."""
     tools = chat.pop("tools", None) or []
     choice = chat.pop("tool_choice", "auto")
     for name in ("parallel_tool_calls", "tool_stream"):
@@ -4345,688 +4331,347 @@ APPLY: Dict[str, Callable[[Json, str], None]] = {
 }
 
 
-# ---- 15. Dialects: tool calls written as text --------------------------------
-# How open models spell a tool call where their server leaves it in the text.  A row
-# says how a call begins, how far it goes and how it is read; Leaks takes calls out
-# of text that comes in pieces, and gives back as text whatever is none.
+# ---- 15. Calls in text: the rule of the tail ---------------------------------
+# How open models write a tool call where their server leaves it in the text.  From a
+# mark on, outside of code, all to the end of the answer is calls in one format, or it
+# is text, verbatim: nothing is searched inside of what failed.
 
-Pieces = List[Tuple[str, Any]]  # ("text", text), ("call", ...), ("cut", ...)
 Tools = Mapping[str, Json]      # the declared tools, by the names upstream knows
-Found = List[Tuple[str, str]]   # calls as (name, arguments), not yet mended
-Extent = Generator[int, str, None]      # text in, where a call ends in it out; or -1
+Told = List[Tuple[str, str]]    # calls as (the client's name, arguments)
+Found = Tuple[List[Tuple[str, Any]], int]   # calls as written, and where they end
 
-MAX_HELD_CHARS = 16 << 20       # of a call without an end, as of any arguments
-MAX_TICKS = 64                  # a longer run of backticks is told as it comes
-MAX_RESCANS = 4                 # calls that came to nothing and are read again inside;
-                                # without a limit hostile text would take for ever
-TAIL_CHARS = 160                # looked at again for an end that was cut
-
-BODY = object()                         # in a head: here the body begins
-GAP = re.compile(r"\s{0,16}")
-NAME = re.compile(r"[\w.:-]{1,128}")    # of a declared tool, or nearly
-WORD = re.compile(r"\w{0,40}")
-ATTRIBUTES = re.compile(r"[^<>|\n]{0,64}")
-MARKUP = re.compile(r"[^<>|\uff5c\n]{1,64}")
+MAX_TAIL_CHARS = 1 << 20        # held from a mark on; a longer one is text
+MAX_HEAD_CHARS = 400            # from a mark to the arguments; names have 128
+MAX_PASSAGE_CHARS = 1024        # of code within a line, and of a line looked at again
 
 
-class Dialect(NamedTuple):
-    families: str           # who writes it
-    head: Tuple[Any, ...]   # literals, choices of them ("": none), runs, NAME, BODY
-    end: Any = None         # of the body: an Extent's function, or a pattern
-    read: Any = None        # (name, body, properties) to calls; ValueError for none
-    after: Tuple[str, ...] = ()     # what may close it, and is dropped
-    alone: bool = False     # only where the message says nothing else
-    model: str = ""         # only of models with this in their ids
+class CallFormat(NamedTuple):
+    starts: Tuple[str, ...]     # how a mark begins; at a line's, but for ANYWHERE
+    head: Any               # pattern of a call up to its arguments, mostly with a name
+    read: Any               # (head, tail) to what is Found; ValueError, BrokenOff
+    around: Any             # pattern of what may stand behind a call, before the next
+    ends: Any               # the same, at the end of a text
 
 
-def balanced() -> Extent:
-    """To the bracket that closes the first one, as JSON counts."""
-    depth, quoted, escaped = 0, False, False
-    text = yield -1
-    while True:
-        text = "_" + text[1:] if escaped else text
-        text = text.replace("\\\\", "__").replace('\\"', "__")
-        for token in re.finditer(r'[\[\]{}"]', text):
-            if token[0] == '"':
-                quoted = not quoted
-            elif not quoted:
-                depth += 1 if token[0] in "[{" else -1
-                if depth <= 0:
-                    yield token.end()
-        escaped = text[-1:] == "\\"         # what it escapes comes with the next text
-        text = yield -1
+# ---- how arguments are written
 
-
-def up_to(pattern: str) -> Extent:
-    """To the end of a match of TAIL_CHARS at most; its \\A is where the body begins."""
-    tail, begun = "", 0
-    text = yield -1
-    while True:
-        window = tail + text
-        matches = re.compile(pattern).finditer(window, begun)
-        match = next((match for match in matches if match.end() > len(tail)), None)
-        end = match.end() - len(tail) if match else -1
-        window = window[:match.end()] if match else window
-        begun = 1 if begun or len(window) > TAIL_CHARS else 0   # \\A is passed
-        tail = window[-TAIL_CHARS:]
-        text = yield end
-
-
-def to_the_end() -> Extent:
-    while True:
-        yield -1
-
-
-# ---- how a call is read
-
-def own_arguments(name: str, body: str, known: Json) -> Found:
-    """{"file_path": "/a"}"""
-    return [(name, body)]
-
-
-def xml_arguments(name: str, body: str, known: Json) -> Found:
-    """{"file_path": "/a"} up to the closing tag; before it a tag or a name may be."""
-    begin = body.find("{")
-    text = re.sub(r"(?i)(</\s?tool(_code)?\s?>\s*)+\Z", "", body)
-    return [(name, text[begin:] if begin >= 0 else "")]
-
-
-def named_calls(name: str, body: str, known: Json) -> Found:
-    """{"name": "Read", "arguments": {...}}; several of them, or lists of them."""
-    found: Found = []
-    for value in several_values(body):
-        if len(found) > MAX_CALLS:
-            raise ValueError("too many calls")
-        for call in value if isinstance(value, list) else [value]:
-            call = call if isinstance(call, dict) else {}
-            inner = call.get("function")
-            call = inner if isinstance(inner, dict) else {"name": inner, **call}
-            own = next((call[key] for key in NAME_KEYS if key in call), "")
-            arguments = next((call[key] for key in ARGUMENT_KEYS if key in call), {})
-            text = arguments if isinstance(arguments, str) else encode_text(arguments)
-            found.append((str(own), text))
-    return found
+def named_calls(head: Any, tail: str) -> Found:
+    """{"name": "Read", "arguments": {...}}, or a list of such."""
+    value, end = first_value(tail, head.end())
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        inner = shaped(call, dict).get("function")
+        call = inner if isinstance(inner, dict) else {"name": inner,
+                                                      **shaped(call, dict)}
+        calls.append(tuple(next((call[key] for key in keys if key in call), {})
+                           for keys in (NAME_KEYS, ARGUMENT_KEYS)))
+    return calls, end
 
 
 NAME_KEYS = ("name", "tool", "tool_name")
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
-KEYS = tuple(f"{quote}{key}{quote}" for quote in "\"'" for key in
-             (*NAME_KEYS, *ARGUMENT_KEYS, "type", "function", "id"))
-AROUND = r"\A\s*(functools|```(json)?)|(```|<\|eo[tm]_id\|>|;)\s*\Z"
 
 
-def several_values(body: str) -> Iterator[Any]:
-    """JSON values, one behind the other, or behind `;`."""
-    text = re.sub(AROUND, "", body)
-    check_items(text)
-    blank = re.compile(r"[\s;]*")
-    at = blank.match(text).end()
-    while at < len(text):
-        try:
-            value, at = DECODER.raw_decode(text, at)
-        except ValueError:
-            # Behind a key, so that a list is repaired like an object.
-            value, _ = repaired('{"calls":' + text[at:])
-            value, at = (value or {}).get("calls"), len(text)
-        yield value
-        at = blank.match(text, at).end()
+def own_arguments(head: Any, tail: str) -> Found:
+    """{"file_path": "/a"}, behind the name."""
+    value, end = first_value(tail, head.end())
+    return [(head["name"], value)], end
 
 
-def shown_calls(name: str, body: str, known: Json) -> Found:
-    """[Tool call: Read({...})]"""
-    calls = [re.fullmatch(r"(?s)([\w.:-]{1,128})\((.*)\)\]\s*", part)
-             for part in body.split("[Tool call: ")[1:]]
-    return [(call[1], call[2]) if call else ("", "") for call in calls]
+def first_value(text: str, at: int) -> Tuple[Any, int]:
+    """The JSON value, sound or repaired, that begins at a place, and where it ends."""
+    try:
+        return ARGUMENTS.raw_decode(text, at)
+    except json.JSONDecodeError:
+        strict, end = strict_json(text, at, True)
+        return ARGUMENTS.decode(strict), end
 
 
-def python_calls(name: str, body: str, known: Json) -> Found:
-    """[Read(file_path="/a", limit=2)], as JSON but for its quotes and constants."""
-    def spelled(match: Any) -> str:
-        if match["call"]:
-            return '{"name":"%s","arguments":{' % match["call"]
-        if match["key"]:
-            return '"%s":' % match["key"]
-        return "}}" if match[0] == ")" else match[0]
-    text = re.sub(r"<\|(python_end|eo[tm]_id)\|>\s*\Z", "", body)
-    return named_calls(name, re.sub(PYTHON_CALL, spelled, text), known)
+def python_calls(head: Any, tail: str) -> Found:
+    """[Read(file_path="/a", limit=2)], as Python reads it."""
+    import ast
+    import warnings
+    end = PYTHON_END.search(tail, head.end()).start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # of backslashes
+        tree = ast.parse(tail[head.end():end].strip(), mode="eval").body
+    calls = tree.elts if isinstance(tree, ast.List) else [tree]
+    if not all(isinstance(call, ast.Call) and not call.args for call in calls):
+        raise ValueError("expected calls with names for all arguments")
+    return [(getattr(call.func, "id", ""), one_reading([
+        (word.arg, ast.literal_eval(word.value)) for word in call.keywords]))
+        for call in calls], end
 
 
-PYTHON_CALL = (r"""(?s)"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|(?P<call>[\w.:-]+)\(|"""
-               r"(?P<key>\w+)\s*=|\)")
+PYTHON_END = re.compile(r"<\|(?:python|tool_call)_end\|>|<tool_call\|>|\Z")
 
 
-def gemma_arguments(name: str, body: str, known: Json) -> Found:
-    """{file_path:<|"|>/a<|"|>,limit:2}"""
-    def spelled(match: Any) -> str:
-        return encode_text(match[1]) if match[2] is None else f'"{match[2]}":'
-    body = body.rpartition("<tool_call|>")[0] or body
-    return [(name, re.sub(r'(?s)<\|"\|>(.*?)<\|"\|>|([\w-]+)\s*:', spelled, body))]
+def gemma_arguments(head: Any, tail: str) -> Found:
+    """{file_path:<|"|>/a<|"|>,limit:2}; text may have JSON's quotes, or none."""
+    def spelled(found: Any) -> str:
+        text = found["text"] if found["bare"] in (None, *CONSTANTS) else found["bare"]
+        return found[0] if text is None else encode_text(text)
+    end = tail.find("<tool_call|>", head.end())
+    end = len(tail) if end < 0 else end
+    text = GEMMA.sub(spelled, tail[head.end():end])
+    value, place = first_value(text, 0)
+    return [(head["name"], value if place == len(text.rstrip()) else "")], end
 
 
-def pairs(opener: str, closer: str,
-          lines: bool = False) -> Callable[[str, str, Json], Found]:
-    """The reader of parameters that have a tag each.  Values are raw text, whose types
-    the schema decides; in `opener`, 1 is the key, 2 may say that the value is JSON.
-    With `lines` a value stands on lines of its own."""
-    def read(name: str, body: str, known: Json) -> Found:
-        bare = body.strip()
-        if bare[:1] == "{":                 # JSON between the tags of the call
-            return [(name, bare[:bare.rfind("}") + 1])]
-        values: Json = {}
-        key, marks, place = "", "", 0
-        for start in re.finditer(rf"({closer}\s{{0,64}}|\A\s{{0,64}})?{opener}", body):
-            # Where no parameter has ended, another one begins only if it is missing:
-            # else it is text, for a file may be about this very format.
-            given = start[2] == key or start[2] in values
-            if start[1] is None and (given or start[2] not in known):
-                continue
-            if key:
-                values[key] = unwrapped(body[place:start.start()], marks, lines)
-            elif body[:start.start()].strip():      # words about a call, then another
-                raise ValueError("expected parameters")
-            key, marks, place = start[2], start[3], start.end()
-        if not key and bare and not re.match("</|<.close", bare):
-            raise ValueError("expected parameters")
-        if key:
-            values[key] = unwrapped(last_value(body[place:], closer), marks, lines)
-        return [(name, encode_text(values))]
+CONSTANTS = ("true", "false", "null", *JSON_WORDS)
+GEMMA = re.compile(r"""(?xs)<\|"\|> (?P<text>(?:(?!<\|"\|>).)*) <\|"\|>
+    | "[^"\\]*(?:\\.[^"\\]*)*" | '[^'\\]*(?:\\.[^'\\]*)*'
+    | (?<=:)\s*(?:<\|"\|>)?
+      (?P<bare>[^\s\d"'{}\[\],:<-][^\s{}\[\],"'<]*) (?=\s*[,}])""")
+
+
+def arrow_call(head: Any, tail: str) -> Found:
+    """{tool => "Read", args => { --file_path "/a" }}"""
+    values, at = [], head.end()
+    for word in iter(lambda: ARROW_KEY.match(tail, at), None):
+        value, at = first_value(tail, word.end())
+        values.append((word[1], value))
+    end = re.compile(r"\s*\}\s*\}|").match(tail, at)
+    return [(head["name"], one_reading(values))] if end[0] else [], end.end()
+
+
+ARROW_KEY = re.compile(r"\s*--([\w-]{1,128})\s+")
+
+
+def minimax_arguments(head: Any, tail: str) -> Found:
+    """]<]minimax[>[<path>/a]<]minimax[>[</path>: a tag a name, <item> in lists."""
+    stack: List[Tuple[str, list, str]] = [("", [], "")]
+    tags = re.compile(rf"(?s){M3}<(/?)([\w.-]{{1,128}})>((?:(?!{M3}).)*)")
+    for tag in tags.finditer(tail, head.end()):
+        if tag[2] == "invoke" and tag[1] and len(stack) == 1:
+            return [(head["name"], one_reading(stack[0][1]))], tag.start(3)
+        if not tag[1] and len(stack) < 32:
+            stack.append((tag[2], [], tag[3]))
+            continue
+        key, inner, words = stack.pop()
+        if key != tag[2] or not stack or tag[3].strip() or inner and words.strip():
+            break
+        is_list = inner and all(name == "item" for name, _ in inner)
+        stack[-1][1].append((key, [value for _, value in inner] if is_list
+                             else one_reading(inner) if inner else Raw(words)))
+    raise ValueError("tags that cross")
+
+
+def tagged(opener: str, closer: str, end: str, tags: str) -> Any:
+    """The reader of parameters that have a tag each; the opener holds the <key>, what
+    says that a value is <json>, and a <line> end that is the tags'.  Else values are
+    raw text, and hold none of the format's tags."""
+    opens, closes, ends, marks = map(re.compile, (
+        opener, rf"(?:{closer}\s*)+", f"{end}|", tags))
+
+    def read(head: Any, tail: str) -> Found:
+        values: List[Tuple[str, Any]] = []
+        at = BLANKS.match(tail, head.end()).end()
+        if tail[at:at + 1] == "{":          # JSON between the tags of the call
+            value, at = first_value(tail, at)
+            values, at = list(value.items()), BLANKS.match(tail, at).end()
+        for word in iter(lambda: opens.match(tail, at), None):
+            mark = marks.search(tail, word.end())
+            closing = closes.match(tail, mark.start()) if mark else None
+            if not closing:
+                raise ValueError("expected the end of a parameter")
+            own, text = word.groupdict(), tail[word.end():mark.start()]
+            at = closing.end()
+            line = re.fullmatch(r"(?s)(.*)\n" if own.get("line") else r"\n(.+)\n", text)
+            inside = value_in(text.strip()) if own.get("json") else None
+            values.append((own["key"], Raw(line[1] if line else text)
+                           if inside is None else inside))
+        last = ends.match(tail, at)
+        if not last[0]:
+            raise ValueError("expected the end of a call")
+        return [(head["name"], one_reading(values))], last.end()
     return read
 
 
-def last_value(rest: str, closer: str) -> str:
-    """The value that begins the rest of a call's body; ValueError if it, or what was to
-    follow it, is broken off: how that goes on is not guessed."""
-    *_, last = None, *re.finditer(closer, rest)
-    tail = rest[last.end():] if last else ""
-    if last and not (tail.strip() and not re.match(CLOSERS, tail)):
-        return rest[:last.start()]
-    both = None if last or JSON_ENDED.search(rest) else re.search(BOTH_CLOSED, rest)
-    if not both:
-        raise ValueError("expected the end of a parameter, and of the call")
-    return rest[:both.start()]
+# ---- the formats
+
+BLANKS, S = re.compile(r"\s*"), r"\s{0,64}"
+BAR, M3 = "[|\uff5c]", r"\]<\]minimax\[>\["
+NAME, ATTRIBUTES = "[\"']?(?P<name>[\\w.:-]{1,128})[\"']?", r"[^<>|\n]{0,64}"
+KEY = "[\"']?(?P<key>[^\"'<>=\\s]{1,128})[\"']?"
+PREFIX = (rf"(?:antml:|atem:|steptml:|minimax:|seed:| ?{BAR}{{1,2}} ?DSML ?"
+          rf"{BAR}{{1,2}} ?)?")
+WRAPPERS = (rf"</?{PREFIX}(?:function_calls|tool_calls?|toolcalls|calls|tools?|TOOLCALL"
+            rf"|tool_code)>|<{BAR}tool_calls?_(?:begin|end){BAR}>")
+TURN_ENDS = r"<\|(?:im_end|eot_id|eom_id|endoftext)\|>|</s>"
+ANYWHERE = re.compile(rf"< ?{BAR}|\]<\]minimax|\[TOOL_CALLS")   # special tokens
 
 
-CLOSING = (r"</(?:seed:|minimax:|\uff5cDSML\uff5c ?|antml:|atem:|steptml:)?"
-           r"(?:function|invoke|tool|calls|toolcalls|(?:tool|function)_calls?)>"
-           r"\s{0,16}")
-CLOSERS = (rf"\s{{0,16}}(?:{CLOSING}|<\uff5ctool_calls?_end\uff5c>|"
-           r"<\|close\|>\w+<\|sep\|>){1,4}\Z")
-# Where the last parameter is not closed, two ends behind it say that it is whole: one
-# may be part of it, and it may be broken off there.
-BOTH_CLOSED = rf"\s{{0,16}}(?:{CLOSING}){{2,4}}\Z"
-JSON_ENDED = re.compile(r"\}\s{0,64}</[^<>]*invoke>\Z")    # not where a value ends
-
-
-def unwrapped(value: str, marks: str, lines: bool = False) -> Any:
-    """A parameter's value without the line ends around it: one each, if it stands on
-    `lines` of its own, else those around a single line; JSON if it is marked so."""
-    if lines and value[:1] == "\n":
-        value = value[1:-1] if value[1:] and value[-1] == "\n" else value[1:]
-    elif "string=" not in marks and re.fullmatch(r"\n[^\n]+\n", value):
-        value = value[1:-1]
-    if 'string="false"' in marks or "type=" in marks and '"string"' not in marks:
-        with contextlib.suppress(ValueError, RecursionError):
-            return decode_json(value.strip())
-    return value
-
-
-def minimax_arguments(name: str, body: str, known: Json) -> Found:
-    """]<]minimax[>[<path>/a]<]minimax[>[</path>: a tag a name, <item> in lists."""
-    root: Json = {}
-    stack: List[Tuple[str, Any, List[str]]] = [("", root, [])]
-    for part in body.split(MINIMAX)[1:]:
-        tag = re.match(r"<(/?)([\w.-]{1,128})>", part)
-        if not tag or len(stack) > MAX_NESTED:
-            raise ValueError("expected tags")
-        if not tag[1]:
-            stack.append((tag[2], {}, [part[tag.end():]]))
-            continue
-        if tag[2] == "invoke":
-            break
-        key, inner, words = stack.pop()
-        if key != tag[2] or not stack:
-            raise ValueError("tags that cross")
-        add_value(stack[-1][1], key, inner or unwrapped("".join(words), ""))
-    return [(name, encode_text(listed(root)))]
-
-
-MAX_NESTED = 32         # objects in objects; deeper than any tool's schema
-
-
-def add_value(holder: Json, key: str, value: Any) -> None:
-    holder.setdefault(key, []).append(value)
-
-
-def listed(value: Any) -> Any:
-    """Names with all their values, as an object, or as a list if they are items."""
-    if not isinstance(value, dict):
-        return value
-    if list(value) == ["item"]:
-        return [listed(item) for item in value["item"]]
-    return {key: listed(items[0]) if len(items) == 1 else [*map(listed, items)]
-            for key, items in value.items()}
-
-
-# ---- the rows
-
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "</s>")   # behind any call
-BAR = "\uff5c"
-DSML, MINIMAX, ANT = f"{BAR}DSML{BAR}", "]<]minimax[>[", "antml:"
-QUOTE = ('"', "'", "")
+DEEP = " ".join(f"<{each}tool{gap}call" for each in "|\uff5c" for gap in "\u2581_")
+DSML = [f"<{one}{each}{two}DSML" for one in ("", " ") for two in ("", " ")
+        for each in ("|", "||", "\uff5c", "\uff5c\uff5c")]
 
 
 def deep(words: str) -> str:
-    """A token of DeepSeek's: its bars and its blanks are none of ASCII's."""
-    return f"<{BAR}{words}{BAR}>".replace(" ", "\u2581")
+    """DeepSeek's token, with its own bars and blanks or with ASCII's."""
+    return f"<{BAR}{words}{BAR}>".replace(" ", "[\u2581_]")
 
 
-def wrapped(begin: str) -> Tuple[str, ...]:
-    """The tags that DeepSeek's later models put around their calls."""
-    words = "function_calls tool_calls toolcalls tool calls".split()
-    words += [" calls", " tool_calls"]
-    return tuple(f"{begin}{DSML}{word}>" for word in words)
+# How a mark begins, a call's head, the reader of its arguments, what may stand around.
+FORMATS = [CallFormat(
+    (*starts.split(), *(DSML if "invoke" in starts else ())), re.compile(head), read,
+    *(re.compile(rf"(?:{around or TURN_ENDS}|{TURN_ENDS}|\s){end}")
+      for end in ("*", r"+\Z"))) for starts, head, read, around in [
+    # JSON: Hermes, Qwen 2.5 and 3, Nemotron 2; in XML mode, without a name in the tag
+    ("<tool_call> <tool_calls> <tools> <tool> <TOOLCALL> <tool_code>",
+     rf"(?:(?!</)(?:{WRAPPERS}){S})?(?:```(?:json)?{S})?(?=[\[{{])", named_calls,
+     rf"```|{WRAPPERS}"),
+    ("<tool_call>", rf"<tool_call>{S}{NAME}{S}(?={{)", own_arguments, "</tool_call>"),
+    # Qwen-Coder, Qwen 3.5, Nemotron 3, Step 3.5, Seed-OSS
+    ("<tool_call> <seed:tool_call> <function=",
+     rf"(?:<(?:seed:)?tool_call>{S})?<function={NAME}>",
+     tagged(rf"<parameter={KEY}[>=](?P<line>\n?)", "</parameter>",
+            "</function>|</(?:seed:)?tool_call>",
+            "</?(?:function|parameter)[=>]|</?(?:seed:)?tool_call>"),
+     "</function>|</?(?:seed:)?tool_call>"),
+    # GLM, Laguna
+    ("<tool_call>", rf"<tool_call>{S}{NAME}{S}(?=<arg_key>|</tool_call>)",
+     tagged(rf"<arg_key>{S}{KEY}{S}</arg_key>{S}<arg_value>", "</arg_value>",
+            "</tool_call>", "</?(?:arg_key|arg_value|tool_call)>"), "</tool_call>"),
+    # MiniMax M2, Muse, DeepSeek V3.2 and V4, Step 3, imitators of Claude
+    ("<invoke <function_calls> <minimax:tool_call> <antml: <atem: <steptml: "
+     + DEEP,
+     rf"(?:(?!</)(?:{WRAPPERS}){S}|function<{BAR}tool_sep{BAR}>|<{BAR}tool_call_begin"
+     rf"{BAR}>){{0,4}}<{PREFIX}invoke name={NAME}{ATTRIBUTES}>",
+     tagged(rf"<{PREFIX}parameter name={KEY}(?P<json> string=\"false\")?{ATTRIBUTES}>",
+            rf"</{PREFIX}parameter>", rf"</{PREFIX}invoke>",
+            rf"</?{PREFIX}(?:invoke|parameter|function_calls|tool_calls?|calls)\b"),
+     rf"{WRAPPERS}|</{PREFIX}invoke>"),
+    ("]<]minimax[>[", rf"(?:{M3}<tool_call>{S})?{M3}<invoke name={NAME}>",
+     minimax_arguments, rf"{M3}</?tool_call>"),
+    # Kimi K2, K3
+    ("<|tool_call", rf"(?:<\|tool_calls?_section_begin\|>{S})?<\|tool_call_begin\|>{S}"
+     rf"{NAME}{S}<\|tool_call_argument_begin\|>{S}", own_arguments,
+     r"<\|tool_calls?_(?:section_)?end\|>|<\|tool_calls?_section_begin\|>"),
+    ("<|open|>tools <|open|>call", rf"(?:<\|open\|>tools(?:<\|sep\|>)?{S})?"
+     rf"(?:<\|open\|>)?call tool={NAME}{ATTRIBUTES}<\|sep\|>",
+     tagged(rf"<\|open\|>argument key={KEY}(?P<json> type=\"(?!string)\w+\")?"
+            rf"{ATTRIBUTES}<\|sep\|>", r"<\|close\|>argument<\|sep\|>",
+            r"<\|close\|>call<\|sep\|>", r"<\|(?:open|close)\|>"),
+     r"<\|close\|>(?:call|tools|message|toolsmessage)<\|sep\|>"),
+    # DeepSeek V3, R1, V3.1
+    (DEEP,
+     rf"(?:{deep('tool calls begin')}{S})?{deep('tool call begin')}{S}"
+     rf"(?:function{deep('tool sep')})?{NAME}(?:{deep('tool sep')})?{S}"
+     rf"(?:```(?:json)?{S})?(?={{)", own_arguments, "```|" + deep("tool calls? end")),
+    # Mistral, early and late
+    ("[TOOL_CALLS]", rf"\[TOOL_CALLS\]{S}(?=\[{S}{{)", named_calls, ""),
+    ("[TOOL_CALLS]", rf"\[TOOL_CALLS\]{S}{NAME}{S}(?:\[CALL_ID\]\w{{0,40}})?"
+     rf"(?:\[ARGS\])?{S}(?={{)", own_arguments, ""),
+    # gpt-oss
+    ("<|start|> <|channel|>", r"(?:<\|start\|>assistant)?(?:<\|channel\|>(?:commentary"
+     rf"|analysis))?{S}to={NAME}{S}(?:<\|channel\|>(?:commentary|analysis))?{S}"
+     rf"(?:<\|constrain\|>)?(?:json|code)?{S}<\|message\|>{S}", own_arguments,
+     r"<\|(?:call|end)\|>"),
+    # Gemma 4
+    ("<|tool_call>", rf"<\|tool_call>{S}call:{NAME}(?={{)", gemma_arguments,
+     r"<tool_call\|>"),
+    ("<|tool_call>", rf"<\|tool_call>{S}call:(?=[\w.]{{1,128}}\()", python_calls,
+     r"<tool_call\|>"),
+    # Llama 4, LFM 2.5; Llama 3; Inkling; Phi 4
+    ("<|python_start|> <|tool_call_start|>",
+     rf"<\|(?:python_start|tool_call_start)\|>{S}(?=\[)", python_calls,
+     r"<\|(?:python_end|tool_call_end)\|>"),
+    ("<|python_tag|>", rf"(?:<\|python_tag\|>{S})?(?={{)", named_calls, ";"),
+    ("<|content_invoke_tool_json|>", rf"<\|content_invoke_tool_json\|>{S}(?={{)",
+     named_calls, r"<\|end_message\|>"),
+    ("functools[", r"functools(?=\[)", named_calls, ""),
+    # MiniMax in LM Studio
+    ("[TOOL_CALL]", rf"\[TOOL_CALL\]{S}{{{S}tool{S}=>{S}{NAME},{S}args{S}=>{S}{{",
+     arrow_call, r"\[/TOOL_CALL\]"),
+    # the XML mode
+    ("<tool_code <TOOL_CODE", rf"<(?i:tool_code{S}name){S}={S}{NAME}{S}>{S}"
+     rf"(?:<tool{ATTRIBUTES}>{S})?(?:\w{{1,40}}{S})?(?={{)", own_arguments,
+     "</ ?(?i:tool_code) ?>|</tool>"),
+]]
 
 
-QWEN = pairs(r"<parameter=([^<>\n]{1,128})()>", "</parameter>", True)
-GLM = pairs(r"<arg_key>([^<>]{1,128})()</arg_key>\s{0,16}<arg_value>", "</arg_value>")
-INVOKE = pairs(rf"<(?:{DSML} ?|antml:|atem:|steptml:)?parameter name=[\"']?"
-               r"([^\"'<>]{1,128})[\"']?([^<>]{0,64})>",
-               rf"</(?:{DSML} ?|antml:|atem:|steptml:)?parameter>")
-K3 = pairs(r'<\|open\|>argument key="([^"<>]{1,128})"([^<>|]{0,64})<\|sep\|>',
-           r"<\|close\|>argument<\|sep\|>")
-BLANKS = r"\s{0,64}"
-INVOKED = (rf"(?:parameter>|\}}|\A){BLANKS}</(?:{DSML} ?|antml:|atem:|steptml:)?"
-           r"invoke>")
+def text_calls(tail: str, tools: Tools, first: bool = False,
+               ) -> Tuple[List[Tuple[str, str, List[str]]], bool]:
+    """The calls that a tail is, as (the client's name, arguments, what it took), none
+    if it is text; and whether text is nearly calls, so that asking again may help.
 
-# Head, end, reader, closers.  Heads are tried from the top.
-DIALECTS = [
-    Dialect("Hermes, Qwen 2.5 and 3",
-            ("<tool_call>", GAP, ("```json", ""), GAP, BODY, ("{", "["), GAP,
-             (*KEYS, "{")), balanced, named_calls, ("```", "</tool_call>")),
-    Dialect("Hermes, the name before the arguments",
-            ("<tool_call>", GAP, NAME, GAP, BODY, "{"),
-            balanced, own_arguments, ("</tool_call>",)),
-    Dialect("Qwen-Coder, Qwen 3.5, Nemotron 3, Step 3.5, Seed-OSS",
-            (("<tool_call>", "<seed:tool_call>", ""), GAP, "<function=", QUOTE,
-             NAME, QUOTE, ">", BODY),
-            rf"(?:</parameter>|\A){BLANKS}</(?:function|(?:seed:)?tool_call)>",
-            QWEN, ("</function>", "</tool_call>", "</seed:tool_call>")),
-    Dialect("GLM, Laguna",
-            ("<tool_call>", GAP, NAME, GAP, BODY, ("<arg_key>", "</tool_call>")),
-            rf"(?:</arg_value>|\A){BLANKS}</tool_call>", GLM),
-    Dialect("Kimi K2",
-            (("<|tool_calls_section_begin|>", "<|tool_call_section_begin|>", ""), GAP,
-             "<|tool_call_begin|>", GAP, NAME, GAP, "<|tool_call_argument_begin|>",
-             GAP, BODY, "{"),
-            balanced, own_arguments, ("<|tool_call_end|>", "<|tool_calls_section_end|>",
-                                      "<|tool_call_section_end|>")),
-    Dialect("Kimi K3",
-            (("<|open|>tools<|sep|>", ""), GAP, '<|open|>call tool="', NAME, '"',
-             ATTRIBUTES, "<|sep|>", BODY),
-            rf"(?:argument<\|sep\|>|\A){BLANKS}<\|close\|>call<\|sep\|>", K3,
-            ("<|close|>tools<|sep|>",)),
-    Dialect("DeepSeek V3, R1, V3.1",
-            ((deep("tool calls begin"), ""), GAP, deep("tool call begin"),
-             ("function" + deep("tool sep"), ""), NAME, (deep("tool sep"), ""), GAP,
-             ("```json", ""), GAP, BODY, "{"), balanced, own_arguments,
-            ("```", deep("tool call end"), deep("tool calls end"))),
-    Dialect("DeepSeek V3.2, V4",
-            ((*wrapped("<"), ""), GAP,
-             (f"<{DSML}invoke name=", f"<{DSML} invoke name="), QUOTE, NAME, QUOTE,
-             ATTRIBUTES, ">", BODY), INVOKED, INVOKE, wrapped("</")),
-    Dialect("MiniMax M2, Muse, imitators of Claude",
-            (("<minimax:tool_call>", "<function_calls>", f"<{ANT}function_calls>",
-              "<atem:function_calls>", ""), GAP,
-             ("<invoke name=", f"<{ANT}invoke name=", "<atem:invoke name="), QUOTE,
-             NAME, QUOTE, ATTRIBUTES, ">", BODY), INVOKED, INVOKE,
-            ("</minimax:tool_call>", "</function_calls>", f"</{ANT}function_calls>",
-             "</atem:function_calls>")),
-    Dialect("Step 3",
-            ((f"<{BAR}tool_calls_begin{BAR}>", ""), GAP,
-             (f"<{BAR}tool_call_begin{BAR}>", ""), GAP,
-             (f"function<{BAR}tool_sep{BAR}>", ""), GAP, "<steptml:invoke name=", QUOTE,
-             NAME, QUOTE, ATTRIBUTES, ">", BODY), INVOKED, INVOKE,
-            (f"<{BAR}tool_call_end{BAR}>", f"<{BAR}tool_calls_end{BAR}>")),
-    Dialect("MiniMax M3",
-            ((MINIMAX + "<tool_call>", ""), GAP, MINIMAX + "<invoke name=", QUOTE, NAME,
-             QUOTE, ">", BODY), r"\]<\]minimax\[>\[</invoke>", minimax_arguments,
-            (MINIMAX + "</tool_call>",)),
-    Dialect("Mistral",
-            ("[TOOL_CALLS]", GAP, BODY, "[", GAP, "{"), balanced, named_calls),
-    Dialect("Mistral, later",
-            ("[TOOL_CALLS]", GAP, NAME, GAP, ("[CALL_ID]", ""), WORD, ("[ARGS]", ""),
-             GAP, BODY, "{"), balanced, own_arguments),
-    Dialect("gpt-oss",
-            (("<|start|>assistant<|channel|>commentary", "<|start|>assistant",
-              "<|channel|>commentary", "<|channel|>analysis"), GAP, "to=", NAME, GAP,
-             ("<|channel|>commentary", "<|channel|>analysis", ""), GAP,
-             ("<|constrain|>json", "<|constrain|>", "json", "code", ""), GAP,
-             "<|message|>", GAP, BODY, "{"), balanced, own_arguments,
-            ("<|call|>", "<|end|>")),
-    Dialect("Nemotron 1 and 2",
-            ("<TOOLCALL>", GAP, BODY, ("[", "{"), GAP, ("{", *KEYS)),
-            balanced, named_calls, ("</TOOLCALL>",)),
-    Dialect("Gemma 4",
-            ("<|tool_call>", GAP, "call:", NAME, BODY, "{"),
-            r"\}\s{0,8}<tool_call\|>", gemma_arguments),
-    Dialect("Inkling",
-            ("<|content_invoke_tool_json|>", GAP, BODY, "{", GAP, KEYS),
-            balanced, named_calls, ("<|end_message|>",)),
-    Dialect("Llama 4",
-            ("<|python_start|>", GAP, BODY, "[", NAME, "("),
-            r"\)\s{0,8}\]\s{0,8}<\|python_end\|>", python_calls),
-    Dialect("the XML mode",
-            (("<tool_code", "<TOOL_CODE"), GAP, ("name", "NAME"), GAP, "=", GAP, QUOTE,
-             NAME, QUOTE, GAP, ">", BODY), r"(?i)</\s?tool_code\s?>", xml_arguments,
-            ("</tool_code>",)),
-    Dialect("Llama 3",
-            ("<|python_tag|>", GAP, BODY, "{", GAP, KEYS), to_the_end, named_calls),
-    Dialect("Llama 3, bare",
-            (BODY, "{", GAP, KEYS), to_the_end, named_calls, (), True),
-    Dialect("Llama 4, bare",
-            (BODY, "[", NAME, "("), to_the_end, python_calls, (), True),
-    Dialect("Phi 4",
-            ("functools", GAP, BODY, "["), to_the_end, named_calls, (), True),
-    Dialect("a fenced call",
-            (BODY, "```json", GAP, "{", GAP, KEYS), to_the_end, named_calls, (), True),
-    Dialect("a call as Claude Code shows it",
-            (BODY, "[Tool call: ", NAME, "("), to_the_end, shown_calls, (), True),
-    # Marks that are no call, and nothing to read either.
-    Dialect("gpt-oss, text",
-            (("<|start|>assistant", ""), ("<|channel|>final", "<|channel|>commentary"),
-             GAP, ("<|constrain|>json", ""), "<|message|>"), model="gpt-oss"),
-    Dialect("gpt-oss, end", (("<|return|>", "<|end|>"),), model="gpt-oss"),
-    Dialect("DeepSeek's debris",
-            (("<" + BAR, "<|"), MARKUP, (BAR + ">", "|>")), model="deepseek"),
-]
+    With `first` they were asked for in this form, and what follows them is left out.
+    """
+    nearly, first = False, first and tail[:10].lower() == "<tool_code"
+    for row in FORMATS:
+        calls: list = []
+        head = row.head.match(tail) if tail.startswith(row.starts) else None
+        while head and len(calls) < MAX_CALLS:
+            try:
+                found, at = row.read(head, tail)
+                calls += [fitted_call(name, value, tools) for name, value in found]
+            except LookupError:
+                break
+            except BrokenOff:
+                nearly = True
+                break
+            except (ValueError, TypeError, AttributeError, SyntaxError, RecursionError,
+                    MemoryError):       # Python's parser knows five ways to say no
+                name = head.groupdict().get("name")
+                nearly = nearly or bool(row.ends.search(tail[-MAX_HEAD_CHARS:]) and (
+                    name is None or declared_name(name, tools)))
+                break
+            at = row.around.match(tail, at).end()
+            head = row.head.match(tail, at)
+            if at == len(tail) or first and not head:
+                return calls, False
+    return [], nearly
 
 
-def literals(head: Tuple[Any, ...]) -> Iterator[str]:
-    """The words that a head may begin with."""
-    for step in head:
-        words = step if isinstance(step, tuple) else (step,)
-        yield from (word for word in words if isinstance(word, str) and word)
-        if isinstance(step, (str, tuple)) and "" not in words:
-            return
+def fitted_call(name: Any, value: Any, tools: Tools) -> Tuple[str, str, List[str]]:
+    """A call as its tool wants it; LookupError if no such tool is declared, ValueError
+    for arguments that are none or lack what is required."""
+    text = value if isinstance(value, str) else encode_text(value)
+    own = declared_name(str(name), tools)
+    if not own and KIMI_ID.fullmatch(str(name)):    # Kimi: an id alone
+        keys = set(shaped(value, dict))
+        able = [known for known, tool in tools.items() if keys and keys.issubset(
+            shaped(input_schema(tool).get("properties"), dict))
+            and not lacking(value, tool)]
+        own = able[0] if len(able) == 1 else ""
+    tool = tools[own]
+    if isinstance(value, dict):
+        fit = Fit(input_schema(tool), iter(range(MAX_STEPS)))
+        better = fitted(value, fit, fit.root)[0]
+        notes = ["fitted"] if better is not value else []
+    else:
+        better, notes = read_arguments(text, input_schema(tool))
+    if not isinstance(better, dict) or lacking(better, tool):
+        raise ValueError("expected what the tool requires")
+    return tool["name"], encode_json(better), ["text", *notes]
 
 
-STARTS = sorted({word for row in DIALECTS if not row.alone
-                 for word in literals(row.head)}, key=len, reverse=True)
-LONGEST = len(STARTS[0])
-BEGUN = {start[:size] for start in STARTS for size in range(1, len(start))}
-ALONE = [row for row in DIALECTS if row.alone]
-ROWS = {start: [row for row in DIALECTS if not row.alone
-                and any(map(start.startswith, literals(row.head)))] for start in STARTS}
-CODE = "`+|~+"
-OUTSIDE = re.compile("|".join([CODE, *map(re.escape, STARTS)]))
-INSIDE = re.compile(CODE + r"|\n")
-MARKS = re.compile(r"[<\[\]`~]")        # text without them begins and ends nothing
-
-Head = Tuple[int, int, str]     # where head and body begin, and whose call it is
-UNFINISHED: Head = (-1, -1, "")
-
-
-def head_at(row: Dialect, text: str, begin: int, tools: Tools) -> Optional[Head]:
-    """The row's head at a place of the text; UNFINISHED if more text could make one."""
-    name, body, at = "", -1, begin
-    for step in row.head:
-        if step is BODY:
-            body = at
-        elif isinstance(step, (str, tuple)):
-            words = (step,) if isinstance(step, str) else step
-            found = None
-            for word in words:
-                if text.startswith(word, at):
-                    found = word
-                    break
-                if len(text) - at < len(word) and word.startswith(text[at:]):
-                    return UNFINISHED
-            if found is None:
-                return None
-            at += len(found)
-        else:
-            run = step.match(text, at)
-            at = run.end() if run else at
-            if at == len(text):
-                return UNFINISHED
-            name = declared_name(run[0], tools) if run and step is NAME else name
-            if not run or step is NAME and not name:
-                return None
-    return begin, at if body < 0 else body, name
-
-
-def code_after(code: str, word: str) -> str:
-    """What opened the code that we are in once `word` is read: backticks, tildes or a
-    line end.  Three open a block, fewer a passage in a line."""
-    if word[0] == "~" and len(word) < 3:
-        return code
-    if not code:
-        return word
-    if len(code) < 3:
-        return "" if word in (code, "\n") else code
-    return "" if word.startswith(code) else code
-
-
-class Written:
-    """A call in the text, from its head on; its body comes in pieces."""
-
-    def __init__(self, row: Dialect, name: str, head: str) -> None:
-        self.row, self.name, self.head = row, name, head
-        self.body: List[str] = []
-        self.size = 0
-        self.tries = MAX_RESCANS
-        self.extent = up_to(row.end) if isinstance(row.end, str) else row.end()
-        next(self.extent)
-
-    def calls(self, body: str, tools: Tools, ended: bool) -> Pieces:
-        """All calls in the body, whole and mended; none if there is anything else.
-
-        One that has not `ended`, or says nothing, must have what its tool requires.
-        """
-        schema = input_schema(tools.get(self.name, {}))
-        out: Pieces = []
-        with contextlib.suppress(ValueError, RecursionError):
-            known = shaped(schema.get("properties"), dict)
-            for own, text in self.row.read(self.name, body, known):
-                name = declared_name(own, tools)
-                schema = input_schema(tools.get(name, {}))
-                value, repairs = mended(text, schema)
-                needed = shaped(schema.get("required"), list)
-                if not name or value is None or any(key not in value for key in needed
-                                                    if not ended or not value):
-                    return []
-                call = (tools[name]["name"], encode_json(value), repairs)
-                out.append(("call", call))
-        return out
-
-
-    def broken(self, body: str, tools: Tools) -> Pieces:
-        """A call that is all there but for sound arguments, as if it were cut; none if
-        it may be something else."""
-        name = self.whose(body, tools)
-        if not name or not body.lstrip().startswith("{"):
-            return []
-        return [("cut", (tools[name]["name"], body.strip()))]
-
-    def whose(self, body: str, tools: Tools) -> str:
-        """The declared tool that is called, by the head or by the body; "" if none."""
-        found = re.search(r"""["']name["']\s*:\s*["']([^"']{1,128})""", body[:1024])
-        return self.name or declared_name(found[1] if found else "", tools)
+KIMI_ID = re.compile(r"call_\w+|[0-9]+")
 
 
 def input_schema(tool: Json) -> Json:
     return shaped(tool.get("input_schema"), dict)
 
 
-class Leaks:
-    """Takes the calls out of a text that comes in pieces.
-
-    Out, in order: ("text", words); ("call", (name, arguments, repairs)); ("cut",
-    (name, arguments)) for one that the output limit cut, or whose arguments make no
-    sense.  What is held back is a call, or could be the head of one.
-    """
-
-    def __init__(self, tools: Tools, model: str = "") -> None:
-        self.tools = tools
-        self.model = model.lower()
-        self.held = ""
-        self.call: Optional[Written] = None
-        self.after: Tuple[str, ...] = ()    # what may follow the last call
-        self.code = ""                      # what opened the code that we are in
-        self.begun = False                  # something was told that is not blank
-        self.idle = False                   # a text without MARKS is just text
-        self.rescans = MAX_RESCANS
-        self.out: Pieces = []               # of the feed under way
-
-    def feed(self, text: str, last: bool = False) -> Pieces:
-        """What a piece adds, the last one all that was held: a finished message's."""
-        text, self.held = self.held + text, ""
-        while text or last and self.call:
-            text = self.read(text, last) if self.call else self.scan(text, last)
-        self.idle = self.begun and not (self.held or self.call or self.after
-                                        or 0 < len(self.code) < 3)
-        out, self.out = self.out, []
-        return out
-
-    def cut(self) -> Pieces:
-        """What is left where the output limit struck: a call is never completed."""
-        if not self.call:
-            return self.feed("", True)
-        call, self.call = self.call, None
-        if call.row.end is to_the_end:      # whether it is whole cannot be seen
-            return [("text", call.head + "".join(call.body))]
-        body = "".join(call.body)
-        name = call.whose(body, self.tools)
-        if not name:
-            return [("text", call.head + body)]
-        return [("cut", (self.tools[name]["name"], body))]
-
-    def tell(self, text: str) -> None:
-        if text:
-            self.out.append(("text", text))
-
-    def read(self, text: str, last: bool) -> str:
-        """Add a piece to the open call; what follows it, or is to be read again."""
-        call = self.call
-        end = call.extent.send(text) if text else -1
-        if end < 0 and not last and call.size < MAX_HELD_CHARS:
-            call.body.append(text)
-            call.size += len(text)
-            return ""
-        body = "".join(call.body) + text[:end if end >= 0 else None]
-        rest = text[end:] if end >= 0 else ""
-        found = call.calls(body, self.tools, end >= 0)
-        if not found and end >= 0 and call.tries and isinstance(call.row.end, str):
-            call.tries -= 1                 # its end may stand in an argument
-            call.body.append(text[:end])
-            return rest
-        if not found and end < 0:           # finished, but for its own last mark
-            body, rest = split_at(body, call.row.after)
-            found = call.calls(body, self.tools, True) if rest else []
-            found = found or (call.broken(body, self.tools) if rest else [])
-        self.call = None
-        self.begun = True
-        if found:
-            self.out += found
-            self.after = (*call.row.after, *TURN_ENDS)
-            return rest
-        self.tell(call.head)
-        if self.rescans:
-            self.rescans -= 1
-            return body + rest
-        self.tell(body)
-        return rest
-
-    def scan(self, text: str, last: bool) -> str:
-        """Tell text up to what is or may be the head of a call; what follows that."""
-        text = self.past_closers(text, last)
-        if text and not self.begun:
-            text = self.beginning(text, last)
-        told = at = 0
-        while text and not self.call:
-            mark = (INSIDE if self.code else OUTSIDE).search(text, at)
-            if not mark:
-                break
-            begin, at = mark.span()
-            if mark[0][0] in "`~\n":
-                if at == len(text) and not last and at - begin < MAX_TICKS:
-                    return self.hold(text[told:], begin - told)
-                self.code = code_after(self.code, mark[0])
-                continue
-            row, head = self.head(ROWS[mark[0]], text, begin, last)
-            if head is UNFINISHED:
-                return self.hold(text[told:], begin - told)
-            if head:
-                self.tell(text[told:begin])
-                told = at = head[1]
-                self.open(row, head, text)
-            else:
-                at = begin + 1          # another head may begin inside of this one
-        if self.call or not text:
-            return text[told:]
-        end = len(text) if last or self.code else certain(text)
-        return self.hold(text[told:], max(end - told, 0))
-
-    def head(self, rows: List[Dialect], text: str, begin: int,
-             last: bool) -> Tuple[Any, Optional[Head]]:
-        """The first of the rows whose head is at a place, or may come to be."""
-        for row in rows:
-            head = row.model in self.model and head_at(row, text, begin, self.tools)
-            if head and not (last and head is UNFINISHED):
-                return row, head
-        return None, None
-
-    def open(self, row: Dialect, head: Head, text: str) -> None:
-        begin, body, name = head
-        if row.end:
-            self.call = Written(row, name, text[begin:body])
-
-    def hold(self, text: str, place: int) -> str:
-        """Tell the text up to a place; nothing follows."""
-        self.tell(text[:place])
-        self.held = text[place:]
-        return ""
-
-    def beginning(self, text: str, last: bool) -> str:
-        """The text, unless all of it may be one call without any mark of its own."""
-        place = len(text) - len(text.lstrip())
-        if place == len(text):
-            return self.hold(text, place)
-        row, head = self.head(ALONE, text, place, last)
-        if head is UNFINISHED:
-            return self.hold(text, place)
-        self.begun = True
-        if head:
-            self.tell(text[:place])
-            self.open(row, head, text)
-        return text[head[1]:] if head else text
-
-    def past_closers(self, text: str, last: bool) -> str:
-        """The text without what may close the call before it, each mark once."""
-        while self.after:
-            bare = text.lstrip()
-            word = next(filter(bare.startswith, self.after), "")
-            open_end = not last and len(text) - len(bare) < MAX_TICKS
-            if not word and open_end and any(w.startswith(bare) for w in self.after):
-                return self.hold(text, 0)
-            self.after = tuple(w for w in self.after
-                               if w not in (word, "```")) if word else ()
-            text = bare[len(word):] if word else text
-        return text
+def lacking(value: Json, tool: Json) -> List[str]:
+    """What a tool requires, and arguments do not have."""
+    return [key for key in listed(input_schema(tool), "required") if key not in value]
 
 
-def certain(text: str) -> int:
-    """How much of the text cannot be part of a head that is cut at its end."""
-    sizes = (size for size in range(min(LONGEST, len(text)), 0, -1)
-             if text[-size:] in BEGUN)
-    return len(text) - next(sizes, 0)
-
-
-def split_at(text: str, words: Tuple[str, ...]) -> Tuple[str, str]:
-    """The text up to the first of the words, and from there on."""
-    places = [place for place in map(text.find, words) if place >= 0]
-    place = min(places, default=len(text))
-    return text[:place], text[place:]
+def own_markup(name: str, text: str, tool: Json) -> Optional[str]:
+    """The arguments of a structured call that its model wrote in a format of its own,
+    perhaps behind the name: Read<arg_key>limit</arg_key><arg_value>3</arg_value>."""
+    name, mark, rest = name.partition("<")
+    text = mark + rest if text in ("", "{}") else text
+    if "<" not in text or re.match(r"""\s*\{\s*["']""", text):
+        return None
+    for form in ("", "<function=%s>%s</function>", "<tool_call>%s%s</tool_call>",
+                 '<invoke name="%s">%s</invoke>', "<|tool_call>call:%s%s<tool_call|>"):
+        calls, _ = text_calls(form % (name, text) if form else text, {name: tool})
+        if len(calls) == 1:
+            return calls[0][1]
+    return None
 
 
 # ---- 16. Streams: chunks to events -------------------------------------------
@@ -5035,7 +4680,6 @@ def split_at(text: str, words: Tuple[str, ...]) -> Tuple[str, str]:
 # whole, because Claude Code runs it as soon as its block closes.
 
 Event = Tuple[str, Json]
-Told = List[Tuple[str, str]]    # calls as (the client's name, arguments)
 Stage = Generator[list, Any, None]
 DONE: Json = {"done": True}     # the chunk that [DONE] stands for
 SIGNATURE = "nimproxy"          # marks thinking blocks as ours; nobody verifies it
@@ -5049,12 +4693,15 @@ class Reading(NamedTuple):
     input_tokens: int = 0               # our estimate, until upstream says
     cumulative: bool = False            # reasoning deltas may repeat all so far
     opens: str = ""                     # text may begin in thinking, up to this tag
-    again: bool = False                 # a broken call is raised: BrokenCall
+    again: bool = False                 # what is no whole answer is raised: Unfinished
+    own_form: bool = False              # calls were asked for as text, in our form
+    promotes: bool = True               # thinking without an answer is told as one
     asked: Asked = Asked(Config(), "")  # for error texts
 
 
-class BrokenCall(Exception):
-    """A finished call has arguments that mean nothing: ask again, then `amended`."""
+class Unfinished(Exception):
+    """A finished answer that is none, or holds a call that means nothing: ask once
+    more, then `amended`."""
 
 
 class Message:
@@ -5073,18 +4720,18 @@ class Message:
         self.index = -1
         self.open = ""                      # "thinking", "text" or nothing
         self.told: List[Event] = []         # since the last call of events()
-        self.leaked: Told = []              # calls that stood in the text
-        self.repairs: List[str] = []        # what it took to make calls good
+        self.repairs: List[Tuple[str, List[str]]] = []  # calls, and what those took
         # what is held
         self.pending: List[str] = []        # of the open block
         self.blank = ""                     # leading whitespace
-        self.thought = Tail()
+        self.spoken = False                 # text was told
+        self.thought = Tail(MAX_TAIL_CHARS if reading.opens else 8192)
         self.fielded = False                # reasoning came in a field of its own
+        self.closed = ""                    # the tag that ended thinking
         self.calls = Calls(reading.tools)
         self.tags: Optional[Stage] = started(think_tags(reading.opens))
-        self.leaks = leaks_of(reading)      # calls in the text
-        self.musings = leaks_of(reading)    # calls in the thinking, the last resort
-        self.mused: Told = []
+        self.watch = TailWatch(reading.tools, reading.asked.model)  # calls in the text
+        self.musing = TailWatch(reading.tools)  # and in the thinking, the last resort
         self.stops = started(stop_watch(reading.stops)) if reading.stops else None
         # how it ends
         self.chunks = 0
@@ -5138,7 +4785,7 @@ class Message:
 
     def complete(self) -> bool:
         """Whether all is said, and only the end is missing: errors then are none."""
-        told = self.index >= 0 or self.calls.calls
+        told = self.index >= 0 or self.calls.calls or self.watch.tail
         return bool(self.finish and told and not self.over)
 
     def take(self, chunk: Json) -> None:
@@ -5181,17 +4828,9 @@ class Message:
         if self.reading.cumulative:
             text = self.thought.news(text)
         self.thought.add(text)
-        musings = self.musings
-        if musings and not (musings.idle and not MARKS.search(text)):
-            self.muse(musings.feed(text))
+        if self.reading.tools:
+            self.musing.feed(text)
         self.put("thinking", text)
-
-    def muse(self, pieces: Pieces) -> None:
-        """Keep the calls that stand in the thinking."""
-        new = [value[:2] for kind, value in pieces if kind == "call"]
-        if new:
-            self.mused += new
-            check_calls(self.mused)
 
     def say(self, content: Any) -> None:
         """Text that may hold think tags, or a list of parts."""
@@ -5209,34 +4848,18 @@ class Message:
         for kind, text in pieces:
             if kind == "text":
                 self.speak(text)
+            elif kind == "closed":
+                self.closed = text
+            elif kind == "orphan":
+                self.watch.orphan = text
             elif not self.fielded:      # MiniMax says its reasoning in both places
                 self.think(text)
 
     def speak(self, text: str) -> None:
-        """Text that is certainly the answer's, but for the calls in it."""
-        leaks = self.leaks
-        if leaks is None or leaks.idle and not MARKS.search(text):
-            return self.write(text)             # the path of a token
-        self.spell(leaks.feed(text))
-
-    def spell(self, pieces: Pieces) -> None:
-        """Text and the calls that stood in it, each in its place."""
-        for kind, value in pieces:
-            if kind == "text":
-                self.write(value)
-            elif kind == "cut":
-                self.calls.add(*value)
-            elif not self.halted:
-                name, arguments, repairs = value
-                self.leaked.append((name, arguments))
-                check_calls(self.leaked)
-                self.repairs += ["leaked", *repairs]
-                if self.stops:          # no stop sequence reaches over a call
-                    self.write_held()
-                    self.stops = started(stop_watch(self.reading.stops))
-                self.blank = ""
-                self.close()
-                self.tell_call(name, arguments)
+        """Text that is certainly the answer's, but for what may be calls."""
+        text = self.watch.feed(text)
+        if text:
+            self.write(text)
 
     def write(self, text: str) -> None:
         """Text up to a stop sequence; blanks wait for something to lead."""
@@ -5249,7 +4872,7 @@ class Message:
             text = self.blank + text
             self.blank = text if text.isspace() and len(text) < MAX_BLANK_CHARS else ""
         if text and not self.blank:
-            self.tags = None
+            self.tags, self.spoken = None, True
             self.put("text", text)
 
     def put(self, kind: str, text: str) -> None:
@@ -5295,9 +4918,7 @@ class Message:
 
     def held(self) -> int:
         """How much waits to be told: it grows as long as upstream says something."""
-        waiting = self.leaks and self.leaks.held, self.leaks and self.leaks.call
-        return (self.calls.size + len(waiting[0] or "")
-                + (waiting[1].size if waiting[1] else 0))
+        return self.calls.size + len(self.watch.held) + self.watch.size
 
     def nudge(self) -> Event:
         """An event that says nothing, but resets Claude Code's watchdog."""
@@ -5328,41 +4949,77 @@ class Message:
         self.over = True
         self.release()
         self.check()
-        calls = [] if self.halted else self.calls.whole(self.finish)
-        if self.calls.broken and self.reading.again:
-            raise BrokenCall
+        calls, sound = self.finished_calls()
+        if not sound and self.reading.again:
+            raise Unfinished
         return self.conclude(calls)
 
+    def finished_calls(self) -> Tuple[Told, bool]:
+        """The calls of an answer that is over, and whether it is whole and means
+        something: else asking once more may help.
+
+        Text from a mark on is calls if it is nothing else, and no structured call says
+        anything else; thinking's end is where there is neither text nor call.
+        """
+        cut = self.halted or self.finish in CUT_FINISHES
+        calls = [] if self.halted else self.calls.whole(self.finish)
+        notes, nearly = self.calls.notes, False
+        for watch in (self.watch, self.musing):
+            tail = "".join(watch.tail)
+            if cut or not tail or watch is self.musing and (calls or self.answers()):
+                continue
+            found, near = text_calls(tail, self.reading.tools, self.reading.own_form)
+            same = [call for call in found if parsed(call) in map(parsed, calls)]
+            nearly = nearly or near and watch is self.watch and not calls
+            if found and len(same) == len(found) or not calls:
+                watch.tail = [] if found else watch.tail
+                calls = calls or [(name, arguments) for name, arguments, _ in found]
+                notes = notes + [(name, took) for name, _, took in found if not same]
+        self.repairs = notes
+        unsaid = not (cut or calls or self.stop_sequence) and (
+            self.finish in ("tool_calls", "function_call") and self.reading.tools
+            or not self.answers() and not self.opened())
+        return calls, not (self.calls.broken or nearly or unsaid)
+
+    def opened(self) -> bool:
+        """Whether what is told as thinking may be the answer: nothing has ended it."""
+        return bool(self.reading.opens and not self.fielded and not self.closed)
+
+    def answers(self) -> bool:
+        """Whether there is text, told or held, or calls."""
+        return bool(self.spoken or self.watch.tail or self.calls.calls)
+
     def amended(self, answer: Json) -> List[Event]:
-        """The last events after a BrokenCall: with the calls of a second completion if
-        those are sound, else with the broken one as it came."""
-        second = Calls(self.reading.tools)
-        choice = shaped(next(iter(shaped(answer.get("choices"), list)), {}), dict)
-        second.grow(shaped(choice.get("message"), dict).get("tool_calls") or [])
-        calls = second.whole(str(choice.get("finish_reason") or ""))
-        leaks = leaks_of(self.reading)
-        words = shaped(choice.get("message"), dict).get("content")
-        if leaks and not calls and isinstance(words, str):
-            calls = [value[:2] for kind, value in leaks.feed(words, True)
-                     if kind == "call"]
-            for name, arguments in calls:
-                second.add(name, arguments)
-        if calls and not second.broken and not second.cut:
-            self.calls = second
-            self.repairs.append("asked_again")
-        return self.conclude(self.calls.whole(self.finish))
+        """The last events of what was Unfinished: with the calls, or the text, of a
+        second completion if those are sound, else as the first one came."""
+        second = Message(self.id, self.model, self.reading._replace(again=False))
+        with contextlib.suppress(ProxyError):
+            message = fold(second.start() + second.events([answer, DONE]))
+            calls = [(block["name"], encode_json(block["input"]))
+                     for block in message["content"] if block["type"] == "tool_use"]
+            text = "".join(block["text"] for block in message["content"]
+                           if block["type"] == "text")
+            if calls and not second.calls.broken and not second.calls.cut:
+                self.watch.tail = []
+                self.repairs = [*second.repairs, (calls[0][0], ["asked_again"])]
+                return self.conclude(calls)
+            if text and second.finish not in CUT_FINISHES and not self.answers():
+                self.write(text)
+        return self.conclude(self.finished_calls()[0])
 
     def conclude(self, calls: Told) -> List[Event]:
-        leaked = [(name, parsed_input(text)) for name, text in self.leaked]
-        calls = [(name, text) for name, text in calls
-                 if not leaked or (name, parsed_input(text)) not in leaked]
-        if not (calls or self.leaked or self.halted or self.finish in CUT_FINISHES):
-            calls = list(dict.fromkeys(self.mused))
-        self.repairs += self.calls.repairs
+        if self.watch.tail:
+            self.write(self.watch.text())
+        if self.stops and not self.halted:
+            self.write_held()
+        calls = [] if self.halted else calls
+        if not all(name for name, _ in calls):
+            raise ProxyError(502, "upstream sent a tool call without a name")
         reason = self.stop_reason(calls)
-        if self.open == "thinking" and reason == "end_turn":    # better than no answer
-            opened = self.reading.opens and not self.fielded    # it may be the answer
-            self.put("text", self.thought.end if opened else
+        opened = self.opened()
+        if self.open == "thinking" and reason == "end_turn" and (
+                opened or self.reading.promotes):           # better than no answer
+            self.put("text", "".join(self.thought.pieces) if opened else
                      self.thought.last_paragraph())
         self.close()
         for name, arguments in calls:
@@ -5376,7 +5033,8 @@ class Message:
         if self.finish in BROKEN_FINISHES:
             words = f"the model stopped with finish_reason {self.finish!r}"
             raise refusal(self.reading.asked, BROKEN_FINISHES[self.finish], words)
-        told = self.index >= 0 or self.calls.calls or self.stop_sequence is not None
+        told = (self.index >= 0 or self.calls.calls or self.watch.tail
+                or self.stop_sequence is not None)
         empty = not told and self.finish in ("", "length")
         if empty and window_hint(self.reading.asked.config):
             raise small_window(self.reading.asked)
@@ -5387,12 +5045,10 @@ class Message:
         """What was held in case more came is text or thinking after all."""
         if self.tags:
             self.untag(self.tags.send(None))
-        if self.leaks:
-            cut = self.finish in CUT_FINISHES
-            self.spell(self.leaks.cut() if cut else self.leaks.feed("", True))
-            self.muse(self.musings.feed("", True))
-        if self.stops and not self.halted:
-            self.write_held()
+        text = self.watch.feed("", True)
+        if text:
+            self.write(text)
+        self.musing.feed("", True)
 
     def write_held(self) -> None:
         held, self.stops = self.stops.send(None), None
@@ -5414,10 +5070,9 @@ class Message:
     def stop_reason(self, calls: Told) -> str:
         if self.stop_sequence is not None:
             return "stop_sequence"
-        if self.calls.cut or self.finish in CUT_FINISHES and not (calls or self.leaked):
+        if self.calls.cut or self.finish in CUT_FINISHES and not calls:
             return STOP_REASONS.get(self.finish, "max_tokens")
-        told = calls or self.leaked
-        return "tool_use" if told else STOP_REASONS.get(self.finish, "end_turn")
+        return "tool_use" if calls else STOP_REASONS.get(self.finish, "end_turn")
 
     def final_usage(self) -> Dict[str, int]:
         """Upstream's figures; where there are none, estimates instead of zeros."""
@@ -5427,12 +5082,9 @@ class Message:
         return {**EMPTY_USAGE, **usage}
 
 
-def check_calls(told: Told) -> None:
-    """Raise ProxyError for more calls in one text than any message has."""
-    size = sum(len(arguments) for _, arguments in told)
-    if len(told) > MAX_CALLS or size > MAX_ARGUMENT_BYTES:
-        raise ProxyError(502, f"upstream wrote more than {MAX_CALLS} tool calls or "
-                              f"{MAX_ARGUMENT_BYTES} characters for them")
+def parsed(call: Tuple) -> Tuple[str, Json]:
+    """A call's name and input, to tell whether another one is the same."""
+    return call[0], parsed_input(call[1])
 
 
 EMPTY_BLOCKS = {
@@ -5527,16 +5179,20 @@ def cut(text: str, size: int) -> List[str]:
 class Tail:
     """The reasoning so far, in bounded memory: its length, its head, its end."""
 
-    def __init__(self) -> None:
-        self.head = self.end = ""
-        self.length = 0
+    def __init__(self, most: int) -> None:
+        self.most = most                    # characters that are kept at least
+        self.head = ""
+        self.pieces: List[str] = []
+        self.kept = self.length = 0
 
     def add(self, text: str) -> None:
         self.head = self.head or text[:64]
-        self.end += text
-        if len(self.end) > 16384:
-            self.end = self.end[-8192:]
+        self.pieces.append(text)
+        self.kept += len(text)
         self.length += len(text)
+        if self.kept > 2 * self.most or len(self.pieces) > MAX_PIECES:
+            self.pieces = ["".join(self.pieces)[-self.most:]]
+            self.kept = len(self.pieces[0])
 
     def news(self, text: str) -> str:
         """What a delta adds, where it may repeat all that was said before it."""
@@ -5544,187 +5200,151 @@ class Tail:
         return text[self.length:] if repeats else text
 
     def last_paragraph(self) -> str:
-        return re.split(r"\n\s*\n", self.end.strip())[-1]
+        return re.split(r"\n\s*\n", "".join(self.pieces).strip())[-1]
 
 
 class Call:
     """One tool call as it grows."""
 
-    def __init__(self) -> None:
-        self.id = self.name = ""
+    def __init__(self, call_id: str = "") -> None:
+        self.id, self.name = call_id, ""
         self.size = 0                       # characters in the pieces
         self.pieces: List[str] = []
-        self.value: Json = {}               # of servers that send an object
+        self.torn = False                   # its arguments came in two versions
 
-    def more_name(self, name: str, known: Tools) -> None:
-        """The name whole, whole again, growing, or in pieces; not after arguments."""
-        if not self.name or name.startswith(self.name):
+    def grow(self, name: str, value: Any, known: Tools) -> None:
+        """Add a name and arguments: either whole, whole again, growing, or in pieces;
+        arguments may be an object, too, that is yet to be filled."""
+        if name and (not self.name or name.startswith(self.name)):
             self.name = name
         elif name != self.name and not self.pieces and self.name not in known:
             self.name += name
-
-    def more_arguments(self, value: Any) -> None:
-        """Add arguments: an object, or text that may repeat or hold all so far."""
         if isinstance(value, dict):
-            self.value.update(value)
-            self.pieces, value = [], encode_text(self.value)
-            self.size = 0
+            held = parsed_input(self.arguments() or "{}")
+            self.torn = self.torn or any(held.get(key, inner) != inner
+                                         for key, inner in value.items())
+            self.pieces, self.size = [], 0
+            value = encode_text({**held, **value})
         if not isinstance(value, str) or not value:
             return
         if value[0] == "{" and 0 < self.size <= 2 * len(value):
-            so_far = "".join(self.pieces)
-            if so_far.strip() == "{}":          # it stood for what comes now
-                self.pieces, self.size = [], 0
-            elif is_object(so_far):
+            so_far = self.arguments()
+            if so_far != "{}" and is_object(so_far):
+                self.torn = self.torn or not is_object(value) or (
+                    decode_json(value) != decode_json(so_far))
                 return                      # the whole of it again, in the last chunk
-            if self.size > 8 and value.startswith(so_far):
-                self.pieces, self.size = [], 0
+            if so_far == "{}" or self.size > 8 and value.startswith(so_far):
+                self.pieces, self.size = [], 0      # all so far, and more
         self.pieces.append(value)
         self.size += len(value)
         if len(self.pieces) > MAX_PIECES:   # small ones take ten times their size
             self.pieces = ["".join(self.pieces)]
-
-    def is_followed(self, name: str, value: Any) -> bool:
-        """Whether a whole call follows this whole one, rather than repeating it."""
-        if not self.size or not isinstance(value, str) or not is_object(value):
-            return False
-        so_far = self.arguments()
-        return is_object(so_far) and (
-            name != self.name or decode_json(value) != decode_json(so_far))
 
     def arguments(self) -> str:
         return "".join(self.pieces).strip()
 
 
 def is_object(text: str) -> bool:
-    try:
-        return isinstance(decode_json(text), dict)
-    except (ValueError, RecursionError):
-        return False
+    return isinstance(value_in(text), dict)
 
 
 class Calls:
     """The tool calls of one message in order of appearance, however they are cut.
 
-    A call is known by its index; by its id where servers leave the index out or give
-    every call the same; by its place in the list where there is neither.
+    A call is known by its index and its id, by its id alone where servers leave the
+    index out, by its place in the list where there is neither.
     """
 
     def __init__(self, tools: Tools) -> None:
         self.tools = tools
         self.calls: List[Call] = []
-        self.at: Dict[int, Call] = {}
+        self.at: Dict[Any, Call] = {}       # by index, id or place; None: the last one
         self.cut = False                    # the last call ends in the middle
-        self.broken = False                 # arguments that cannot be mended
+        self.broken = False                 # one means nothing, or lacks arguments
         self.size = 0                       # characters of all arguments
-        self.repairs: List[str] = []
+        self.notes: List[Tuple[str, List[str]]] = []    # calls, and what those took
 
     def grow(self, entries: Any) -> None:
         entries = entries if isinstance(entries, list) else [entries]
-        for position, entry in enumerate(entries):
+        for place, entry in enumerate(entries):
             if not isinstance(entry, dict):
                 continue
             function = entry.get("function")
             function = function if isinstance(function, dict) else entry
-            name = function.get("name")
+            name, value = function.get("name"), function.get("arguments")
             name = name if isinstance(name, str) else ""
-            call = self.find(entry, name, position if len(entries) > 1 else -1)
-            arguments = function.get("arguments")
-            if name and call.is_followed(name, arguments):
-                call = self.follow(call)
-            if name:
-                call.more_name(name, self.tools)
+            call = self.find(entry, name, value, place if len(entries) > 1 else -1)
             before = call.size
-            call.more_arguments(arguments)
+            call.grow(name, value, self.tools)
             self.size += call.size - before
-            if self.size > MAX_ARGUMENT_BYTES or len(self.calls) > MAX_CALLS:
-                raise ProxyError(502, f"upstream sent more than {MAX_CALLS} tool calls "
-                                      f"or {MAX_ARGUMENT_BYTES} characters for them")
-            if len(call.name) > MAX_NAME_CHARS:
-                raise ProxyError(502, "upstream sent a tool's name of more than "
-                                      f"{MAX_NAME_CHARS} characters")
+            if (self.size > MAX_ARGUMENT_BYTES or len(self.calls) > MAX_CALLS
+                    or len(call.name) > MAX_NAME_CHARS):
+                raise ProxyError(502, f"upstream sent more than {MAX_CALLS} tool calls,"
+                                      f" {MAX_ARGUMENT_BYTES} characters for them, or "
+                                      f"{MAX_NAME_CHARS} for a tool's name")
 
-    def find(self, entry: Json, name: str, position: int) -> Call:
+    def find(self, entry: Json, name: str, value: Any, place: int) -> Call:
         """The call that an entry belongs to, a new one if it begins one."""
-        index, call_id = entry.get("index"), entry.get("id")
+        index, call_id = str(entry.get("index")), entry.get("id")
         call_id = call_id[:MAX_NAME_CHARS] if isinstance(call_id, str) else ""
-        if isinstance(index, str) and re.fullmatch("[0-9]{1,4}", index):
-            index = int(index)
-        if not isinstance(index, int):
-            index = self.guess(call_id, name, position)
-        call = self.at.get(index)
-        other = call and call_id and call.id and call_id != call.id
-        if call is None or other and name:
-            call = self.at[index] = Call()
+        key = (index if index.isdigit() else ("id", call_id) if call_id
+               else ("place", place) if place >= 0 else None)
+        call = self.at.get((key, call_id)) if call_id else None
+        call = call or self.at.get(key)
+        if call and name and call.id in ("", call_id) or call and not call_id:
+            whole = is_object(call.arguments()) and call.arguments() != "{}"
+            other = isinstance(value, str) and is_object(value) and (
+                name != call.name or value_in(value) != value_in(call.arguments()))
+            new = name and (whole and (key is None or other)
+                            or key is None and name != call.name)
+        else:
+            new = not call or call_id != call.id
+        if new:
+            call = Call(call_id)
             self.calls.append(call)
         call.id = call.id or call_id
+        self.at.update({key: call, (key, call_id): call, None: call})
         return call
 
-    def follow(self, call: Call) -> Call:
-        """A new call at the index of one that is whole."""
-        fresh = Call()
-        self.calls.append(fresh)
-        for index in [index for index, known in self.at.items() if known is call]:
-            self.at[index] = fresh
-        return fresh
-
-    def guess(self, call_id: str, name: str, position: int) -> int:
-        """An index for an entry without one; negative so as not to meet real ones."""
-        if position >= 0 and not call_id:
-            return -1 - position
-        fresh = -1 - len(self.calls)
-        last = next(reversed(list(self.at)), fresh)
-        if call_id:
-            same = (index for index, call in self.at.items() if call.id == call_id)
-            return next(same, fresh)
-        call = self.at.get(last)
-        whole = call and "".join(call.pieces[-1:]).rstrip().endswith("}")
-        new = name and call and (name != call.name
-                                 or whole and is_object(call.arguments()))
-        return fresh if new else last
-
-    def add(self, name: str, arguments: str) -> None:
-        """A call that stood in the text, and that the output limit cut."""
-        call = Call()
-        call.name, call.pieces = name, [arguments]
-        self.calls.append(call)
-
     def whole(self, finish: str) -> Told:
-        """All calls, mended, at the end of the completion.
+        """All calls, as their tools want them, at the end of the completion.
 
         One that the output limit cut is passed on as it is, no JSON and so nothing
         that could run; if it has no arguments yet, it is left out.
         """
-        out, self.repairs = [], []
+        out, self.notes, self.broken = [], [], False
         for call in self.calls:
             arguments = call.arguments()
             cut = finish in CUT_FINISHES and not is_object(arguments)
             self.cut = self.cut or cut
             if cut and not arguments:
                 continue
-            if not call.name:
-                raise ProxyError(502, "upstream sent a tool call without a name")
             name = declared_name(call.name, self.tools)
             tool = self.tools.get(name) or {"name": plain_name(call.name)}
-            good = arguments if cut else self.good(arguments, tool)
+            good = arguments if cut else self.good(call, tool, bool(finish))
             out.append((tool["name"], good))
         return out
 
-    def good(self, arguments: str, tool: Json) -> str:
-        """The arguments as the tool's schema wants them, or as they came."""
-        value, repairs = mended(arguments, input_schema(tool))
-        self.broken = self.broken or value is None
-        self.repairs += repairs
-        if value is not None and (repairs or not arguments):
-            return encode_json(value)
-        return arguments
+    def good(self, call: Call, tool: Json, whole: bool) -> str:
+        """The arguments as the tool's schema wants them, or as they came, and then so
+        that they cannot run; `whole`: a finish_reason says that no more was to come."""
+        arguments = call.arguments()
+        value, notes = read_arguments(arguments, input_schema(tool), whole)
+        if value is None or lacking(value, tool):
+            own = own_markup(call.name, arguments, tool)
+            if own:
+                value, notes = decode_json(own), ["markup"]
+        torn = call.torn or not call.name
+        self.broken = self.broken or torn or value is None or bool(lacking(value, tool))
+        if notes:
+            self.notes.append((tool["name"], notes))
+        if torn or value is None and is_object(arguments):
+            return encode_json(unparsed(arguments))
+        return encode_json(value) if value is not None and (
+            notes or not arguments) else arguments
 
 
-# ---- think tags and stop sequences in text
-
-def leaks_of(reading: Reading) -> Optional[Leaks]:
-    return Leaks(reading.tools, reading.asked.model) if reading.tools else None
-
+# ---- what is held of a text: think tags, marks of calls, stop sequences
 
 TAGS = {
     "<think>": "</think>",
@@ -5779,7 +5399,7 @@ def split_tags(held: str, closer: str) -> Tuple[List[Tuple[str, str]], str, str]
                 keep = len(held) - ending(held, (closer,))
                 out += [("thinking", held[:keep])] if keep else []
                 return out, held[keep:], closer
-            out += [("thinking", thought)] if thought else []
+            out += [*([("thinking", thought)] if thought else []), ("closed", closer)]
             held, closer = rest, ""
         bare = held.lstrip()
         opener = next((tag for tag in TAGS if bare.startswith(tag)), "")
@@ -5790,15 +5410,21 @@ def split_tags(held: str, closer: str) -> Tuple[List[Tuple[str, str]], str, str]
 
 def orphan(text: str) -> List[Tuple[str, str]]:
     """Text that may hold a closing tag whose opening one was in the prompt."""
-    for opener, closer in TAGS.items():
-        thought, found, rest = text.partition(closer)
-        if not found or "/" not in closer or opener in thought:
-            continue                    # before the search, which takes its time
-        alone = (thought.endswith("\n") or rest[:1] == "\n"
-                 or not OUTSIDE.search(thought))    # else in code, or in a call
-        if alone:
-            return [("thinking", thought)] * bool(thought) + [("text", rest.lstrip())]
-    return [("text", text)]
+    found = ORPHAN.search(text)
+    if not found or any(opener in text[:found.start()] for opener in TAGS):
+        return [("text", text)]
+    *lines, line = text[:found.start()].split("\n")
+    place = functools.reduce(after_line, [*lines, line + "-"], Markdown())
+    if place.shown() or place.ticks or OPENING.search(text[:found.start()]):
+        return [("text", text)]
+    return [("thinking", text[:found.start()])] * bool(found.start()) + [
+        ("orphan", found[0].strip()), ("text", text[found.end():].lstrip())]
+
+
+# A closing tag that stands alone: not one that a text speaks of, with words around it.
+CLOSER = "|".join(re.escape(closer) for closer in TAGS.values() if "/" in closer)
+ORPHAN = re.compile(rf"(?m)^[ \t]*(?:{CLOSER})|(?:{CLOSER})(?=[ \t]*$)|"
+                    rf"(?<=[\w.!?)])(?:{CLOSER})(?=\w)")
 
 
 def could_begin(text: str) -> bool:
@@ -5811,6 +5437,185 @@ def ending(text: str, words: Iterable[str]) -> int:
     sizes = ((size, word[:size]) for word in words
              for size in range(1, min(len(word), len(text) + 1)))
     return max((size for size, start in sizes if text.endswith(start)), default=0)
+
+
+class Markdown(NamedTuple):
+    """Where the lines so far lead in a Markdown text: CommonMark 0.31, as far as it
+    says what is code, quoted, or a comment."""
+    fence: Tuple[str, int] = ("", 0)        # what opened a fence, and its container's
+    insets: Tuple[int, ...] = ()            # columns where list items' content begins
+    ticks: int = 0        # backticks that opened code in this paragraph; 0: none
+    quoted: bool = False
+    comment: bool = False
+    inset_far: bool = False
+
+    def shown(self) -> bool:
+        """Whether what stands here is code, quoted, or in a comment."""
+        return bool(self.fence[0] or self.quoted or self.comment or self.inset_far)
+
+
+FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*\Z)|~{3,})(.*)")
+ITEM = re.compile(r" {0,3}(?:[-*+]|[0-9]{1,9}[.)])(?: {1,4}(?=\S)| |\Z)")
+INLINE = re.compile(r"(\\*)(`+)|<!--|-->")
+
+
+def after_line(place: Markdown, line: str) -> Markdown:
+    """The place behind one more line."""
+    line = line.expandtabs(4)
+    bare = line.lstrip(" ")
+    indent = len(line) - len(bare)
+    mark, inset = place.fence
+    if mark and not (bare and indent < inset):      # else its list item has ended
+        found = FENCE.fullmatch(line[inset:])
+        ends = found and found[1].startswith(mark) and not found[2].strip()
+        return place._replace(fence=("", 0)) if ends else place
+    if not bare:
+        return place._replace(fence=("", 0), ticks=0, quoted=False, inset_far=False)
+    insets = [inset for inset in place.insets if inset <= indent]
+    at, run = insets[-1] if insets else 0, place.ticks
+    for item in iter(lambda: ITEM.match(line, at), None):
+        at, run = item.end(), 0
+        insets.append(at)
+    place = place._replace(fence=("", 0), insets=tuple(insets), ticks=run)
+    found = FENCE.fullmatch(line[at:])
+    if found and not place.comment:
+        return place._replace(fence=(found[1], at), ticks=0, quoted=False)
+    bare = line[at:].lstrip(" ")
+    quoted = place.quoted or bare[:1] == ">"
+    inset_far = len(line) - len(bare) - at > 3
+    run, comment = 0 if bare.startswith(("<!--", "#")) else run, place.comment
+    for word in INLINE.finditer(bare):
+        size = len(word[2] or "") - (0 if run else len(word[1] or "") % 2)
+        if comment or word[0] == "<!--":
+            comment = word[0] != "-->" and (comment or not run)
+        elif size > 0:
+            run = size if not run else 0 if run == size else run
+    return place._replace(ticks=run, quoted=quoted, comment=comment,
+                          inset_far=inset_far)
+
+
+DEBRIS = [(models, re.compile(pattern)) for models, pattern in [    # says nothing
+    ("gpt-oss", rf"(?:<\|start\|>assistant)?<\|channel\|>(?:final|commentary){S}"
+     rf"(?:<\|constrain\|>json)?<\|message\|>|<\|(?:return|end)\|>"),
+    ("deepseek", rf"<{BAR}[^<>|\uff5c\n]{{1,64}}{BAR}>"),
+    ("kimi", r"<\|(?:open|close)\|>[^<|\n]{0,64}<\|sep\|>|"
+     r"<\|tool_calls?_section_(?:begin|end)\|>"),
+]]
+STARTS = sorted({start for row in FORMATS for start in row.starts})
+OPENING = re.compile("|".join(map(re.escape, STARTS)))
+OPENINGS = [re.compile("|".join([OPENING.pattern, CLOSER, *more]))
+            for more in ([], [f"<{BAR}"])]      # of models that leave debris
+BEGUN = {start[:size] for start in (*STARTS, *TAGS.values())
+         for size in range(1, len(start))}
+LONGEST = max(map(len, BEGUN)) + 1
+MARKS = re.compile("[<\\[\\]\u25c1]|(?m:^) {0,3}f")    # text without begins nothing
+
+
+class TailWatch:
+    """Text in, text out, in pieces, up to a mark; what begins there is the `tail`."""
+
+    def __init__(self, tools: Tools, model: str = "") -> None:
+        self.tools = tools
+        self.debris = next((pattern for models, pattern in DEBRIS
+                            if models in model.lower()), None)
+        self.orphan = ""                # a tag that ended thinking without beginning it
+        self.place = Markdown()
+        self.line: List[str] = []       # text since the lines that led to the place
+        self.held = ""                  # may begin a mark
+        self.tail: List[str] = []
+        self.size = 0                   # characters of the tail
+        self.over = False               # all is text: the tail was too long, or none
+
+    def feed(self, text: str, last: bool = False) -> str:
+        """What of the text so far is certainly text, and was not told before."""
+        if self.over or not (self.held or self.tail or last or MARKS.search(text)):
+            self.line.append(text)              # the path of a token
+            if len(self.line) > 256:
+                self.lead()
+            return text
+        if self.tail:
+            self.tail.append(text)
+            self.size += len(text)
+            return "" if self.size <= MAX_TAIL_CHARS else self.text()
+        text, self.held = self.held + text, ""
+        told, at = [], 0
+        opening = OPENINGS[bool(self.debris)]
+        for found in iter(lambda: opening.search(text, at), None):
+            told.append(text[at:found.start()])
+            self.line.append(told[-1])
+            kind, at = self.kind(text, found, last)
+            if kind == "text":
+                told.append(text[found.start():at])
+                self.line.append(told[-1])
+            elif kind != "debris":
+                self.held = text[found.start():]
+                break
+        if not self.held:
+            sizes = range(min(len(text) - at, LONGEST), 0, -1)
+            keep = next((size for size in sizes if text[-size:] in BEGUN), 0)
+            place = len(text) - (0 if last else keep)
+            told.append(text[at:place])
+            self.line.append(told[-1])
+            self.held = text[place:]
+        elif kind == "tail":
+            self.tail, self.size, self.held = [self.held], len(self.held), ""
+        return "".join(told)
+
+    def text(self) -> str:
+        """The tail as text; there is no other."""
+        text, self.tail, self.over = "".join(self.tail), [], True
+        return text
+
+    def lead(self) -> str:
+        """The text of the line that we are in, once the lines before it are seen."""
+        *lines, line = "".join(self.line).split("\n")
+        for whole in lines:
+            self.place = after_line(self.place, whole)
+        if len(line) > MAX_PASSAGE_CHARS:       # longer ones count as several
+            self.place, line = after_line(self.place, line), "-"
+        self.line = [line]
+        return line
+
+    def kind(self, text: str, found: Any, last: bool) -> Tuple[str, int]:
+        """What begins at a place: a "tail", or "debris" or "text" up to another place;
+        "held" is what cannot be told yet."""
+        at, line = found.start(), self.lead()
+        rest = len(text) - at
+        if found[0] in TAGS.values():
+            near = ORPHAN.search(line + text[at:found.end() + 80])
+            alone = near and near.end() == len(line) + len(found[0])
+            if not last and not text[found.end():].strip(" \t"):
+                return "held", at
+            if alone and not after_line(self.place, line + "-").shown():
+                self.orphan = found[0]
+                return "debris", found.end()
+            return "text", at + 1
+        if not ANYWHERE.match(text, at) and (line.strip(" ") or len(line) > 3):
+            return "text", at + 1
+        heads = [row.head.match(text, at) for row in FORMATS
+                 if self.tools and text.startswith(row.starts, at)]
+        head = next(filter(None, heads), None)
+        name = head and head.groupdict().get("name")
+        if name and not (declared_name(name, self.tools) or KIMI_ID.match(name)):
+            head = None
+        debris = self.debris.match(text, at) if self.debris and not head else None
+        unsure = not (head or debris or last)
+        if not (head or debris) and (last or rest > (MAX_HEAD_CHARS if heads else 80)):
+            return "text", at + 1
+        here = after_line(self.place, line + "-")
+        if here.shown():
+            return "text", at + 1
+        if here.ticks:                        # code, if it is closed in its paragraph
+            closer = rf"(?<!`)`{{{here.ticks}}}(?!`)|\n[ \t]*\n"
+            closing = re.compile(closer).search(text, at)
+            code = closing and closing[0][0] == "`"
+            if code and (last or closing.end() < len(text)):
+                return "text", at + 1
+            unsure = unsure or (code or not closing) and not last and (
+                rest < MAX_PASSAGE_CHARS)
+        if unsure:
+            return "held", at
+        return ("tail", at) if head else ("debris", debris.end())
 
 
 def stop_watch(stops: Tuple[str, ...]) -> Stage:
@@ -5863,8 +5668,12 @@ def fold_delta(block: Json, delta: Json, arguments: List[str]) -> None:
 
 def parsed_input(text: str) -> Json:
     """A call's input; text that is no object is kept where Claude Code looks for it."""
-    if is_object(text):
-        return decode_json(text)
+    value = value_in(text)
+    return value if isinstance(value, dict) else unparsed(text)
+
+
+def unparsed(text: str) -> Json:
+    """An input that no tool takes, which shows what the model wrote."""
     return {"__unparsedToolInput": {"raw": text, "len": len(text)}}
 
 
@@ -6142,8 +5951,8 @@ class Passed:
         self.over = False
         # what a Message has, and nothing that passes
         self.calls = Calls({})
-        self.repairs: List[str] = []
-        self.fielded = False
+        self.repairs: List[Tuple[str, List[str]]] = []
+        self.fielded, self.watch = False, TailWatch({})
 
     def start(self) -> List[Event]:
         return []                   # upstream's own
@@ -7904,6 +7713,7 @@ class Course:
         self.rank = MAIN
         self.streams = False
         self.raises = False     # the client is an SDK, which raises what we say
+        self.claude = False     # it is Claude Code, which asks again by itself
         self.began = time.monotonic()
         self.first = 0.0        # seconds to the first word
         self.queued = 0.0       # seconds without a turn
@@ -8106,6 +7916,7 @@ class Asker:
         self.looking: Any = None            # the task that asks for those
         self.calibrations: Dict[str, Calibration] = {}  # of the last MAX_KNOWN models
         self.fielded: Set[str] = set()      # models whose server parts off thinking
+        self.orphans: Dict[str, str] = {}   # what ends thinking that nothing begins
         self.warned: Set[str] = set()       # what is said of a model only once
         # what requests have in common
         self.toolboxes: Any = collections.deque(maxlen=KEPT_TOOLBOXES)
@@ -8381,8 +8192,7 @@ class Asker:
             self.gate.leave(ticket)
             raise
         self.gate.pacer.answered(ticket)
-        wanted = payload if question.message.reading.tools else None
-        return Telling(question.message, answer, self.again(question, wanted),
+        return Telling(question.message, answer, self.again(question, payload),
                        lambda: self.gate.leave(ticket))
 
     async def accepted(self, question: Question, chat: Sent,
@@ -8428,14 +8238,12 @@ class Asker:
             error = kept_words(question.message, error, answer.status, json_in(raw))
         raise error
 
-    def again(self, question: Question, payload: Optional[Tuple[str, str]]) -> Again:
-        """What asks a chat once more, for a call that can be used; {} if that fails.
+    def again(self, question: Question, payload: Tuple[str, str]) -> Again:
+        """What asks a chat once more, for what can be used; {} if that fails.
 
         The chat is kept as text, which takes less memory.
         """
         async def ask() -> Json:
-            if not payload:
-                return {}
             chat = decode_json("".join(payload))
             for name in ("stream", "stream_options"):
                 chat.pop(name, None)
@@ -8484,7 +8292,8 @@ class Asker:
             tools=self.toolbox(declared_tools(body)), stops=tuple(stop_sequences(body)),
             text_delta_chars=config.text_delta_chars, input_tokens=tokens,
             cumulative=model_family(model).cumulative, opens=self.opens(body, model),
-            again=True, asked=Asked(config, model, tokens, facts.window)))
+            again=True, own_form="xml" in mends, promotes=not question.course.claude,
+            asked=Asked(config, model, tokens, facts.window)))
         question.course.model = model
         return chat
 
@@ -8544,7 +8353,8 @@ class Asker:
         own = not upstream_api(self.config).hosts
         own = own and self.facts(model).thinks is not False
         thinks = always or own and wants_thinking(body, family)
-        return family.opens if thinks and model not in self.fielded else ""
+        return (self.orphans.get(model) or family.opens if thinks else
+                self.orphans.get(model, "")) if model not in self.fielded else ""
 
     # what is known of models
 
@@ -8570,6 +8380,10 @@ class Asker:
         message, model = question.message, question.course.model
         if message.fielded and len(self.fielded) < MAX_KNOWN:
             self.fielded.add(model)
+        if message.watch.orphan and len(self.orphans) < MAX_KNOWN:
+            self.orphans[model] = message.watch.orphan
+        elif message.reading.opens and message.opened() and message.answers():
+            self.orphans.pop(model, None)
         counted = whole_prompt(usage)
         if not any(message.usage.values()):
             return
@@ -8689,6 +8503,8 @@ def completion(raw: bytes, asked: Asked) -> Json:
         shown = printable(shown[:80]) or "nothing"
         words = f"upstream sent no JSON object, but {shown}"
         raise ProxyError(502, words, again="broken")
+    inner = shaped(value.get("data"), dict)
+    value = inner if "choices" in inner and "choices" not in value else value
     check_chunk(value, asked)
     if value.get("success") is False:       # so Z.ai's gateway says no in a 200
         raise refusal(asked, stated_status(value, 500), sentence(value) or "an error")
@@ -8764,16 +8580,16 @@ class Telling:
         return encode_json(fold(events)).encode("ascii")
 
     async def last(self, chunks: List[Json]) -> List[Event]:
-        """The events of the last chunks, of a second answer's if a call is broken."""
+        """The events of the last chunks, with a second answer's if need be."""
         try:
             return self.message.events(chunks)
-        except BrokenCall:
+        except Unfinished:
             return await self.amended()
 
     async def rescued(self, fault: Exception) -> List[bytes]:
-        """The end of an answer that is whole but for a broken call, or for what came
-        behind its end; else the fault."""
-        if isinstance(fault, BrokenCall):
+        """The end of an answer that is Unfinished, or whole but for what came behind
+        its end; else the fault."""
+        if isinstance(fault, Unfinished):
             return encoded(await self.amended())
         if not self.message.complete():
             raise fault
@@ -8799,7 +8615,7 @@ class Telling:
                 data = b""
             try:
                 out = self.stage.send(data or None)     # a token waits for nothing
-            except (BrokenCall, ProxyError) as fault:
+            except (Unfinished, ProxyError) as fault:
                 out = await self.rescued(fault)
             if self.message.finish and not self.hurried:
                 self.hurried = True
@@ -9281,7 +9097,9 @@ class Proxy:
             raise ProxyError(400, f"model: longer than {MAX_MODEL_CHARS} characters")
         course.asked, course.streams = asked, bool(body.get("stream"))
         course.session = header(request.headers, "x-claude-code-session-id")
-        course.raises = header(request.headers, "user-agent").startswith("Anthropic/")
+        agent = header(request.headers, "user-agent")
+        course.raises = agent.startswith("Anthropic/")
+        course.claude = agent.startswith("claude-cli/")
         course.rank = rank_of(request.headers, body)
         estimate = 0                    # not known of what is not for us to read
         if course.tongue == "anthropic":
@@ -9394,7 +9212,10 @@ class Proxy:
         """Count an answer, and log one line about it."""
         course, usage = question.course, question.message.final_usage()
         self.counts["answers"] += 1
-        self.counts.update("calls_" + name for name in question.message.repairs)
+        for tool, notes in question.message.repairs:
+            self.counts.update("calls_" + note for note in notes)
+            log.info("%s %s: a call of %s was not plain (%s)", course.id[-8:],
+                     printable(course.model), printable(tool), ", ".join(notes))
         if course.fallback:
             self.counts["fallback_" + course.fallback] += 1
         self.asker.compare(question, usage)

@@ -351,8 +351,8 @@ USES = {            # part: the other parts it may use
     "Refusals": "Numbers Errors Models Values Configuration Requests",
     "Arguments": "Errors Requests",
     "Mends": "Errors Requests Arguments",
-    "Dialects": "Numbers Errors Arguments",
-    "Streams": "Numbers Errors Configuration Refusals Arguments Dialects",
+    "Calls": "Numbers Errors Requests Arguments",
+    "Streams": "Numbers Errors Configuration Requests Refusals Arguments Calls",
     "Event": "Numbers Errors Refusals Streams",
     "Passing": "Numbers Errors Splices Refusals Arguments Streams Event",
     "HTTP/1.1": "Numbers Errors",
@@ -2394,12 +2394,14 @@ def test_overflows_are_said_in_anthropics_words(words, figures):
             assert figures in ("", f"{found[1]} > {found[2]}")
 
 
-# ---- 13. Arguments: repaired and fitted --------------------------------------
+# ---- 13. Arguments: read and fitted ------------------------------------------
 
 AB = {"a": "b"}
 LINES = {"a": "x\n\ty"}
 
-DAMAGED = [     # what is wrong, the text, the object, what it took
+REPAIRED, FITTED = ["repaired"], ["fitted"]
+
+DAMAGED = [     # what is wrong, the text, the object, what that takes
     ("nothing", '{"a": "b"}', AB, []),
     ("blanks around it", ' \r\n{"a": "b"}\t\n', AB, []),
     ("an empty object", "{}", {}, []),
@@ -2408,94 +2410,94 @@ DAMAGED = [     # what is wrong, the text, the object, what it took
     ("null", "null", {}, []),
     ("escapes of every kind", r'{"a": "\"\\\/\b\f\n\r\t\u0041"}',
      {"a": '"\\/\b\f\n\r\tA'}, []),
-    ("a duplicate key", '{"a": "x", "a": "b"}', AB, []),
 
-    ("a fence", '```json\n{"a": "b"}\n```', AB, ["fence"]),
-    ("a fence without a language", '```\n{"a": "b"}\n```', AB, ["fence"]),
-    ("a fence on one line", '```{"a": "b"}```', AB, ["fence"]),
-    ("a fence that only opens", '```json\n{"a": "b"}', AB, ["fence"]),
-    ("a fence that only closes", '{"a": "b"}\n```', AB, ["fence"]),
-    ("an empty fence", "```json\n```", {}, ["fence"]),
+    ("a fence", '```json\n{"a": "b"}\n```', AB, REPAIRED),
+    ("a fence without a language", '```\n{"a": "b"}\n```', AB, REPAIRED),
+    ("a fence on one line", '```{"a": "b"}```', AB, REPAIRED),
+    ("a fence that only opens", '```json\n{"a": "b"}', AB, REPAIRED),
+    ("a fence that only closes", '{"a": "b"}\n```', AB, REPAIRED),
+    ("an empty fence", "```json\n```", {}, REPAIRED),
     ("a fence inside a string", '{"a": "```"}', {"a": "```"}, []),
 
-    ("a mark behind it", '{"a": "b"}</tool_call><|im_end|>', AB, ["marks"]),
+    ("a mark behind it", '{"a": "b"}</tool_call><|im_end|>', AB, REPAIRED),
 
-    ("JSON in a string", json.dumps('{"a": "b"}'), AB, ["quoted"]),
+    ("JSON in a string", json.dumps('{"a": "b"}'), AB, REPAIRED),
     ("JSON in a string in a string", json.dumps(json.dumps('{"a": "b"}')), AB,
-     ["quoted"]),
-    ("a string of nothing", '""', {}, ["quoted"]),
-    ("a string of null", '"null"', {}, ["quoted"]),
+     REPAIRED),
+    ("a string of nothing", '""', {}, REPAIRED),
+    ("a string of null", '"null"', {}, REPAIRED),
     ("quotes and backslashes in a string", json.dumps(json.dumps({"a": '\\"\\'})),
-     {"a": '\\"\\'}, ["quoted"]),
+     {"a": '\\"\\'}, REPAIRED),
 
     ("an escape that JSON does not know", r'{"a": "\d+\.\u12"}',
-     {"a": r"\d+\.\u12"}, ["escapes"]),
-    ("a backslash before a raw newline", '{"a": "x\\\ny"}', {"a": "x\\\ny"},
-     ["escapes", "newlines"]),
-    ("one behind a backslash", r'{"a": "\\d\q"}', {"a": "\\d\\q"}, ["escapes"]),
+     {"a": r"\d+\.\u12"}, REPAIRED),
+    ("a backslash before a raw newline", '{"a": "x\\\ny"}', {"a": "x\\\ny"}, REPAIRED),
 
-    ("raw newline and tab", '{"a": "x\n\ty"}', LINES, ["newlines"]),
-    ("raw NUL and escape", '{"a": "\0\x1b"}', {"a": "\0\x1b"}, ["newlines"]),
-    ("newlines between, too", '{\n"a":\n"x\n\ty"\n}', LINES, ["newlines"]),
-    ("a newline in a key", '{"a\n": 1}', {"a\n": 1}, ["newlines"]),
+    ("a regular expression", r'{"a": "grep -E \"\d+\" x"}', {"a": 'grep -E "\\d+" x'},
+     REPAIRED),
+    ("a path of Windows", r'{"a": "C:\bin\app"}', {"a": r"C:\bin\app"}, REPAIRED),
+    ("one that is JSON", r'{"a": "D:\new\file"}', {"a": r"D:\new\file"}, REPAIRED),
+    ("one with blanks", r'{"a": "C:\Program Files\nodejs\x y"}',
+     {"a": r"C:\Program Files\nodejs\x y"}, REPAIRED),
+    ("a path that is escaped", r'{"a": "C:\\new\\x"', {"a": r"C:\new\x"}, REPAIRED),
+    ("a drive and a line end", r'{"a": "C:\\\nx"}', {"a": "C:\\\nx"}, []),
+    ("the same twice", '{"a": "b", "a": "b"}', AB, []),
+    ("three missing", '{"a": [{"b": "1"', {"a": [{"b": "1"}]}, REPAIRED),
+    ("keys without quotes", "{a: 'b'}", AB, REPAIRED),
 
-    ("a brace missing", '{"a": "b"', AB, ["unclosed"]),
-    ("three missing", '{"a": [{"b": 1', {"a": [{"b": 1}]}, ["unclosed"]),
-    ("one of two missing", '{"a": {"b": 1}', {"a": {"b": 1}}, ["unclosed"]),
-    ("brackets in strings", '{"a": "}]{"', {"a": "}]{"}, ["unclosed"]),
-    ("a brace alone", "{", {}, ["unclosed"]),
+    ("raw newline and tab", '{"a": "x\n\ty"}', LINES, REPAIRED),
+    ("raw NUL and escape", '{"a": "\0\x1b"}', {"a": "\0\x1b"}, REPAIRED),
+    ("newlines between, too", '{\n"a":\n"x\n\ty"\n}', LINES, REPAIRED),
+    ("a newline in a key", '{"a\n": 1}', {"a\n": 1}, REPAIRED),
 
-    ("a brace too many", '{"a": "b"}}', AB, ["surplus"]),
-    ("five too many", '{"a": "b"}}]\n} ]}', AB, ["surplus"]),
+    ("a brace missing", '{"a": "b"', AB, REPAIRED),
+    ("one of two missing", '{"a": {"b": 1}', {"a": {"b": 1}}, REPAIRED),
+    ("brackets in strings", '{"a": "}]{"', {"a": "}]{"}, REPAIRED),
 
-    ("repeated", '{"a": "b"}{"a": "b"}', AB, ["repeated"]),
-    ("repeated on a line of its own", '{"a": "b"}\n{ "a":"b" }', AB, ["repeated"]),
-    ("an empty object repeated", "{}{}", {}, ["repeated"]),
+    ("a brace too many", '{"a": "b"}}', AB, REPAIRED),
+    ("five too many", '{"a": "b"}}]\n} ]}', AB, REPAIRED),
 
-    ("a comma too many", '{"a": "b",}', AB, ["comma"]),
+    ("repeated", '{"a": "b"}{"a": "b"}', AB, REPAIRED),
+    ("repeated on a line of its own", '{"a": "b"}\n{ "a":"b" }', AB, REPAIRED),
+    ("an empty object repeated", "{}{}", {}, REPAIRED),
+
+    ("a comma too many", '{"a": "b",}', AB, REPAIRED),
     ("commas at every end", '{"a": [1, 2, ], "b": {"c": 1,\n},\n}',
-     {"a": [1, 2], "b": {"c": 1}}, ["comma"]),
-    ("commas in strings stay", '{"a": ",}",}', {"a": ",}"}, ["comma"]),
+     {"a": [1, 2], "b": {"c": 1}}, REPAIRED),
+    ("commas in strings stay", '{"a": ",}",}', {"a": ",}"}, REPAIRED),
 
-    ("single quotes", "{'a': 'b'}", AB, ["python"]),
-    ("Python's words", "{'a': [True, False, None]}", {"a": [True, False, None]},
-     ["python"]),
-    ("Python's words with JSON's quotes", '{"a": True}', {"a": True}, ["python"]),
-    ("Python's words in strings", "{'a': 'True None'}", {"a": "True None"}, ["python"]),
+    ("single quotes", "{'a': 'b'}", AB, REPAIRED),
+    ("Python's words", "{'a': [True, None]}", {"a": [True, None]}, REPAIRED),
+    ("Python's words with JSON's quotes", '{"a": True}', {"a": True}, REPAIRED),
+    ("Python's words in strings", "{'a': 'True None'}", {"a": "True None"}, REPAIRED),
     ("both kinds of quotes", """{'a': "it's", "b": 'say "hi"'}""",
-     {"a": "it's", "b": 'say "hi"'}, ["python"]),
+     {"a": "it's", "b": 'say "hi"'}, REPAIRED),
     ("an escaped apostrophe", r"""{'a': 'it\'s "x" \\'}""", {"a": "it's \"x\" \\"},
-     ["python"]),
-    ("an escaped apostrophe in JSON's quotes", r'{"a": "it\'s"}', {"a": "it's"},
-     ["python"]),
-    ("Python's hex escape", r"{'a': '\x1b[0m'}", {"a": "\x1b[0m"}, ["python"]),
-    ("None alone", "None", {}, ["python"]),
+     REPAIRED),
+    ("Python's hex escape", r"{'a': '\x1b[0m'}", {"a": "\x1b[0m"}, REPAIRED),
+    ("None alone", "None", {}, REPAIRED),
 
-    ("a list of one object", '[{"a": "b"}]', AB, ["list"]),
+    ("a list of one object", '[{"a": "b"}]', AB, REPAIRED),
 
-    ("a fence around single quotes", "```json\n{'a': 'b'}\n```", AB,
-     ["fence", "python"]),
-    ("newline and a missing brace", '{"a": "x\n\ty"', LINES, ["newlines", "unclosed"]),
-    ("a fence in a string", json.dumps('```json\n{"a": "b"}\n```'), AB,
-     ["quoted", "fence"]),
+    ("a fence around single quotes", "```json\n{'a': 'b'}\n```", AB, REPAIRED),
+    ("newline and a missing brace", '{"a": "x\n\ty"', LINES, REPAIRED),
+    ("a fence in a string", json.dumps('```json\n{"a": "b"}\n```'), AB, REPAIRED),
     ("a fence in a string, with blanks", json.dumps('\n```json\n{"a": "b"}\n```\n'), AB,
-     ["quoted", "fence"]),
-    ("a string with raw newlines", '"{\n\\"a\\": \\"b\\"\n}"', AB,
-     ["newlines", "quoted"]),
-    ("single quotes in a string", '''"{'a': 'b'}"''', AB, ["quoted", "python"]),
-    ("JSON in single quotes", """'{"a": "b"}'""", AB, ["python", "quoted"]),
-    ("comma and surplus", '{"a": "b",}}', AB, ["comma", "surplus"]),
-    ("comma and a missing brace", '{"a": [1,]', {"a": [1]}, ["comma", "unclosed"]),
-    ("a list that is not closed", '[{"a": "b"}', AB, ["unclosed", "list"]),
+     REPAIRED),
+    ("a string with raw newlines", '"{\n\\"a\\": \\"b\\"\n}"', AB, REPAIRED),
+    ("single quotes in a string", '''"{'a': 'b'}"''', AB, REPAIRED),
+    ("JSON in single quotes", """'{"a": "b"}'""", AB, REPAIRED),
+    ("comma and surplus", '{"a": "b",}}', AB, REPAIRED),
+    ("comma and a missing brace", '{"a": [1,]', {"a": [1]}, REPAIRED),
+    ("a list that is not closed", '[{"a": "b"}', AB, REPAIRED),
     ("a fence in a fence, a list, a surplus",
-     "```\n```json\n[{'a': 'b',}]]\n```\n```", AB,
-     ["fence", "python", "comma", "surplus", "list"]),
+     "```\n```json\n[{'a': 'b',}]]\n```\n```", AB, REPAIRED),
 ]
 
 
 @pytest.mark.parametrize("text, value, repairs", named(DAMAGED))
 def test_damage_is_repaired(text, value, repairs):
-    assert np.mended(text, {}) == (value, repairs)
+    assert np.read_arguments(text, {}) == (value, repairs)
 
 
 BEYOND_REPAIR = [
@@ -2515,6 +2517,18 @@ BEYOND_REPAIR = [
     ("a comma at the end", '{"a": 1,'),
     ("an empty list at the end", '{"todos": ['),
     ("half a word", '{"a": tru'),
+    ("a whole word at the end", '{"a": true'),
+    ("half a number, perhaps", '{"a": "x", "b": 12'),
+    ("a number in a list", '{"a": [1'),
+    ("a brace alone", "{"),
+    ("two values for one name", '{"a": "x", "a": "b"}'),
+    ("two values, repaired", "{'a': 'x', 'a': 'b'"),
+    ("an escaped backslash and one that is not", r'{"a": "\\d\q"}'),
+    ("a share of Windows", r'{"a": "\\srv\share\notes"}'),
+    ("a line end, or two letters", r'{"a": "grep \d\nls"}'),
+    ("a tab in a path that goes on otherwise", r'{"a": "cd C:\temp && grep \d+\n x"}'),
+    ("an escaped apostrophe in JSON's quotes", r'{"a": "it\'s"}'),
+    ("a letter of its own behind a backslash", '{"a": "/\\ub85c\\\ub85c"}'),
     ("brackets that do not match", '{"a": [1}'),
     ("a bracket missing in the middle", '{"a": [1, "b": 2}'),
     ("repeated, but not the same", '{"a": 1}{"a": 2}'),
@@ -2538,19 +2552,12 @@ BEYOND_REPAIR = [
 
 @pytest.mark.parametrize("text", named(BEYOND_REPAIR))
 def test_guesses_are_not_made(text):
-    assert np.mended(text, {}) == (None, [])
+    assert np.read_arguments(text, {}) == (None, [])
 
 
-def test_depth_matters_to_damage_only():
-    value = json.loads('{"a":' * 150 + "1" + "}" * 150)
-    assert np.mended(json.dumps(value), {}) == (value, [])
-    assert np.mended(repr(value) * 2, {}) == (None, [])
-    assert np.mended(json.dumps({"A": value}), {"properties": {"a": {}}}) == (None, [])
-
-
-def test_every_repair_has_rows():
-    used = {name for *_, repairs in DAMAGED for name in repairs}
-    assert used == {name for name, _, _ in np.REPAIRS}
+def test_an_answer_that_is_not_whole_has_no_bracket_completed():
+    assert np.read_arguments('{"a": "b"', {}, False) == (None, [])
+    assert np.read_arguments('{"a": "b"}', {}, False) == (AB, [])
 
 
 WORDS = ["a", "file_path", "it's", 'say "hi"', "x\ny", "\\", "C:\\new", "```json",
@@ -2591,15 +2598,12 @@ def places_in_strings(text):
 def test_an_object_is_itself_and_survives_every_wrapping(seed):
     value = some_object(random.Random(seed))
     for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):
-        assert np.mended(text, {}) == (value, [])
-        assert np.mended(json.dumps(text), {}) == (value, ["quoted"])
-        assert np.mended(f"```json\n{text}\n```", {}) == (value, ["fence"])
-        assert np.mended(f"{text} {text}", {}) == (value, ["repeated"])
-        assert np.mended(f"[{text}]", {}) == (value, ["list"])
-        assert np.mended(f"{text}]}}", {}) == (value, ["surplus"])
-        plain = np.respelled(text)
-        assert {repair(plain) for _, _, repair in np.REPAIRS} == {plain}
-    assert np.mended(repr(value), {})[0] == value
+        assert np.read_arguments(text, {}) == (value, [])
+        for damaged in (json.dumps(text), f"```json\n{text}\n```", f"{text} {text}",
+                        f"[{text}]", f"{text}]}}", text + "</tool_call>", repr(value)):
+            assert np.read_arguments(damaged, {})[0] == value, damaged
+        strict, end = np.strict_json(text, 0, True)
+        assert (json.loads(strict), end) == (value, len(text))
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -2607,9 +2611,10 @@ def test_a_cut_inside_a_string_is_never_mended(seed):
     value = some_object(random.Random(seed))
     for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):
         for place in places_in_strings(text):
-            assert np.mended(text[:place], {}) == (None, []), text[:place]
+            assert np.read_arguments(text[:place], {}) == (None, []), text[:place]
     text = json.dumps(json.dumps(value))
-    assert {np.mended(text[:place], {})[0] for place in range(1, len(text))} == {None}
+    assert all(np.read_arguments(text[:place], {})[0] is None
+               for place in range(1, len(text)))
 
 
 # ---- fitting
@@ -2617,115 +2622,106 @@ def test_a_cut_inside_a_string_is_never_mended(seed):
 STRING, INTEGER, NUMBER, BOOLEAN, ARRAY, OBJECT, NULL = (
     {"type": kind} for kind in
     ("string", "integer", "number", "boolean", "array", "object", "null"))
-COERCED, RENAMED, DROPPED = ["coerced"], ["renamed"], ["null"]
 
 VALUES = [      # a phrase, a property's schema, what is sent, what is meant, repairs
     ("a string for a string", STRING, "3", "3", []),
     ("a text of JSON for a string", STRING, '{"a": 1}', '{"a": 1}', []),
-    ("a number for a string", STRING, 3, "3", COERCED),
-    ("a fraction for a string", STRING, 2.50, "2.5", COERCED),
-    ("a boolean for a string", STRING, True, "true", COERCED),
-    ("an object for a string", STRING, {"b": "\u00e9"}, '{"b": "\u00e9"}', COERCED),
-    ("a list for a string", STRING, [1, None], "[1, null]", COERCED),
-    ("digits for an integer", INTEGER, "3", 3, COERCED),
-    ("digits with blanks", INTEGER, " -3\n", -3, COERCED),
-    ("a whole fraction for an integer", INTEGER, 3.0, 3, COERCED),
-    ("text of a whole fraction", INTEGER, "3.0", 3, COERCED),
+    ("a number for a string", STRING, 3, "3", FITTED),
+    ("a fraction for a string", STRING, 2.50, "2.5", FITTED),
+    ("a boolean for a string", STRING, True, "true", FITTED),
+    ("an object for a string", STRING, {"b": "\u00e9"}, '{"b": "\u00e9"}', FITTED),
+    ("a list for a string: words, or JSON", STRING, ["rm", "a b"], ["rm", "a b"], []),
+    ("digits for an integer", INTEGER, "3", 3, FITTED),
+    ("digits with blanks", INTEGER, " -3\n", -3, FITTED),
+    ("a whole fraction for an integer", INTEGER, 3.0, 3, FITTED),
+    ("text of a whole fraction", INTEGER, "3.0", 3, FITTED),
     ("text of a fraction for an integer", INTEGER, "3.5", "3.5", []),
     ("a fraction for an integer", INTEGER, 3.5, 3.5, []),
     ("words for an integer", INTEGER, "three", "three", []),
     ("no JSON number", INTEGER, "0x10", "0x10", []),
     ("a boolean for an integer", INTEGER, True, True, []),
     ("text of a boolean for an integer", INTEGER, "true", "true", []),
-    ("4,000 digits", INTEGER, "9" * 4000, int("9" * 4000), COERCED),
+    ("4,000 digits", INTEGER, "9" * 4000, int("9" * 4000), FITTED),
     ("5,000 digits", INTEGER, "9" * 5000, None, None),
     ("an integer for a number", NUMBER, 3, 3, []),
-    ("text of a number", NUMBER, "3.5", 3.5, COERCED),
-    ("text of an integer for a number", NUMBER, "3", 3, COERCED),
-    ("text of a whole fraction for a number", NUMBER, "3.0", 3.0, COERCED),
+    ("text of a number", NUMBER, "3.5", 3.5, FITTED),
+    ("text of an integer for a number", NUMBER, "3", 3, FITTED),
+    ("text of a whole fraction for a number", NUMBER, "3.0", 3.0, FITTED),
     ("infinity", NUMBER, "1e999", "1e999", []),
     ("NaN", NUMBER, "NaN", "NaN", []),
-    ("'true' for a boolean", BOOLEAN, "true", True, COERCED),
-    ("'False' for a boolean", BOOLEAN, "False", False, COERCED),
-    ("'TRUE' for a boolean", BOOLEAN, "TRUE", True, COERCED),
+    ("'true' for a boolean", BOOLEAN, "true", True, FITTED),
+    ("'False' for a boolean", BOOLEAN, "False", False, FITTED),
+    ("'TRUE' for a boolean", BOOLEAN, "TRUE", True, FITTED),
     ("'yes' for a boolean", BOOLEAN, "yes", "yes", []),
     ("a number for a boolean", BOOLEAN, 1, 1, []),
-    ("text of a list", ARRAY, '["a", 1]', ["a", 1], COERCED),
-    ("text of an object", OBJECT, '{"a": 1}', {"a": 1}, COERCED),
+    ("text of a list", ARRAY, '["a", 1]', ["a", 1], FITTED),
+    ("text of an object", OBJECT, '{"a": 1}', {"a": 1}, FITTED),
     ("text of an object for a list", ARRAY, '{"a": 1}', '{"a": 1}', []),
     ("half a list", ARRAY, "[1, 2", "[1, 2", []),
     ("an object for a list", ARRAY, {"a": 1}, {"a": 1}, []),
-    ("a string for null", NULL, "null", "null", []),
+    ("a string for null", NULL, "null", None, FITTED),
+    ("a string for an integer or null", {"type": ["integer", "null"]}, "null", None,
+     FITTED),
     ("no type", {}, "3", "3", []),
     ("a type that nobody knows", {"type": "any"}, "3", "3", []),
     ("true as a schema", True, "3", "3", []),
 
-    ("null for an optional string", STRING, None, ..., DROPPED),
+    ("null for an optional string", STRING, None, ..., FITTED),
     ("null for null", NULL, None, None, []),
     ("null for anything", {}, None, None, []),
     ("null for a nullable", {"type": "string", "nullable": True}, None, None, []),
     ("text of an integer for a nullable", {"type": "integer", "nullable": True}, "3", 3,
-     COERCED),
+     FITTED),
     ("null for a nullable enum", {"enum": ["x"], "nullable": True}, None, None, []),
     ("null for one of the types", {"type": ["string", "null"]}, None, None, []),
     ("null for one of the values", {"enum": ["x", None]}, None, None, []),
-    ("null for none of the values", {"enum": ["x"]}, None, ..., DROPPED),
+    ("null for none of the values", {"enum": ["x"]}, None, ..., FITTED),
     ("null for a branch", {"anyOf": [STRING, NULL]}, None, None, []),
-    ("null for no branch", {"anyOf": [STRING, INTEGER]}, None, ..., DROPPED),
+    ("null for no branch", {"anyOf": [STRING, INTEGER]}, None, ..., FITTED),
 
     ("one of the values", {"enum": ["Red", "red"]}, "red", "red", []),
-    ("another case", {"enum": ["Red", "green"]}, "RED", "Red", COERCED),
+    ("another case", {"enum": ["Red", "green"]}, "RED", "Red", FITTED),
     ("another case of two", {"enum": ["Red", "red"]}, "RED", "RED", []),
     ("another word", {"enum": ["red"]}, "blue", "blue", []),
-    ("the constant in another case", {"const": "red"}, "Red", "red", COERCED),
-    ("a number among values", {"type": "integer", "enum": [1, 2]}, "2", 2, COERCED),
+    ("the constant in another case", {"const": "red"}, "Red", "red", FITTED),
+    ("a number among values", {"type": "integer", "enum": [1, 2]}, "2", 2, FITTED),
     ("a word among values", {"type": "string", "enum": ["true"]}, True, "true",
-     COERCED),
+     FITTED),
 
     ("the second of the types", {"type": ["integer", "string"]}, "3", "3", []),
-    ("the first that it can be", {"type": ["null", "integer"]}, "3", 3, COERCED),
+    ("the first that it can be", {"type": ["null", "integer"]}, "3", 3, FITTED),
     ("a list or a string", {"type": ["array", "string"]}, "[1]", "[1]", []),
 
     ("texts of integers in a list", {"type": "array", "items": INTEGER},
-     ["1", 2], [1, 2], COERCED),
+     ["1", 2], [1, 2], FITTED),
     ("text of a list of texts", {"type": "array", "items": INTEGER}, '["1", "x"]',
-     [1, "x"], COERCED),
+     [1, "x"], FITTED),
     ("null in a list", {"type": "array", "items": STRING}, [None], [None], []),
-    ("a tuple", {"prefixItems": [INTEGER, STRING], "items": BOOLEAN},
-     ["1", "1", "true", "true"], [1, "1", True, True], COERCED),
-    ("an old tuple", {"items": [INTEGER, STRING]}, ["1", 1, "1"], [1, "1", "1"],
-     COERCED),
-    ("additional properties", {"additionalProperties": INTEGER}, {"x": "1"}, {"x": 1},
-     COERCED),
-    ("null in a map", {"additionalProperties": INTEGER}, {"x": None}, {"x": None}, []),
-    ("properties by pattern", {"patternProperties": {"^x": INTEGER},
-                               "additionalProperties": STRING},
-     {"x": 1}, {"x": 1}, []),
     ("an object in an object", {"properties": {"b": INTEGER}}, {"b": "1", "c": "1"},
-     {"b": 1, "c": "1"}, COERCED),
+     {"b": 1, "c": "1"}, FITTED),
 
     ("the branch that fits", {"anyOf": [INTEGER, STRING]}, "3", "3", []),
     ("the first branch that it can be", {"anyOf": [NULL, INTEGER, BOOLEAN]}, "3", 3,
-     COERCED),
+     FITTED),
     ("the first of two branches that it can be", {"anyOf": [INTEGER, NUMBER]}, "3.0", 3,
-     COERCED),
+     FITTED),
     ("half a branch", {"anyOf": [{"properties": {"b": INTEGER, "c": NULL}}]},
      {"b": "1", "c": 1}, {"b": "1", "c": 1}, []),
     ("no branch", {"anyOf": [INTEGER, BOOLEAN]}, "x", "x", []),
-    ("oneOf", {"oneOf": [NULL, ARRAY]}, "[1]", [1], COERCED),
+    ("oneOf", {"oneOf": [NULL, ARRAY]}, "[1]", [1], FITTED),
     ("all of allOf", {"allOf": [{"properties": {"b": INTEGER}},
                                 {"properties": {"c": BOOLEAN}}]},
-     {"b": "1", "c": "true"}, {"b": 1, "c": True}, COERCED),
+     {"b": "1", "c": "true"}, {"b": 1, "c": True}, FITTED),
     ("branches that only require", {"properties": {"b": INTEGER}, "anyOf": [
-        {"required": ["b"]}, {"required": ["c"]}]}, {"b": "1"}, {"b": 1}, COERCED),
+        {"required": ["b"]}, {"required": ["c"]}]}, {"b": "1"}, {"b": 1}, FITTED),
     ("the branch with the right constant", {"anyOf": [
         {"properties": {"kind": {"const": "x"}, "n": STRING}},
         {"properties": {"kind": {"const": "y"}, "n": INTEGER}}]},
-     {"kind": "y", "n": "1"}, {"kind": "y", "n": 1}, COERCED),
+     {"kind": "y", "n": "1"}, {"kind": "y", "n": 1}, FITTED),
     ("the branch with what is required", {"anyOf": [
         {"required": ["b"], "properties": {"n": STRING}},
         {"required": ["c"], "properties": {"n": INTEGER}}]},
-     {"c": 0, "n": "1"}, {"c": 0, "n": 1}, COERCED),
+     {"c": 0, "n": "1"}, {"c": 0, "n": 1}, FITTED),
     ("no trace of a branch that failed", {"anyOf": [
         {"properties": {"b": INTEGER, "c": NULL}}, OBJECT]},
      {"b": "1", "c": 1}, {"b": "1", "c": 1}, []),
@@ -2734,7 +2730,8 @@ VALUES = [      # a phrase, a property's schema, what is sent, what is meant, re
 
 @pytest.mark.parametrize("schema, sent, meant, repairs", named(VALUES))
 def test_values_are_fitted(schema, sent, meant, repairs):
-    value, took = np.mended(json.dumps({"p": sent}), {"properties": {"p": schema}})
+    value, took = np.read_arguments(json.dumps({"p": sent}),
+                                    {"properties": {"p": schema}})
     if repairs is None:     # as Python decides: some refuse integers of 5,000 digits
         assert value == {"p": sent} or value == {"p": int(sent)}
         return
@@ -2743,45 +2740,80 @@ def test_values_are_fitted(schema, sent, meant, repairs):
     assert json.dumps(value) == json.dumps(want)    # 1 is neither 1.0 nor true
 
 
+AS_WRITTEN = [     # a phrase, the schema, raw text, what it means there
+    ("a string", STRING, '{"a": 1}', '{"a": 1}'), ("an integer", INTEGER, "3", 3),
+    ("null or an integer", {"anyOf": [INTEGER, NULL]}, "null", None),
+    ("null or one of the words", {"anyOf": [{"type": "string", "enum": ["a"]}, NULL]},
+     "null", None),
+    ("null or a string", {"anyOf": [STRING, NULL]}, "null", None),
+    ("null where there is none", STRING, "null", "null"),
+    ("a list of types", {"type": ["integer", "null"]}, "null", None),
+    ("an object or a string", {"anyOf": [{"type": "object"}, STRING]}, '{"a": 1}',
+     {"a": 1}),
+    ("a string or a list", {"anyOf": [STRING, ARRAY]}, '["a"]', ["a"]),
+    ("an object, but only lists", {"anyOf": [STRING, ARRAY]}, '{"a": 1}', '{"a": 1}'),
+    ("a number or a string", {"type": ["number", "string"]}, "3", "3"),
+    ("no type", {}, '{"a": 1}', {"a": 1}), ("no type, a word", {}, "3", "3"),
+    ("a version", STRING, "3.10", "3.10"), ("deep", {"$ref": "#/$defs/n"}, "3", 3),
+]
+
+
+@pytest.mark.parametrize("schema, raw, value", named(AS_WRITTEN))
+def test_raw_text_is_what_the_schema_takes(schema, raw, value):
+    tool = {"name": "T", "input_schema": {"properties": {"p": schema},
+                                          "$defs": {"n": INTEGER}}}
+    tail = "<function=T>\n<parameter=p>\n%s\n</parameter>\n</function>" % raw
+    (_, arguments, _), = np.text_calls(tail, {"T": tool})[0]
+    assert json.dumps(json.loads(arguments)["p"]) == json.dumps(value)
+
+
+@pytest.mark.parametrize("text, value", [("3.10", "3.10"), ("1234567e12", "1234567e12"),
+                                         ("7", "7"), ("true", "true")])
+def test_a_number_for_a_string_is_spelled_as_it_was(text, value):
+    schema = {"properties": {"p": STRING}}
+    assert np.read_arguments('{"p": %s}' % text, schema)[0] == {"p": value}
+
+
 FILE_PATHS = {"type": "object", "required": ["file_path"],
          "properties": {"file_path": STRING, "limit": INTEGER}}
 OBJECTS = [
     ("as declared", FILE_PATHS, {"file_path": "a"}, {"file_path": "a"}, []),
-    ("camel case", FILE_PATHS, {"filePath": "a"}, {"file_path": "a"}, RENAMED),
-    ("capitals", FILE_PATHS, {"FILE_PATH": "a"}, {"file_path": "a"}, RENAMED),
-    ("hyphens", FILE_PATHS, {"file-path": "a"}, {"file_path": "a"}, RENAMED),
+    ("camel case", FILE_PATHS, {"filePath": "a"}, {"file_path": "a"}, FITTED),
+    ("capitals", FILE_PATHS, {"FILE_PATH": "a"}, {"file_path": "a"}, FITTED),
+    ("hyphens", FILE_PATHS, {"file-path": "a"}, {"file_path": "a"}, FITTED),
     ("renamed, then fitted", FILE_PATHS, {"filePath": "a", "Limit": "3"},
-     {"file_path": "a", "limit": 3}, RENAMED + COERCED),
+     {"file_path": "a", "limit": 3}, FITTED),
     ("renamed, then dropped", FILE_PATHS, {"file_path": "a", "LIMIT": None},
-     {"file_path": "a"}, RENAMED + DROPPED),
+     {"file_path": "a"}, FITTED),
     ("the declared one is there", FILE_PATHS, {"file_path": "a", "filePath": "b"},
      {"file_path": "a", "filePath": "b"}, []),
     ("two for one", FILE_PATHS, {"filePath": "a", "FILE_PATH": "b"},
-     {"file_path": "a", "FILE_PATH": "b"}, RENAMED),
+     {"file_path": "a", "FILE_PATH": "b"}, FITTED),
     ("one for two", {"properties": {"a_b": {}, "ab": {}}}, {"A-B": 1}, {"A-B": 1}, []),
     ("another word", FILE_PATHS, {"path": "a"}, {"path": "a"}, []),
     ("unknown keys stay", FILE_PATHS, {"file_path": "a", "x": None},
      {"file_path": "a", "x": None}, []),
     ("two nulls", {"properties": {"a": STRING, "b": {}, "c": STRING}},
-     {"a": None, "b": 1, "c": None}, {"b": 1}, DROPPED),
+     {"a": None, "b": 1, "c": None}, {"b": 1}, FITTED),
     ("null for what is required", FILE_PATHS, {"file_path": None},
      {"file_path": None}, []),
     ("deep inside", {"properties": {"edits": {"items": {"properties": {
         "old_string": {}, "all": BOOLEAN}}}}},
      {"edits": [{"oldString": "a", "all": "true"}, {"old_string": "b", "all": None}]},
      {"edits": [{"old_string": "a", "all": True}, {"old_string": "b"}]},
-     RENAMED + COERCED + DROPPED),
+     FITTED),
 ]
 
 
 @pytest.mark.parametrize("schema, sent, meant, repairs", named(OBJECTS))
 def test_properties_are_fitted(schema, sent, meant, repairs):
-    assert np.mended(json.dumps(sent), schema) == (meant, repairs)
-    assert list(np.mended(json.dumps(meant), schema)[0].items()) == list(meant.items())
+    assert np.read_arguments(json.dumps(sent), schema) == (meant, repairs)
+    value, _ = np.read_arguments(json.dumps(meant), schema)
+    assert list(value.items()) == list(meant.items())
 
 
 def test_the_order_of_properties_is_kept():
-    value, _ = np.mended('{"limit": "1", "x": 0, "filePath": "a"}', FILE_PATHS)
+    value, _ = np.read_arguments('{"limit": "1", "x": 0, "filePath": "a"}', FILE_PATHS)
     assert list(value) == ["limit", "x", "file_path"]
 
 
@@ -2791,11 +2823,10 @@ POINTERS = [
     ("a slash and a tilde", "#/$defs/a~1b~0c", 1),
     ("percent escapes", "#/$defs/a%20b", 1),
     ("a chain", "#/$defs/chain", 1),
-    ("into a list", "#/$defs/union/anyOf/1", 1),
     ("a beside-type", "#/$defs/loop", "1"),
     ("to nothing", "#/$defs/nowhere", "1"),
     ("through a string", "#/$defs/n/type/x", "1"),
-    ("past a list", "#/$defs/union/anyOf/7", "1"),
+    ("past a list", "#/anyOf/7", "1"),
     ("another document", "schema.json#/definitions/n", "1"),
     ("an anchor", "#n", "1"),
     ("a number", 5, "1"),
@@ -2806,11 +2837,10 @@ POINTERS = [
 def test_references_are_followed(pointer, meant):
     definitions = {"n": INTEGER, "a/b~c": INTEGER, "a b": INTEGER,
                    "chain": {"$ref": "#/definitions/n"},
-                   "loop": {"$ref": "#/$defs/loop"},
-                   "union": {"anyOf": [STRING, INTEGER]}}
+                   "loop": {"$ref": "#/$defs/loop"}}
     schema = {"$defs": definitions, "definitions": {"n": INTEGER},
               "properties": {"p": {"$ref": pointer, "description": "p"}}}
-    assert np.mended('{"p": "1"}', schema)[0] == {"p": meant}
+    assert np.read_arguments('{"p": "1"}', schema)[0] == {"p": meant}
 
 
 def test_a_recursive_schema_reaches_down():
@@ -2818,7 +2848,7 @@ def test_a_recursive_schema_reaches_down():
     tree = {"properties": {"n": INTEGER, "kids": kids}}
     sent = {"n": "1", "kids": '[{"n": "2", "kids": [{"N": 3.0}]}]'}
     meant = {"n": 1, "kids": [{"n": 2, "kids": [{"n": 3}]}]}
-    assert np.mended(json.dumps(sent), tree) == (meant, COERCED + RENAMED)
+    assert np.read_arguments(json.dumps(sent), tree) == (meant, FITTED)
 
 
 GARBAGE = [
@@ -2837,7 +2867,7 @@ GARBAGE = [
 @pytest.mark.parametrize("schema", GARBAGE, ids=lambda schema: json.dumps(schema)[:40])
 def test_garbage_for_a_schema_changes_nothing(schema):
     value = {"a": "b", "c": [1, {"d": None}]}
-    assert np.mended(json.dumps(value), schema)[0] == value
+    assert np.read_arguments(json.dumps(value), schema)[0] == value
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -2859,7 +2889,7 @@ def test_garbage_within_schemas_does_not_raise(seed):
         return {name: garbage(depth + 1) for name in dice.sample(names, 4)}
 
     schema = {name: garbage(0) for name in keys}
-    value, _ = np.mended(json.dumps(some_object(dice)), schema)
+    value, _ = np.read_arguments(json.dumps(some_object(dice)), schema)
     assert isinstance(value, dict)
 
 
@@ -2872,8 +2902,8 @@ HOSTILE = [     # a phrase, the text, whether it can be mended
     ("10,000 nested objects", '{"a":' * 10000 + "1" + "}" * 10000, None),
     ("10,000 nested lists, a brace short", '{"a":' + "[" * 10000 + "]" * 10000, False),
     ("10,000 nested lists in a string", json.dumps({"p": "[" * 10000}), True),
-    ("200 nested lists that need a brace", '{"a":' + "[" * 200 + "]" * 200, False),
-    ("200 objects twice", ('{"a":' * 200 + "1" + "}" * 200) * 2, False),
+    ("200 nested lists that need a brace", '{"a":' + "[" * 200 + "]" * 200, True),
+    ("200 objects twice", ('{"a":' * 200 + "1" + "}" * 200) * 2, True),
     ("a million braces", "{" * MEGA, False),
     ("a million closing braces", "}" * MEGA, False),
     ("half a million lists", '{"a":' + "[]" * (MEGA // 2), False),
@@ -2882,17 +2912,17 @@ HOSTILE = [     # a phrase, the text, whether it can be mended
     ("a number's place taken by 5 MB", json.dumps({"n": "9" * 5 * MEGA}), True),
     ("an open string of 5 MB", '{"a": "' + "x" * 5 * MEGA, False),
     ("a string of 5 MB, a brace short", '{"a": "' + "x" * 5 * MEGA + '"', False),
-    ("a megabyte of lines", '{"a": "' + ("x" * 40 + "\n") * (MEGA // 41) + '"', True),
-    ("a megabyte of newlines", '{"a": "' + "\n" * MEGA + '"}', True),
-    ("a megabyte in single quotes", "{'a': '" + "x\n" * (MEGA // 2) + "'}", True),
+    ("200 kB of lines", '{"a": "' + ("x" * 40 + "\n") * 4800 + '"', True),
+    ("200 kB of newlines", '{"a": "' + "\n" * 200000 + '"}', True),
+    ("200 kB in single quotes", "{'a': '" + "x\n" * (200000 // 2) + "'}", True),
     ("a megabyte of quotes", '"' * MEGA, False),
     ("a megabyte of quotes in an object", '{"a":' + '"' * MEGA, False),
-    ("a megabyte of quotes in single quotes", "{'a': '" + '"' * MEGA + "'}", True),
+    ("200 kB of quotes in single quotes", "{'a': '" + '"' * 200000 + "'}", True),
     ("a megabyte of apostrophes", "'" * MEGA, False),
     ("a megabyte of apostrophes in an object", "{'a':" + "'" * MEGA, False),
     ("a megabyte of backslashes", "\\" * MEGA, False),
     ("a megabyte of backslashes in a string", '{"a": "' + "\\" * MEGA, False),
-    ("a megabyte of backslashes, a brace short", '{"a": "' + "\\" * MEGA + '"', True),
+    ("200 kB of backslashes, a brace short", '{"a": "' + "\\" * 200000 + '"', True),
     ("half a million escaped quotes", '{"a": "' + '\\"' * (MEGA // 2), False),
     ("half a million escaped apostrophes", "{'a': '" + "\\'" * (MEGA // 2), False),
     ("a megabyte of backticks", "`" * MEGA, False),
@@ -2900,7 +2930,8 @@ HOSTILE = [     # a phrase, the text, whether it can be mended
     ("half a million commas and blanks", '{"a": [' + ", " * (MEGA // 2), False),
     ("a million blanks after a comma", "{," + " " * MEGA + "x", False),
     ("two hundred thousand words", "True " * (MEGA // 5), False),
-    ("100,000 objects in a list", '{"a": [' + '{"P": "1"},' * 90000 + "]", True),
+    ("20,000 objects in a list", '{"a": [' + '{"P": "1"},' * 20000 + "]", True),
+    ("100,000 of them", '{"a": [' + '{"P": "1"},' * 90000 + "]", False),
     ("100,000 keys", json.dumps({f"P{n}": None for n in range(100000)}), True),
 ]
 
@@ -2909,7 +2940,7 @@ def mended_quickly(text, schema):
     """mended() in less than a second, at the third try at last: machines are busy."""
     for _ in range(3):
         begin = time.process_time()
-        answer = np.mended(text, schema)
+        answer = np.read_arguments(text, schema)
         if time.process_time() - begin < 1:
             return answer
     pytest.fail("it took more than a second")
@@ -2942,7 +2973,7 @@ def test_hostile_schemas_take_less_than_a_second(schema):
 
 
 def test_a_long_list_is_fitted_as_far_as_the_steps_reach():
-    value, _ = np.mended(json.dumps({"a": ["1"] * 50000}),
+    value, _ = np.read_arguments(json.dumps({"a": ["1"] * 50000}),
                          {"properties": {"a": {"items": INTEGER}}})
     assert value["a"][:9000] == [1] * 9000 and value["a"][-1] == "1"
 
@@ -2959,6 +2990,8 @@ SPELLINGS = [
     ("a number", "Read:0", "Read"),
     ("a prefix and a number", "functions.Read:12", "Read"),
     ("markup behind", "Read<|channel|>commentary", "Read"),
+    ("a tag behind", "Read<arg_key>", "Read"),
+    ("twice", "ReadRead", "Read"),
     ("everything", " functions.read:1 <|constrain|>json", "Read"),
     ("another case", "READ", "Read"),
     ("underscores", "web_fetch", "WebFetch"),
@@ -3375,7 +3408,13 @@ XML_ANSWERS = [     # (case, the model's text, content, stop_reason)
        '<tool_code name="Read">{"path": "x"}</tool_code>'},
       used_tool("Read", path="x")], "tool_use"),
     ("text behind it", '<TOOL_CODE name="Read">{"path": "x"}</TOOL_CODE> Done.',
-     [used_tool("Read", path="x"), said(" Done.")], "tool_use"),
+     [used_tool("Read", path="x")], "tool_use"),
+    ("a result that it makes up", 'Ok.\n<tool_code name="Read">{"path": "x"}'
+     "</tool_code>\n<tool_output>\nx\n</tool_output>\nIt says x.",
+     [said("Ok.\n"), used_tool("Read", path="x")], "tool_use"),
+    ("the name in the object",
+     '<tool_code>{"name": "Read", "arguments": {"path": "x"}}</tool_code>',
+     [used_tool("Read", path="x")], "tool_use"),
     ("a nested tag and a name", '<tool_code name="Read">\n<tool name="Read">\nRead\n'
      '{"path": "x"}\n</tool>\n</tool_code>', [used_tool("Read", path="x")], "tool_use"),
     ("single quotes", "<tool_code name='Read'>{'path': 'x'}</tool_code>",
@@ -3403,7 +3442,7 @@ def test_the_xml_modes_answers(words, blocks, reason):
 
 
 def test_a_broken_call_in_prose_is_asked_for_again():
-    bad = 'Ok. <tool_code name="Read">{"path": "/a, }</tool_code>'
+    bad = 'Ok.\n<tool_code name="Read">{"path": "/a, }</tool_code>'
     good = '<tool_code name="Read">{"path": "/a"}</tool_code>'
     with both(streams(*text(bad)), completes(good), tool_format="xml") as (nim, client):
         message = client.message(stream=True, **PROSE_CHAT)
@@ -3412,13 +3451,12 @@ def test_a_broken_call_in_prose_is_asked_for_again():
     hermes = '<tool_call>\n{"name": "Read", "arguments": {"path": "/a}}\n</tool_call>'
     with both(streams(*text(hermes)), streams(*text("Hm."))) as (nim, client):
         message = client.message(stream=True, **PROSE_CHAT)
-        assert "__unparsedToolInput" in message["content"][0]["input"]
-        assert len(nim.asked) == 2
+        assert (message["content"], len(nim.asked)) == ([said(hermes)], 2)
 
 
 def test_text_before_the_tag_is_streamed():
     gate = threading.Event()
-    before = EVENT_STREAM + sse(says(content="Let me look. <tool_co"), done=False)
+    before = EVENT_STREAM + sse(says(content="Let me look.\n<tool_co"), done=False)
     after = sse(*text('de name="Read">{"path": "x"}</tool_code>'))
     body = json.dumps(dict(ASK, **PROSE_CHAT, stream=True)).encode()
     with both([before, gate, after, FakeNim.CLOSE], tool_format="xml") as (_, client):
@@ -3433,7 +3471,7 @@ def test_text_before_the_tag_is_streamed():
             assert b"tool_use" in received(sock)
 
 
-# ---- 15. Dialects: tool calls written as text --------------------------------
+# ---- 15. Calls in text: the rule of the tail ---------------------------------
 
 BAR, MINIMAX = "\uff5c", "]<]minimax[>["
 DSML = BAR + "DSML" + BAR
@@ -3459,6 +3497,7 @@ def invoked(prefix="", wrapper="function_calls", blank="", marks=""):
     return line.format(w=wrapper, p=prefix, b=blank, m=marks)
 
 
+TWO = BAR * 2 + "DSML" + BAR * 2
 WRITTEN = [     # who writes so, the text: each means Read(file_path="/a")
     ("Hermes", "<tool_call>\n%s\n</tool_call>" % NAMED),
     ("Hermes, parameters", "<tool_call>%s</tool_call>" % NAMED.replace(
@@ -3509,12 +3548,12 @@ WRITTEN = [     # who writes so, the text: each means Read(file_path="/a")
      + "<file_path>/a" + MINIMAX + "</file_path>" + MINIMAX + "</invoke>" + MINIMAX
      + "</tool_call>"),
     ("Llama 3", "<|python_tag|>" + NAMED.replace("arguments", "parameters")),
-    ("Llama 3, bare", NAMED.replace("arguments", "parameters")),
-    ("Llama 3, typed", '{"type": "function", "name": "Read", "parameters": %s}' % PATH),
+    ("Llama 3, typed",
+     '<|python_tag|>{"type": "function", "name": "Read", "parameters": %s}' % PATH),
     ("Llama 3, an inner object",
-     '{"function": {"name": "Read", "arguments": %s}}' % PATH),
+     '<|python_tag|>{"function": {"name": "Read", "arguments": %s}}' % PATH),
     ("Llama 4", '<|python_start|>[Read(file_path="/a")]<|python_end|>'),
-    ("Llama 4, bare", "[Read(file_path='/a')]"),
+    ("LFM 2.5", '<|tool_call_start|>[Read(file_path="/a")]<|tool_call_end|>'),
     ("Mistral, to v7", "[TOOL_CALLS] [%s]" % NAMED),
     ("Mistral v11", "[TOOL_CALLS]Read[CALL_ID]abc123def[ARGS]" + PATH),
     ("Mistral v13", "[TOOL_CALLS]Read[ARGS]" + PATH),
@@ -3538,85 +3577,134 @@ WRITTEN = [     # who writes so, the text: each means Read(file_path="/a")
     ("an imitator, prefixed", invoked("antml:", "antml:function_calls")),
     ("an imitator, unwrapped", '<invoke name="Read"><parameter name="file_path">/a'
      "</parameter></invoke>"),
-    ("a fenced call", "```json\n%s\n```" % NAMED),
-    ("a call as it is shown", "[Tool call: Read(%s)]" % PATH),
+    ("Qwen 2.5 Coder", "<tools>\n%s\n</tools>" % NAMED),
+    ("Qwen 2.5 Coder, a list", "<tools>\n[%s]\n</tools>" % NAMED),
+    ("Qwen-Coder, an opener left open", "<tool_call>\n<function=Read>\n<parameter="
+     "file_path=/a</parameter>\n</function>\n</tool_call>"),
+    ("MiniMax M2, JSON", "<tool_calls>\n%s\n</tool_calls>" % NAMED),
+    ("MiniMax in LM Studio", '[TOOL_CALL]\n{tool => "Read", args => {\n  --file_path '
+     '"/a"\n}}\n[/TOOL_CALL]'),
+    ("a tag of Hermes' kind", "<tool>%s</tool>" % NAMED),
+    ("closers doubled and left over", "<function=Read>\n<parameter=file_path>\n/a\n"
+     "</parameter>\n</parameter>\n</function>\n</tool_call>"),
+    ("Kimi K3, marks run together", '<|open|>toolscall tool="Read" index="1"<|sep|>\n'
+     '<|open|>argument key="file_path" type="string"<|sep|>/a<|close|>argument<|sep|>\n'
+     "<|close|>call<|sep|>\n<|close|>toolsmessage<|sep|>"),
+    ("Gemma 4, JSON's quotes", '<|tool_call>call:Read{file_path: "/a"}<tool_call|>'),
+    ("Gemma 4, parentheses", '<|tool_call>call:Read(file_path="/a")<tool_call|>'),
+    ("Gemma 4, no quotes", "<|tool_call>call:Read{file_path:/a}<tool_call|>"),
+    ("Gemma 4, half of them", '<|tool_call>call:Read{file_path:<|"|>/a}<tool_call|>'),
+    ("Gemma 4, single ones", "<|tool_call>call:Read{file_path:'/a'}<tool_call|>"),
+    ("DeepSeek, two bars", invoked(TWO, TWO + "tool_calls")),
+    ("DeepSeek, two bars and a blank", invoked(TWO + " ", TWO + " calls")),
+    ("DeepSeek, ASCII's bars", invoked("|DSML|", "|DSML|tool_calls")),
+    ("DeepSeek, two of ASCII's", invoked("||DSML||", "||DSML||tool_calls")),
+    ("DeepSeek, blanks around", invoked(" | DSML | ", " | DSML | tool_calls")),
+    ("the XML mode, the name in JSON", "<tool_code>%s</tool_code>" % NAMED),
     ("the XML mode", '<tool_code name="Read">\n%s\n</tool_code>' % PATH),
     ("the XML mode, careless",
      "<TOOL_CODE name = 'Read' >\nRead\n%s</ tool_code >" % PATH),
 ]
-ALONE = {case for case, words in WRITTEN if case.startswith((
-    "Llama 3", "Llama 4, bare", "Phi", "a fenced", "a call as"))}   # or it is no call
-OPEN = {"Nemotron 1 and 2, left open"}      # what follows would be taken for the end
-
-
-def leaked(pieces, cut=False, model=""):
-    """What Leaks makes of a text: words joined, calls without their repairs."""
-    leaks, out = np.Leaks(DECLARED, model), []
-    found = [each for piece in pieces for each in leaks.feed(piece)]
-    for kind, value in found + (leaks.cut() if cut else leaks.feed("", True)):
-        if kind != "text":
-            out.append((kind, *value[:2]))
-        elif out and out[-1][0] == "text":
-            out[-1] = ("text", out[-1][1] + value)
-        else:
-            out.append(("text", value))
-    return out
-
-
+UNMARKED = [    # calls that no mark begins: text, whoever wrote them
+    ("Llama 3", NAMED.replace("arguments", "parameters")),
+    ("Llama 4", "[Read(file_path='/a')]"), ("a fence", "```json\n%s\n```" % NAMED),
+    ("a fence named so", "```tool_call\n%s\n```" % NAMED),
+    ("as it is shown", "[Tool call: Read(%s)]" % PATH),
+    ("in other words", "[Calling tool: Read(%s)]" % PATH),
+]
 READ_A = ("call", "Read", PATH)
 
 
+def answer_of(pieces, musing="", finish="stop", **reading):
+    """What a Message makes of a text in pieces: words and calls, in order."""
+    chunks = [says(reasoning_content=musing)] * bool(musing)
+    chunks += [says(content=piece) for piece in pieces] + [says(finish)]
+    message = np.fold(told(chunks, **{"tools": DECLARED, **reading}))
+    return [("text", block["text"]) if block["type"] == "text" else
+            ("call", block["name"], np.encode_json(block["input"]))
+            for block in message["content"] if block["type"] != "thinking"]
+
+
+def cut_anyhow(words):
+    """A text whole, character by character, and cut at every place."""
+    yield from ([words], list(words))
+    yield from ([words[:place], words[place:]] for place in range(1, len(words)))
+
+
 @pytest.mark.parametrize("words", named(WRITTEN))
-def test_every_dialect_whole_byte_by_byte_and_cut_anywhere(words):
-    assert leaked([words]) == [READ_A]
-    assert leaked(words) == [READ_A]
-    assert all(leaked([words[:place], words[place:]]) == [READ_A]
-               for place in range(1, len(words)))
+def test_every_format_whole_and_cut_anywhere(words):
+    assert all(answer_of(pieces) == [READ_A] for pieces in cut_anyhow(words))
+    assert answer_of(["I look <b>now</b>.\n" + words + "\n"]) == [
+        ("text", "I look <b>now</b>.\n"), READ_A]
+    assert answer_of([], musing="I look.\n" + words) == [READ_A]
 
 
-@pytest.mark.parametrize("case, words", named([(row[0], *row) for row in WRITTEN]))
-def test_text_around_a_call_keeps_its_place(case, words):
-    framed = "I look <b>now</b>.\n" + words + "\nThat `was` it [1]."
-    got = leaked([framed])
-    assert got == leaked(framed)
-    if case in ALONE:
-        assert got == [("text", framed)]
-    elif case not in OPEN:
-        before, call, after = got
-        assert (before, call) == (("text", "I look <b>now</b>.\n"), READ_A)
-        assert after[1].strip() == "That `was` it [1]."
+ASIDE = ["So: `%s` it is.", "``%s``", "So:\n```\n%s\n```\nit is.", "So:\n~~~xml\n%s",
+         "1. So:\n   ```\n   %s\n   ```\n2. it is.", "- ```\n  %s\n  ```",
+         "````md\n```\n%s\n```\n%s\n````", "> So:\n> %s", "> So:\n%s", "So:\n\n    %s",
+         "\t%s", "<!-- %s -->", "<!--\n%s", "A `tag\n%s`", "So:\n%s\nit is.",
+         "%s and so on", "%s\n%s\nit is.", "```py\nF = '```'\n%s\n```",
+         "```\n%s\n``` x\n%s\n```", "Read.\n```json\n%s", "%s `x`", "%s\n```\nx\n```"]
 
 
 @pytest.mark.parametrize("words", named(WRITTEN))
 def test_what_only_shows_a_call_is_text(words):
     line = words.replace("\n", " ").replace("```json", "").replace("```", "")
-    for shown in (words.replace("Read", "Reed"), "So: `%s` it is." % line,
-                  "So:\n```\n%s\n```\nit is." % line, "So:\n~~~xml\n%s" % line,
-                  "``" + line + "``"):
-        assert leaked([shown]) == leaked(shown) == [("text", shown)]
+    for form in ASIDE:
+        shown = form.replace("%s", line)
+        assert answer_of([shown]) == answer_of(shown) == [("text", shown)], shown
+    other = words.replace("Read", "Reed")
+    assert answer_of([other]) == answer_of(other) == [("text", other)]
+
+
+@pytest.mark.parametrize("case, words", named([(row[0], *row) for row in WRITTEN]))
+def test_a_mark_within_a_line_is_one_only_if_it_is_a_special_token(case, words):
+    special = words.startswith(("<|", "<" + BAR, "< |", MINIMAX, "[TOOL_CALLS]"))
+    words = words.replace("\n", " ")
+    got = answer_of(["I look: " + words])
+    assert got == ([("text", "I look: "), READ_A] if special
+                   else [("text", "I look: " + words)])
+
+
+@pytest.mark.parametrize("words", named(UNMARKED))
+def test_calls_without_a_mark_are_text(words):
+    assert answer_of([words]) == answer_of(words) == [("text", words)]
 
 
 @pytest.mark.parametrize("words", named(WRITTEN))
-def test_a_call_that_the_output_limit_cut_is_never_run(words):
+def test_a_call_that_was_cut_is_never_run(words):
     for place in range(1, words.index("/a") + 2):
-        for kind, *value in leaked([words[:place]], cut=True):
-            assert kind == "text" or kind == "cut" and not np.is_object(value[1])
+        for finish in ("length", "stop"):
+            assert answer_of([words[:place]], finish=finish) == [
+                ("text", words[:place])]
+    assert answer_of([words], finish="length") == [("text", words)]
 
 
 def test_several_calls_in_a_row():
     one = "<function=Bash>\n<parameter=command>\nls\n</parameter>\n</function>"
     three = "<tool_call>\n%s\n%s\n</tool_call>\n<tool_call>%s</tool_call>" % (
         one, one, one)
-    for pieces in ([three], three):
-        found = [piece for piece in leaked(pieces) if piece[1].strip()]
-        assert found == [("call", "Bash", '{"command":"ls"}')] * 3
+    assert answer_of([three]) == answer_of(three) == [
+        ("call", "Bash", '{"command":"ls"}')] * 3
     kimi = dict(WRITTEN)["Kimi K2"].replace("<|tool_calls_section_end|>", "")
-    assert leaked(kimi + kimi) == [READ_A] * 2
-    assert leaked("[Bash(command='ls'), Read(file_path='/a', limit=3)]") == [
-        ("call", "Bash", '{"command":"ls"}'),
-        ("call", "Read", '{"file_path":"/a","limit":3}')]
-    llama = '{"name": "Read", "parameters": %s}; ' % PATH * 2
-    assert leaked(llama) == [READ_A] * 2
+    assert answer_of(kimi + kimi) == [READ_A] * 2
+    python = "<|python_start|>[Bash(command='ls'), Read(file_path='/a', limit=3)]"
+    assert answer_of([python]) == [("call", "Bash", '{"command":"ls"}'),
+                                   ("call", "Read", '{"file_path":"/a","limit":3}')]
+    llama = '<|python_tag|>{"name": "Read", "parameters": %s}; ' % PATH * 2
+    assert answer_of(llama) == [READ_A] * 2
+    mixed = dict(WRITTEN)["Hermes"] + "\n" + dict(WRITTEN)["GLM-4.7"]
+    assert answer_of([mixed]) == [("text", mixed)]      # two formats: two readings
+
+
+def test_an_id_without_a_name_means_the_only_tool_with_such_arguments():
+    words = "<|tool_call_begin|>%s<|tool_call_argument_begin|>%s<|tool_call_end|>"
+    assert answer_of([words % ("call_6b0e7c24", '{"command": "ls"}')]) == [
+        ("call", "Bash", '{"command":"ls"}')]
+    either = words % ("call_6b0e7c24", PATH)        # Read's, or Write's
+    assert answer_of([either]) == [("text", either)]
+    nobody = words % ("call_6b0e7c24", "{}")
+    assert answer_of([nobody]) == [("text", nobody)]
 
 
 INLINE = [      # case, the value as it stands in a tag of GLM's, what it means
@@ -3630,30 +3718,22 @@ INLINE = [      # case, the value as it stands in a tag of GLM's, what it means
 def test_values_inline_keep_their_line_ends(raw, value):
     words = ("<tool_call>Write<arg_key>file_path</arg_key><arg_value>/a</arg_value>"
              "<arg_key>content</arg_key><arg_value>%s</arg_value></tool_call>" % raw)
-    (_, _, arguments), = leaked(words)
+    (_, _, arguments), = answer_of(words)
     assert json.loads(arguments)["content"] == value
-
-
-def test_a_value_that_is_broken_off_is_never_run():
-    for case, words in WRITTEN:
-        place = words.index("/a") + 1       # in the middle of the path
-        for ended in (words[:place], words[:place] + "\n"):
-            assert leaked([ended]) == [("text", ended)], case
 
 
 def test_single_quotes_and_marks_inside_of_strings():
     words = "<tool_call>{'name': 'Read', 'arguments': {'file_path': '/a'}}</tool_call>"
-    assert leaked(words) == [READ_A]
+    assert answer_of(words) == [READ_A]
     words = "<|python_start|>[Read(file_path='<|x|>')]<|python_end|>"
-    assert leaked(words) == [("call", "Read", '{"file_path":"<|x|>"}')]
+    assert answer_of(words) == [("call", "Read", '{"file_path":"<|x|>"}')]
 
 
 VALUES_IN_TAGS = [      # case, the value as it stands in the tag, what it means
     ("line ends around it", "\nx\n", "x"), ("inline", "x", "x"),
     ("its own last line end", "x\n", "x\n"), ("blanks", "\n  x  \n", "  x  "),
     ("tags", "<b>&amp;</b>", "<b>&amp;</b>"), ("nothing", "", ""),
-    ("this very format", "\n<parameter=content>\nx\n", "<parameter=content>\nx"),
-    ("its end", "\na </function> b\n", "a </function> b"),
+    ("another format", "\n<arg_key>x</arg_key>\n", "<arg_key>x</arg_key>"),
     ("a fence", "\n```\nx\n```\n", "```\nx\n```"),
 ]
 
@@ -3662,21 +3742,40 @@ VALUES_IN_TAGS = [      # case, the value as it stands in the tag, what it means
 def test_values_in_tags_are_raw(raw, value):
     words = ("<tool_call>\n<function=Write>\n<parameter=file_path>\n/a\n</parameter>\n"
              "<parameter=content>%s</parameter>\n</function>\n</tool_call>" % raw)
-    (_, name, arguments), = leaked(words)
+    (_, name, arguments), = answer_of(words)
     assert json.loads(arguments) == {"file_path": "/a", "content": value}
 
 
-def test_parameters_that_are_not_closed():
-    words = ("<function=Write>\n<parameter=file_path>\n/a\n<parameter=content>\nx\n"
-             "</parameter>\n</function>")
-    (_, _, arguments), = leaked(words)
-    assert json.loads(arguments) == {"file_path": "/a", "content": "x"}
+QWEN_WRITE = ("<tool_call>\n<function=Write>\n<parameter=file_path>\n/a\n</parameter>\n"
+              "<parameter=content>\n%s\n</parameter>\n</function>\n</tool_call>")
+INVOKE_WRITE = ('<function_calls><invoke name="Write"><parameter name="file_path">/a'
+                '</parameter><parameter name="content">%s</parameter></invoke>'
+                "</function_calls>")
+GLM_WRITE = ("<tool_call>Write<arg_key>file_path</arg_key><arg_value>/a</arg_value>"
+             "<arg_key>content</arg_key><arg_value>%s</arg_value></tool_call>")
+
+
+@pytest.mark.parametrize("form", [QWEN_WRITE, INVOKE_WRITE, GLM_WRITE])
+@pytest.mark.parametrize("form_inside", [QWEN_WRITE, INVOKE_WRITE, GLM_WRITE,
+                                         dict(WRITTEN)["Hermes"]])
+def test_a_file_about_calls_arrives_whole_or_as_text(form, form_inside):
+    content = "Formats:\n%s\nThe end." % form_inside.replace("%s", "x")
+    words = form % content
+    got = answer_of(words)
+    if got != [("text", words)]:
+        (_, name, arguments), = got
+        assert (name, json.loads(arguments)) == (
+            "Write", {"file_path": "/a", "content": content})
+    assert form != form_inside or got == [("text", words)]
+    hermes = "<tool_call>%s</tool_call>" % json.dumps(
+        {"name": "Write", "arguments": {"file_path": "/a", "content": content}})
+    assert json.loads(answer_of(hermes)[0][2])["content"] == content
 
 
 def test_types_come_from_the_schema():
     words = ("<tool_call>read<arg_key>file_path</arg_key><arg_value>/a</arg_value>"
              "<arg_key>limit</arg_key><arg_value>3</arg_value></tool_call>")
-    assert leaked(words) == [("call", "Read", '{"file_path":"/a","limit":3}')]
+    assert answer_of(words) == [("call", "Read", '{"file_path":"/a","limit":3}')]
 
 
 def test_nested_values_of_minimax():
@@ -3688,8 +3787,7 @@ def test_nested_values_of_minimax():
     item = {"type": "object", "properties": {"done": {"type": "boolean"}}}
     tool = {"name": "Todo", "input_schema": {"properties": {"todos": {
         "type": "array", "items": item}}}}
-    leaks = np.Leaks({"Todo": tool})
-    (_, (_, arguments, _)), = leaks.feed(words)
+    (_, _, arguments), = answer_of([words], tools={"Todo": tool})
     assert json.loads(arguments) == {"todos": [{"text": "a", "done": True},
                                                {"text": "b", "done": False}]}
 
@@ -3707,27 +3805,48 @@ TEXT_ALL = [    # case, a finished text in which nothing may be run
     ("a comma, and nothing", '<tool_call>{"name":"Bash","arguments":{"command":"ls", '),
     ("a call in prose", "Where you see <tool_call>Read</tool_call> it reads."),
     ("no more than a mention", "I use <function=Bash> to list."),
+    ("an end inside of a value", '<invoke name="Bash"><parameter name="command">a {}'
+     "</invoke> b</parameter></invoke>"),
+    ("no end of the parameter, but of all else",
+     "<tool_call><function=Bash>\n<parameter=command>\nls\n</function></tool_call>"),
+    ("an opener in a value", "<function=Write>\n<parameter=file_path>\n/a\n"
+     "<parameter=content>\nx\n</parameter>\n</function>"),
+    ("a parameter twice", "<function=Bash><parameter=command>ls</parameter>"
+     "<parameter=command>rm a</parameter></function>"),
+    ("sed on closing tags", "<function=Bash>\n<parameter=command>\nsed 's#</parameter>"
+     "</function>##' a; rm b\n</parameter>\n</function>"),
+    ("quotes that fall apart", '<tool_call>{"name": "Write", "arguments": {'
+     '"file_path": "/d", "content": "x <tool_call>{"name": "Bash", "arguments": '
+     '{"command": "rm a"}}</tool_call> y"}}</tool_call>'),
+    ("a number at the end", '<tool_call>{"name": "Read", "arguments": {"limit": 1'),
+    ("what is required is not there", '<tool_call>{"name": "Bash", "arguments": {}}'
+     "</tool_call>"),
+    ("an argument without a name", "<|python_start|>[Bash('rm a')]<|python_end|>"),
 ]
 
 
 @pytest.mark.parametrize("words", named(TEXT_ALL))
 def test_what_is_broken_off_or_only_mentioned_is_text(words):
-    assert leaked([words]) == leaked(words) == [("text", words)]
+    assert answer_of([words]) == answer_of(words) == [("text", words)]
 
 
 BASH = "<function=Bash>\n<parameter=command>\nls\n</parameter>\n</function>"
 LS_CALL = ("call", "Bash", '{"command":"ls"}')
 ODD = [         # case, text, what it makes
-    ("words between a mention and a call", "I use <function=Bash> so:\n" + BASH,
+    ("a mention, then a call", "I use <function=Bash> so:\n" + BASH,
      [("text", "I use <function=Bash> so:\n"), LS_CALL]),
-    ("an end inside of a value", '<invoke name="Bash"><parameter name="command">a {}'
-     "</invoke> b</parameter></invoke>", [("call", "Bash",
-                                           '{"command":"a {}</invoke> b"}')]),
-    ("a fence behind a call", deep("tool calls begin", "tool call begin") + "Read"
-     + deep("tool sep") + PATH + deep("tool call end", "tool calls end")
-     + "\n```python\nx\n```", [READ_A, ("text", "\n```python\nx\n```")]),
-    ("no end of the parameter, but of all else", "<tool_call>" + BASH.replace(
-        "</parameter>\n", "") + "</tool_call>", [LS_CALL]),
+    ("a call in code, then one", "So: `<|tool_call_begin|>Bash:0"
+     "<|tool_call_argument_begin|>{}`.\n" + BASH, [("text", "So: `<|tool_call_begin|>"
+     "Bash:0<|tool_call_argument_begin|>{}`.\n"), LS_CALL]),
+    ("a backtick that opens nothing", "A ` and\n\n" + BASH, [
+        ("text", "A ` and\n\n"), LS_CALL]),
+    ("one that is escaped", "A \\` and\n" + BASH, [("text", "A \\` and\n"), LS_CALL]),
+    ("a fence that is closed", "```\nx\n```\n" + BASH, [
+        ("text", "```\nx\n```\n"), LS_CALL]),
+    ("a fence in an item that has ended", "- ```\n  x\n\nSo:\n" + BASH, [
+        ("text", "- ```\n  x\n\nSo:\n"), LS_CALL]),
+    ("behind a quotation", "> x\n\n" + BASH, [("text", "> x\n\n"), LS_CALL]),
+    ("behind a comment", "<!-- x -->\n" + BASH, [("text", "<!-- x -->\n"), LS_CALL]),
     ("the end of a turn behind it", BASH + "<|im_end|>", [LS_CALL]),
     ("an id before the name", '<tool_call>{"id": 1, "name": "Read", "arguments": %s}'
      "</tool_call>" % PATH, [READ_A]),
@@ -3739,12 +3858,51 @@ ODD = [         # case, text, what it makes
      "<|tool_call_argument_begin|>%s<|tool_call_end|><|tool_call_section_end|>" % PATH,
      [READ_A]),
     ("blanks in Mistral's", "[TOOL_CALLS]Read [ARGS] " + PATH, [READ_A]),
+    ("Gemma's text with a key in it", '<|tool_call>call:Bash{command:<|"|>echo a, b: c'
+     '<|"|>}<tool_call|>', [("call", "Bash", '{"command":"echo a, b: c"}')]),
 ]
 
 
 @pytest.mark.parametrize("words, made", named(ODD))
 def test_odd_spellings(words, made):
-    assert leaked([words]) == leaked(words) == made
+    assert all(answer_of(pieces) == made for pieces in cut_anyhow(words))
+
+
+LS_STRUCTURED = calls(("Bash", {"command": "ls"}))
+BESIDES = [     # case, thinking, text, structured calls, what is told
+    ("the same call twice", "", BASH, LS_STRUCTURED, [LS_CALL]),
+    ("two things said", "", BASH.replace("ls", "rm a"), LS_STRUCTURED,
+     [("text", BASH.replace("ls", "rm a")), LS_CALL]),
+    ("thinking weighs one, text asks", "I could\n" + BASH, "Shall I?", [],
+     [("text", "Shall I?")]),
+    ("thinking beside a call", "I could\n" + BASH.replace("ls", "rm a"), "",
+     LS_STRUCTURED, [LS_CALL]),
+    ("thinking that goes on", "I could\n" + BASH + "\nbut no.", "", [],
+     [("text", "but no.")]),
+    ("thinking that ends in one", "I do it.\n" + BASH, "", [], [LS_CALL]),
+]
+
+
+@pytest.mark.parametrize("musing, words, structured, made", named(BESIDES))
+def test_calls_in_text_and_in_thinking_beside_others(musing, words, structured, made):
+    chunks = [says(reasoning_content=musing)] * bool(musing)
+    chunks += [says(content=words)] * bool(words) + (structured or [END])
+    message = np.fold(told(chunks, tools=DECLARED))
+    got = [("text", block["text"]) if block["type"] == "text" else
+           ("call", block["name"], np.encode_json(block["input"]))
+           for block in message["content"] if block["type"] != "thinking"]
+    if words == "" and made[0][0] == "text":
+        got = [(kind, value.split("\n")[-1]) for kind, value in got]
+    assert got == made
+
+
+def test_in_xml_mode_what_follows_the_calls_is_made_up_and_left_out():
+    one = '<tool_code name="Read">\n%s\n</tool_code>' % PATH
+    made_up = "I look.\n%s\n%s\n<tool_output>\nx\n</tool_output>\nSo x." % (one, one)
+    assert answer_of(made_up, own_form=True) == [("text", "I look.\n"), READ_A, READ_A]
+    assert answer_of(made_up) == [("text", made_up)]
+    hermes = dict(WRITTEN)["Hermes"] + "\nIt says x."   # not what we asked for
+    assert answer_of([hermes], own_form=True) == [("text", hermes)]
 
 
 DEBRIS = [      # model, text, what remains of it
@@ -3753,14 +3911,20 @@ DEBRIS = [      # model, text, what remains of it
     ("deepseek-v4", deep("tool calls end") + "Done." + deep("eos"), "Done."),
     ("gpt-oss-20b", "<|start|>assistant<|channel|>final<|message|>Hi<|return|>", "Hi"),
     ("llama", "a <|x|> b", "a <|x|> b"),
+    ("kimi-k3", "<|open|>response<|sep|>Done.<|close|>response<|sep|>", "Done."),
+    ("kimi-k3", "Lint passes.<|close|>response<|sep|>", "Lint passes."),
+    ("kimi-k3", "Is `<|close|>response<|sep|>`.", "Is `<|close|>response<|sep|>`."),
+    ("kimi-k2", "<|tool_calls_section_begin|> so <|tool_calls_section_end|>", " so "),
     ("deepseek-v4", "a <b> | c > <| d", "a <b> | c > <| d"),
 ]
 
 
 @pytest.mark.parametrize("model, words, left", DEBRIS)
 def test_marks_that_are_no_call(model, words, left):
-    for pieces in ([words], words):
-        assert leaked(pieces, model=model) == [("text", left)]
+    for pieces in cut_anyhow(words):
+        assert answer_of(pieces, asked=np.Asked(np.Config(), model)) == [("text", left)]
+        assert answer_of(pieces, asked=np.Asked(np.Config(), model), tools={}) == [
+            ("text", left)]
 
 
 BROKEN_OFF = ["<tool_call>", "<tool_call>\n{", '<tool_call>{"name": "Read"',
@@ -3772,28 +3936,45 @@ BROKEN_OFF = ["<tool_call>", "<tool_call>\n{", '<tool_call>{"name": "Read"',
 @pytest.mark.parametrize("words", BROKEN_OFF)
 def test_an_opener_that_comes_to_nothing_is_text(words):
     for shown in (words, words + " and so on.\n", "Well, " + words):
-        assert leaked([shown]) == leaked(shown) == [("text", shown)]
+        assert answer_of([shown]) == answer_of(shown) == [("text", shown)]
 
 
 def test_nothing_is_held_that_cannot_be_a_call():
     for words in ("a < b", "<tool_call> is", "<tool_calls", "x[0]", "{ x", '{"a": 1}',
-                  "[Rea(", "```js\n", "<|tool|>"):
-        leaks = np.Leaks(DECLARED)
-        assert "".join(value for _, value in leaks.feed("Hm. " + words + "!")) == (
+                  "[Rea(", "```js\n", "<|tool|>", "<table>", "`<|tool_call_begin|>`"):
+        watch = np.TailWatch(DECLARED)
+        assert watch.feed("Hm. ") + watch.feed(words) + watch.feed("!") == (
             "Hm. " + words + "!")
 
 
-def test_random_text_and_random_cuts():
-    source = random.Random(7)
-    words = [words for _, words in WRITTEN]
-    words += ["\n", "`", "```", "~~~", "<", "</tool_call>", " a "]
-    words += [word for row in np.DIALECTS for word in np.literals(row.head)]
-    for _ in range(400):
-        line = "".join(source.choice(words)[:source.choice([3, 30, 300])]
-                       for _ in range(source.randrange(1, 9)))
-        places = sorted(source.randrange(len(line) + 1) for _ in range(6))
-        pieces = [line[a:b] for a, b in zip([0, *places], [*places, len(line)])]
-        assert leaked(pieces) == leaked([line])
+ABOUT = [Path(__file__), Path(__file__).with_name("README.md"), Path(np.__file__)]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_nothing_that_stands_in_documents_about_calls_is_run(seed):
+    """A passage of documents about calls, or random marks, in any cut, is itself, but
+    for a tail that is calls and nothing else."""
+    dice = random.Random(seed)
+    marks = [words for _, words in WRITTEN] + [
+        *np.STARTS, "</tool_call>", "\n", "\n\n", "`", "```", "~~~", "<", " a ", "> "]
+    for _ in range(25):
+        source = dice.choice(ABOUT).read_text(encoding="utf-8")
+        at = dice.randrange(len(source))
+        passage = source[at:at + dice.choice([80, 800, 8000])]
+        if dice.random() < 0.5:
+            passage = "".join(dice.choices(marks, k=dice.randrange(1, 9)))
+        form = dice.choice(["%s", "```\n%s", "> %s", "%s\nThat is all.", "`%s` is."])
+        words = "I say: " + form.replace("%s", passage)
+        places = sorted(dice.randrange(len(words) + 1) for _ in range(6))
+        got = answer_of([words])
+        assert got == answer_of([words[a:b] for a, b in zip([0, *places],
+                                                            [*places, len(words)])])
+        before = "".join(value for kind, value, *_ in got if kind == "text")
+        assert words.startswith(before)
+        ran = [(name, arguments) for kind, name, *arguments in got if kind == "call"]
+        tail = words[len(before):]
+        assert [(name, [arguments]) for name, arguments, _ in np.text_calls(
+            tail, DECLARED)[0]] == ran and bool(ran) == bool(tail)
 
 
 MUCH = [        # a MB of it, where not said otherwise
@@ -3808,7 +3989,9 @@ MUCH = [        # a MB of it, where not said otherwise
     ("pairs", "<tool_call>Read" + "<arg_key>a</arg_key><arg_value>" * 32000),
     ("closers", dict(WRITTEN)["GLM-4.7"] + "</tool_call>" * 83000),
     ("tags", MINIMAX + '<invoke name="Read">' + (MINIMAX + "<x>") * 60000),
-    ("shown calls", "[Tool call: Read(" * 58000),
+    ("special tokens in code",
+     "`<|tool_call_begin|>Read:0<|tool_call_argument_begin|>{`" * 15000),
+    ("lines", "<tool_call>\n" * 40000), ("items", "- " * 500000),
     ("a 5 MB argument", '<tool_call>{"name":"Read","arguments":{"file_path":"%s"}}'
      "</tool_call>" % ("x\\n" * 1600000)),
 ]
@@ -3817,7 +4000,7 @@ MUCH = [        # a MB of it, where not said otherwise
 @pytest.mark.parametrize("words", named(MUCH))
 def test_hostile_text_takes_a_second_and_comes_back(words):
     began = time.process_time()
-    got = leaked([words[i:i + 65536] for i in range(0, len(words), 65536)])
+    got = answer_of([words[i:i + 65536] for i in range(0, len(words), 65536)])
     assert time.process_time() - began < 2
     assert got == [("text", words)] or got[0][0] == "call"
 
@@ -4081,19 +4264,19 @@ def test_every_spelling_of_think_tags(tag):
 LEAKED = [      # (case, chunks, content, stop_reason)
     ("a call in the text", text("Let me ", "look.\n", LEAK),
      [said("Let me look.\n"), READ_3], "tool_use"),
-    ("text behind it", text("One. ", LEAK + "\nTwo."),
-     [said("One. "), READ_3, said("\nTwo.")], "tool_use"),
+    ("text behind it", text("One.\n", LEAK + "\nTwo."),
+     [said("One.\n" + LEAK + "\nTwo.")], "end_turn"),
     ("nothing but the call", text(*("\n\n" + LEAK)), [READ_3], "tool_use"),
     ("the same call twice, once in the right place", [says(content=LEAK)]
      + calls(("Read", SAME)), [READ_3], "tool_use"),
     ("another call in the right place", [says(content=LEAK)]
      + calls(("Read", {"file_path": "/b"})),
-     [READ_3, dict(READ_3, input={"file_path": "/b"})], "tool_use"),
+     [said(LEAK), dict(READ_3, input={"file_path": "/b"})], "tool_use"),
     ("a call in the thinking alone",
-     [says(reasoning_content="So " + LEAK), says("stop")],
-     [thinking("So " + LEAK), READ_3], "tool_use"),
+     [says(reasoning_content="So\n" + LEAK), says("stop")],
+     [thinking("So\n" + LEAK), READ_3], "tool_use"),
     ("a call in the thinking, then text", [says(reasoning_content=LEAK)] + text("Hm."),
-     [thinking(LEAK), said("Hm."), READ_3], "tool_use"),
+     [thinking(LEAK), said("Hm.")], "end_turn"),
     ("a call in the thinking, then another", [says(reasoning_content=LEAK)]
      + calls(("Read", {"file_path": "/b"})),
      [thinking(LEAK), dict(READ_3, input={"file_path": "/b"})], "tool_use"),
@@ -4101,21 +4284,58 @@ LEAKED = [      # (case, chunks, content, stop_reason)
      [thinking(LEAK), READ_3], "tool_use"),
     ("an example in a fence", text("```\n" + LEAK + "\n```"),
      [said("```\n" + LEAK + "\n```")], "end_turn"),
-    ("a call cut by the limit", text("Hm.", LEAK[:50], finish="length"),
-     [said("Hm."), dict(READ_3, input={"__unparsedToolInput": {
-         "raw": LEAK[11:50], "len": 39}})], "max_tokens"),
+    ("a call cut by the limit", text("Hm.\n", LEAK[:50], finish="length"),
+     [said("Hm.\n" + LEAK[:50])], "max_tokens"),
     ("a tag of thinking in an argument", text(
         LEAK.replace("/a", "</think>")), [dict(READ_3, input={
             "file_path": "</think>", "limit": 3})], "tool_use"),
     ("a tag of thinking in code", text("The tag `</think>` ends it."),
      [said("The tag `</think>` ends it.")], "end_turn"),
-    ("the same call twice in the thinking",
-     [says(reasoning_content=LEAK + " so " + LEAK), says("stop")],
-     [thinking(LEAK + " so " + LEAK), READ_3], "tool_use"),
     ("a window that is full", text(LEAK[:50], finish="model_context_window_exceeded"),
+     [said(LEAK[:50])], "model_context_window_exceeded"),
+    ("a whole call and the limit", text(LEAK, finish="length"), [said(LEAK)],
+     "max_tokens"),
+    ("two calls at one index, told apart by their ids", [
+        piece(0, "a", "Read"), piece(0, "b", "Read"),
+        piece(0, "a", None, '{"file_path": "/a", "limit": 3}'),
+        piece(0, "b", None, '{"file_path": "/b"}'), says("tool_calls")],
+     [READ_3, dict(READ_3, input={"file_path": "/b"})], "tool_use"),
+    ("an object in two versions", [
+        piece(0, "a", "Read", {"file_path": "/a"}),
+        piece(0, "a", None, {"file_path": "/b"}), says("tool_calls")],
+     [dict(READ_3, input={"__unparsedToolInput": {"raw": '{"file_path": "/b"}',
+                                                  "len": 19}})], "tool_use"),
+    ("an object in two pieces", [
+        piece(0, "a", "Read", {"file_path": "/a"}), piece(0, "a", None, {"limit": 3}),
+        says("tool_calls")], [READ_3], "tool_use"),
+    ("two values for one name", [piece(0, "a", "Read", '{"file_path": "/a", '
+                                       '"file_path": "/b"}'), says("tool_calls")],
      [dict(READ_3, input={"__unparsedToolInput": {
-         "raw": LEAK[11:50], "len": 39}})], "model_context_window_exceeded"),
-    ("a whole call and the limit", text(LEAK, finish="length"), [READ_3], "tool_use"),
+         "raw": '{"file_path": "/a", "file_path": "/b"}', "len": 38}})], "tool_use"),
+    ("arguments in tags", [piece(0, "a", "Read", "<parameter=file_path>\n/a\n"
+                                 "</parameter><parameter=limit>3</parameter>"),
+                           says("tool_calls")],
+     [READ_3], "tool_use"),
+    ("arguments in a call of their own", [piece(
+        0, "a", "Read", "<function=Read>\n<parameter=file_path>\n/a\n</parameter>\n"
+        "<parameter=limit>\n3\n</parameter>\n</function>"), says("tool_calls")],
+     [READ_3], "tool_use"),
+    ("arguments in GLM's pairs, behind the name", [piece(
+        0, "a", "Read<arg_key>file_path</arg_key><arg_value>/a</arg_value><arg_key>"
+        "limit</arg_key><arg_value>3</arg_value>", ""), says("tool_calls")],
+     [READ_3], "tool_use"),
+    ("arguments as Gemma writes them", [piece(
+        0, "a", "Read", '{file_path:<|"|>/a<|"|>,limit:3}'), says("tool_calls")],
+     [READ_3], "tool_use"),
+    ("Gemma's quotes in JSON's", [piece(0, "a", "Read", json.dumps(
+        {"file_path": '<|"|>/a<|"|>', "limit": 3})), says("tool_calls")],
+     [READ_3], "tool_use"),
+    ("quotes in quotes", [piece(0, "a", "Read", json.dumps(
+        {'"file_path"': '"/a"', '"limit"': 3})), says("tool_calls")],
+     [READ_3], "tool_use"),
+    ("an object that [DONE] cut", [piece(0, "a", "Read", '{"file_path": "/a"')],
+     [dict(READ_3, input={"__unparsedToolInput": {"raw": '{"file_path": "/a"',
+                                                  "len": 18}})], "tool_use"),
     ("a placeholder for arguments", [
         piece(0, "c", "Read", "{}"), piece(0, None, None, '{"file_path": "/a", '),
         piece(0, None, None, '"limit": 3}'), says("tool_calls")], [READ_3], "tool_use"),
@@ -4125,8 +4345,8 @@ LEAKED = [      # (case, chunks, content, stop_reason)
     ("arguments to be fitted", calls(("read", {"filePath": "/a", "limit": "3"})),
      [READ_3], "tool_use"),
     ("arguments with single quotes, finished", [piece(
-        0, "c", "Read", "{'file_path': '/a', 'limit': 3"), says("tool_calls")],
-     [READ_3], "tool_use"),
+        0, "c", "Read", "{'limit': 3, 'file_path': '/a'"), says("tool_calls")],
+     [dict(READ_3, input={"limit": 3, "file_path": "/a"})], "tool_use"),
     ("arguments beyond repair", [piece(
         0, "c", "Read", '{"file_path": "/'), says("tool_calls")],
      [dict(READ_3, input={"__unparsedToolInput": {
@@ -4146,8 +4366,10 @@ HELD = [("1 <", "</answer>"), ("a ``", "```"), ("a <tool_call>", "<tool_call>X")
 def test_stop_sequences_and_leaks_lose_nothing(words, stop):
     told = content(text(words), tools=READ, stops=(stop,))
     assert told == ([said(words)], "end_turn")
-    order = content(text("The E" + LEAK + "x"), tools=READ, stops=("END",))
-    assert order[0] == [said("The E"), READ_3, said("x")]
+    order = content(text("The E\n" + LEAK), tools=READ, stops=("END", "\nx"))
+    assert order[0] == [said("The E\n"), READ_3]
+    order = content(text("The E\n" + LEAK + "END x"), tools=READ, stops=("END",))
+    assert order == ([said("The E\n" + LEAK)], "stop_sequence")
 
 
 @pytest.mark.parametrize("answer", [
@@ -4155,18 +4377,91 @@ def test_stop_sequences_and_leaks_lose_nothing(words, stop):
     {"choices": [{"message": "x"}]}])
 def test_a_strange_second_answer_leaves_the_first(answer):
     message = np.Message("msg_1", "m", np.Reading(tools=READ, again=True))
-    with pytest.raises(np.BrokenCall):
+    with pytest.raises(np.Unfinished):
         message.events([piece(0, "c", "Read", '{"file_path": "/'), says("tool_calls"),
                         np.DONE])
     assert message.amended(answer)[-1][0] == "message_stop"
 
 
-def test_a_leaked_call_is_told_in_its_place_and_at_once():
+def test_what_it_took_to_read_a_call_is_noted():
     message = np.Message("msg_1", "m", np.Reading(tools=READ))
-    names = [name for name, _ in message.events([says(content="Hi. " + LEAK)])]
-    assert names == ["content_block_start", "content_block_delta",
-                     "content_block_stop"] * 2
-    assert message.repairs == ["leaked", "coerced"]
+    message.events([says(content="Hi.\n" + LEAK), END, np.DONE])
+    assert message.repairs == [("Read", ["text", "fitted"])]
+
+
+def piece_of(name, arguments):
+    return {"id": "b", "function": {"name": name, "arguments": json.dumps(arguments)}}
+
+
+UNFINISHED = [      # case, chunks, the second answer's message, content
+    ("thinking alone", [says(reasoning_content="I call Read."), END],
+     {"tool_calls": [piece_of("Read", SAME)]}, [thinking("I call Read."), READ_3]),
+    ("thinking alone, then text", [says(reasoning_content="Hm."), END],
+     {"content": "Yes."}, [thinking("Hm."), said("Yes.")]),
+    ("thinking alone, twice", [says(reasoning_content="Hm."), END],
+     {"reasoning_content": "Hm."}, [thinking("Hm."), said("Hm.")]),
+    ("nothing", [END], {"content": "Yes."}, [said("Yes.")]),
+    ("a finish_reason of calls without one", [says(content="I read."),
+                                              says("tool_calls")],
+     {"tool_calls": [piece_of("Read", SAME)]}, [said("I read."), READ_3]),
+    ("the same, and no better", [says(content="I read."), says("tool_calls")],
+     {"content": "I do."}, [said("I read.")]),
+    ("arguments that never came", [piece(0, "c", "Read", ""), says("tool_calls")],
+     {"tool_calls": [piece_of("Read", SAME)]}, [READ_3]),
+    ("what is required never came", [piece(0, "c", "Read", '{"limit": 3}'),
+                                     says("tool_calls")],
+     {"tool_calls": [piece_of("Read", SAME)]}, [READ_3]),
+    ("the same, and no better", [piece(0, "c", "Read", '{"limit": 3}'),
+                                 says("tool_calls")],
+     {"tool_calls": [piece_of("Read", {"limit": 4})]},
+     [dict(READ_3, input={"limit": 3})]),
+    ("nearly a call in the text", text("Hm.\n" + LEAK.replace('"/a"', '"/a"/b"')),
+     {"tool_calls": [piece_of("Read", SAME)]}, [said("Hm.\n"), READ_3]),
+    ("the same, and no better", text(LEAK.replace('"/a"', '"/a"/b"')), {"content": "x"},
+     [said(LEAK.replace('"/a"', '"/a"/b"'))]),
+]
+
+
+@pytest.mark.parametrize("chunks, second, blocks", named(UNFINISHED))
+def test_what_is_no_answer_is_asked_again_once(chunks, second, blocks):
+    message = np.Message("msg_1", "m", np.Reading(tools=READ, again=True))
+    events = message.start()
+    with pytest.raises(np.Unfinished):
+        for chunk in [*chunks, np.DONE]:
+            events += message.events([chunk])
+    events += message.amended({"choices": [{"message": second,
+                                            "finish_reason": "stop"}]})
+    found = np.fold(events)["content"]
+    for block in found:
+        block.pop("id", None)
+        block.pop("signature", None)
+    assert found == blocks
+
+
+def test_thinking_alone_is_left_to_claude_code_which_asks_again_by_itself():
+    chunks = [says(reasoning_content="I call Read."), END]
+    assert content(chunks, tools=READ, promotes=False) == (
+        [thinking("I call Read.")], "end_turn")
+
+
+ORPHANS = [     # case, text, what is told
+    ("on a line of its own", "Hm.\n</think>\n\nYes.", "Hm.\n\n\nYes."),
+    ("at the end of a line", "Hm.</think>\nYes.", "Hm.\nYes."),
+    ("between words", "Hm.</think>Yes.", "Hm.Yes."),
+    ("at the end", "Hm. Yes. </think>", "Hm. Yes. "),
+    ("another one", "Hm.\n[/THINK]\nYes.", "Hm.\n\nYes."),
+    ("spoken of", "Tags like </think> are text.", "Tags like </think> are text."),
+    ("in code", "So `x</think>`.", "So `x</think>`."),
+    ("in a fence", "```\n</think>\n```", "```\n</think>\n```"),
+]
+
+
+@pytest.mark.parametrize("words, told", named(ORPHANS))
+def test_an_orphan_tag_is_never_told(words, told):
+    for pieces in [list(words)] + [[words[:place], words[place:]]
+                                   for place in range(8, len(words))]:
+        blocks, _ = content([says(content="So.\n\n")] + text(*pieces))
+        assert blocks == [said("So.\n\n" + told)], pieces
 
 
 def test_without_tools_nothing_is_looked_for():
@@ -5746,10 +6041,10 @@ ENDLESS = [     # (case, before it, what comes for ever, how often, words, at mo
     ("an event's lines", SSE_HEAD, b"data: xy\n" * 9000, 400, "event of over", 15),
     ("comments in one event", SSE_HEAD, b": xyz\n" * 9000, 400, "event of over", 15),
     ("calls in the text", SSE_HEAD,
-     sse(says(content=LEAKED_CALL % LONG_PIECE), done=False) * 4, 400, "for them", 15),
+     sse(says(content=LEAKED_CALL % LONG_PIECE), done=False) * 4, 400, "broke off", 15),
     ("calls in the thinking", SPOKEN,
      sse(says(reasoning_content=LEAKED_CALL % LONG_PIECE), done=False) * 4, 400,
-     "for them", 15),
+     "broke off", 15),
     ("a gzip bomb", GZIP_SSE, BOMB, 1, "line over", 60),
     ("a long text, cut", SSE_HEAD, sse(says(content="x y " * (3 << 20)), done=False), 1,
      "broke off", 200),
@@ -6865,9 +7160,8 @@ def test_a_remembered_failure_does_not_hold_the_chat():
 
 
 @pytest.mark.parametrize("told", [
-    sse(says(content="Hel"), done=False), sse(says(reasoning="Hm"), done=False),
-    sse(says(content='<tool_call>{"name":"Read","arguments":{"file_path":"/a"}}'
-                     "</tool_call>"), done=False)], ids=["text", "thinking", "a call"])
+    sse(says(content="Hel"), done=False), sse(says(reasoning="Hm"), done=False)],
+    ids=["text", "thinking"])
 def test_nothing_is_asked_again_once_something_was_told(told):
     broken = [EVENT_STREAM + told, FakeNim.RESET]
     with both(broken, retries=3, start_retries=3) as (nim, client):
@@ -11524,7 +11818,7 @@ def test_status_says_what_was_mended(shell, capsys):
         client.message(top_k=3, stream=True, tools=list(READ.values()))
         run(capsys, "status", "--port", str(client.address[1]))
         code, out, _ = run(capsys, "status", "--port", str(client.address[1]))
-    assert code == 0 and "mended: coerced 1, drop 1, leaked 1" in out
+    assert code == 0 and "mended: drop 1, fitted 1, text 1" in out
 
 
 def test_status_says_what_the_limits_leave(shell, capsys):
@@ -13321,9 +13615,9 @@ PHASES = {      # sent, the rest; seen at an error, of the whole, at an early [D
     "in a call behind text": Phase(
         [says(content="Hel"), HALF_CALL], CALL_REST, "text:Hel error %s",
         "text:Hel. %s tool_use" % TOLD_CALL, None),
-    "behind a call": Phase(
-        [says(content=LEAKED_CALL % "a")], [END], TOLD_CALL + " error %s",
-        TOLD_CALL + " tool_use", TOLD_CALL + " tool_use"),
+    "behind a call in the text": Phase(
+        [says(content=LEAKED_CALL % "a")], [END], "", TOLD_CALL + " tool_use",
+        TOLD_CALL + " tool_use"),
     "behind the finish of text": Phase(
         text("Hello"), [], "text:Hello. end_turn", "text:Hello. end_turn",
         "text:Hello. end_turn"),
@@ -13541,7 +13835,8 @@ def wanted(manner, name, fault, phase=None):
         half = phase.told.replace(" error %s", ". ") + 'tool_use:{"file_path":"/.'
         return half + " tool_use", 2, half + " tool_use"    # asked for a whole one
     if phase and name in DONE_EARLY and phase.done:
-        return phase.done, 1, phase.done
+        times = 1 + phase.done.count("Hm") // 2      # thinking alone is asked again
+        return phase.done, times, phase.done
     if phase and phase.told:
         told = phase.told % kind if "%s" in phase.told else phase.told
         return told, 1, told
@@ -13794,8 +14089,7 @@ def test_a_text_of_empty_lists_takes_no_gigabytes(tmp_path, where):
 
 
 def test_a_list_of_calls_in_the_text_has_a_bound_too():
-    with pytest.raises(ValueError):
-        next(np.several_values(LISTS))
+    assert np.text_calls("<tool_call>" + LISTS, READ)[0] == []
     assert np.decode_json("[%s1]" % ("1," * 1000000))[-1] == 1
 
 
@@ -14795,7 +15089,7 @@ def last_call(chat):
 @E2E
 @pytest.mark.parametrize("case, model", named([(row[0], *row) for row in SPEAKERS]))
 def test_e2e_a_call_that_is_written_as_text_is_run(tmp_path, case, model):
-    lead = "" if case in ALONE else "On it.\n"
+    lead = "On it.\n"
     written = [says(reasoning_content="Hm."), *text(lead, *bash_call(case))]
     with desk(tmp_path, story(written, text("It ran.")), model) as it:
         lines = it.succeeds("Do it.", "It ran.", "--include-partial-messages")
@@ -14803,7 +15097,7 @@ def test_e2e_a_call_that_is_written_as_text_is_run(tmp_path, case, model):
         assert (it.project / "made").read_text() == "42\n"
         _, chat = main_chats(it.nim)
         assert last_call(chat) == ("Bash", {"command": COMMAND}, "42")
-        assert it.counts()["calls_leaked"] == 1
+        assert it.counts()["calls_text"] == 1
 
 
 @E2E
@@ -14837,12 +15131,14 @@ def test_e2e_tools_in_prose(tmp_path):
 
 
 SPOILED = [     # what is wrong, the arguments of Read, what they take; see DAMAGED
-    ("single quotes", "{'file_path': '@', 'limit': 1}", "python"),
-    ("a string for a number", '{"file_path": "@", "limit": "1"}', "coerced"),
-    ("a parameter in camel case", '{"filePath": "@", "limit": 1}', "renamed"),
-    ("null for a parameter", '{"file_path": "@", "limit": 1, "pages": null}', "null"),
-    ("a brace missing", '{"file_path": "@", "limit": 1', "unclosed"),
-    ("a fence", '```json\n{"file_path": "@", "limit": 1}\n```', "fence"),
+    ("single quotes", "{'file_path': '@', 'limit': 1}", "repaired"),
+    ("a string for a number", '{"file_path": "@", "limit": "1"}', "fitted"),
+    ("a parameter in camel case", '{"filePath": "@", "limit": 1}', "fitted"),
+    ("null for a parameter", '{"file_path": "@", "limit": 1, "pages": null}', "fitted"),
+    ("a brace missing", '{"limit": 1, "file_path": "@"', "repaired"),
+    ("a fence", '```json\n{"file_path": "@", "limit": 1}\n```', "repaired"),
+    ("tags of the model's own",
+     "<parameter=file_path>@</parameter><parameter=limit>1</parameter>", "markup"),
 ]
 
 
