@@ -460,22 +460,22 @@ class Model(NamedTuple):
 
 UNKNOWN_MODEL = Model(131072, 16384, vision=True, retired=False, sure=False)
 
-# id, window, output, v: takes images, x: retired.  State of October 2026.
+# id, window, output, v: takes images, x: retired.  State of October 2026; one is
+# withdrawn every week or three, so that what is not marked may be gone, too.
 CATALOG = """
 nvidia/nemotron-3-ultra-550b-a55b              1000000 32768 -
-nvidia/nemotron-3-super-120b-a12b               262144 32768 -
-nvidia/nemotron-3.5-super-vl-120b-a12b          262144  8192 v
+nvidia/nemotron-3-super-120b-a12b               262144 32768 x
 nvidia/nemotron-3.5-lightning-30b-a3b           262144 32768 -
 nvidia/nemotron-3-nano-omni-30b-a3b-reasoning   256000 65536 v
 nvidia/nemotron-nano-3-30b-a3b                  262144 32768 -
 nvidia/nemotron-3-nano-30b-a3b                  131072 32768 x
-nvidia/llama-3.3-nemotron-super-49b-v1.5        131072 32768 -
+nvidia/llama-3.3-nemotron-super-49b-v1.5        131072 32768 x
 nvidia/llama-3.3-nemotron-super-49b-v1          131072 32768 -
-nvidia/llama-3.1-nemotron-ultra-253b-v1         128000 16384 -
+nvidia/llama-3.1-nemotron-ultra-253b-v1         128000 16384 x
 nvidia/llama-3.1-nemotron-70b-instruct          128000  8192 -
 nvidia/llama-3.1-nemotron-nano-8b-v1            131072 16384 -
-nvidia/nvidia-nemotron-nano-9b-v2               131072 16384 -
-nvidia/nemotron-nano-12b-v2-vl                  128000 16384 v
+nvidia/nvidia-nemotron-nano-9b-v2               131072 16384 x
+nvidia/nemotron-nano-12b-v2-vl                  128000 16384 vx
 z-ai/glm-5.3                                   1000000 32768 -
 z-ai/glm-5.3-flash                             1000000 32768 v
 z-ai/glm-5.2                                   1000000 32768 x
@@ -483,7 +483,7 @@ z-ai/glm-5.1                                    131072 32768 x
 z-ai/glm5                                       202752 32768 x
 z-ai/glm4.7                                     204800 32768 x
 deepseek-ai/deepseek-v4.1-flash                1000000 32768 v
-deepseek-ai/deepseek-v4-flash-0731             1000000 16384 -
+deepseek-ai/deepseek-v4-flash-0731             1000000 16384 x
 deepseek-ai/deepseek-v4-pro-0813               1000000 16384 -
 deepseek-ai/deepseek-v4-pro                    1048576 16384 x
 deepseek-ai/deepseek-v4-flash                  1000000 16384 x
@@ -491,18 +491,17 @@ deepseek-ai/deepseek-v3.2                       163840 32768 x
 deepseek-ai/deepseek-v3.1                       128000  8192 x
 deepseek-ai/deepseek-r1                         128000  4096 x
 moonshotai/kimi-k3                             1048576 32768 v
-moonshotai/kimi-k2.6                            262144 32768 v
+moonshotai/kimi-k2.6                            262144 32768 vx
 moonshotai/kimi-k2.5                            262144 32768 vx
 moonshotai/kimi-k2-instruct-0905                262144 16384 x
 moonshotai/kimi-k2-instruct                     131072 16384 x
 moonshotai/kimi-k2-thinking                     262144 32768 x
-minimaxai/minimax-m3.1-flash                    262144 32768 v
-minimaxai/minimax-m3                           1000000 16384 v
+minimaxai/minimax-m3                           1000000 16384 vx
 minimaxai/minimax-m2.7                          204800 32768 x
 minimaxai/minimax-m2.5                          204800 32768 x
 minimaxai/minimax-m2.1                          204800 32768 x
 openai/gpt-oss-20b                              131072 32768 -
-openai/gpt-oss-120b                             128000 32768 -
+openai/gpt-oss-120b                             128000 32768 x
 google/gemma-4-31b-it                           256000 16384 v
 google/diffusiongemma-26b-a4b-it                250000 16384 v
 google/gemma-3-12b-it                           131072  8192 v
@@ -513,7 +512,6 @@ mistralai/devstral-2-123b-instruct-2512         262144 16384 x
 mistralai/mistral-nemotron                      128000  8192 -
 mistralai/mistral-large-2-instruct              128000  4096 -
 mistralai/mistral-7b-instruct-v0.3               65536  8192 -
-stepfun-ai/step-5-preview                      1000000 32768 v
 stepfun-ai/step-3.7-flash                       256000 16384 vx
 poolside/laguna-xs-2.1                          262144 16384 -
 thinkingmachines/inkling                       1048576 16384 v
@@ -547,50 +545,6 @@ gpt-oss:20b                                     131072 16384 -
 kimi-k2.5:cloud                                 262144 16384 v
 zai-org/glm-4.7-flash                           131072  8192 -
 """
-
-# A retired or gated id, and what took its place.
-SUCCESSORS = dict(row.split() for row in """
-nvidia/nemotron-3-nano-30b-a3b               nvidia/nemotron-3.5-lightning-30b-a3b
-nvidia/nvidia-nemotron-nano-9b-v2            nvidia/nemotron-3.5-lightning-30b-a3b
-nvidia/llama-3.3-nemotron-super-49b-v1.5     nvidia/nemotron-3-super-120b-a12b
-nvidia/llama-3.1-nemotron-ultra-253b-v1      nvidia/nemotron-3-ultra-550b-a55b
-nvidia/llama-3.1-nemotron-70b-instruct       nvidia/nemotron-3-super-120b-a12b
-meta/llama-3.3-70b-instruct                  nvidia/nemotron-3-super-120b-a12b
-meta/llama-3.1-405b-instruct                 nvidia/nemotron-3-super-120b-a12b
-meta/llama-4-maverick-17b-128e-instruct      z-ai/glm-5.3-flash
-qwen/qwen3-235b-a22b                         nvidia/nemotron-3-super-120b-a12b
-qwen/qwen2.5-coder-32b-instruct              nvidia/nemotron-3-super-120b-a12b
-qwen/qwen3-coder-480b-a35b-instruct          z-ai/glm-5.3
-deepseek-ai/deepseek-r1                      deepseek-ai/deepseek-v4.1-flash
-deepseek-ai/deepseek-v4-pro                  deepseek-ai/deepseek-v4.1-flash
-deepseek-ai/deepseek-v4-flash-0731           deepseek-ai/deepseek-v4.1-flash
-minimaxai/minimax-m2.1                       minimaxai/minimax-m3.1-flash
-minimaxai/minimax-m2.7                       minimaxai/minimax-m3.1-flash
-minimaxai/minimax-m3                         minimaxai/minimax-m3.1-flash
-mistralai/mistral-large-2-instruct           nvidia/nemotron-3-super-120b-a12b
-z-ai/glm-5.2                                 z-ai/glm-5.3
-z-ai/glm-5.1                                 z-ai/glm-5.3
-z-ai/glm5                                    z-ai/glm-5.3
-z-ai/glm4.7                                  z-ai/glm-5.3-flash
-moonshotai/kimi-k2.6                         z-ai/glm-5.3
-moonshotai/kimi-k2.5                         z-ai/glm-5.3
-moonshotai/kimi-k3                           z-ai/glm-5.3
-moonshotai/kimi-k2-instruct                  z-ai/glm-5.3
-moonshotai/kimi-k2-instruct-0905             z-ai/glm-5.3
-moonshotai/kimi-k2-thinking                  z-ai/glm-5.3
-deepseek-ai/deepseek-v3.1                    deepseek-ai/deepseek-v4.1-flash
-deepseek-ai/deepseek-v3.2                    deepseek-ai/deepseek-v4.1-flash
-deepseek-ai/deepseek-v4-flash                deepseek-ai/deepseek-v4.1-flash
-minimaxai/minimax-m2.5                       minimaxai/minimax-m3.1-flash
-mistralai/devstral-2-123b-instruct-2512      nvidia/nemotron-3-super-120b-a12b
-stepfun-ai/step-3.7-flash                    stepfun-ai/step-5-preview
-qwen/qwen3-next-80b-a3b-instruct             nvidia/nemotron-3-super-120b-a12b
-qwen/qwen3.5-397b-a17b                       z-ai/glm-5.3-flash
-qwen/qwen3.5-122b-a10b                       z-ai/glm-5.3-flash
-deepseek-chat                                deepseek-flash
-deepseek-reasoner                            deepseek-flash
-""".strip().splitlines())
-
 
 def catalog_rows(text: str) -> Dict[str, Model]:
     """Rows of `id window output flags` as models by id."""
@@ -715,6 +669,7 @@ class Provider(NamedTuple):
     key_shape: str = ""     # pattern of its keys, as far as they have one
     key_words: str = ""     # the same for people
     guide: Tuple[str, ...] = ()         # what to do before it can be set up
+    fallbacks: Tuple[str, ...] = ()     # asked in turn in place of its three models
 
 
 THINKING_ON = {"thinking": {"type": "enabled"}}
@@ -725,14 +680,16 @@ CATEGORIES = ("Free", "Paid", "Custom")
 PROVIDERS = {row.name: row for row in [
     Provider(
         "nvidia", "NVIDIA NIM", "https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY",
-        "https://build.nvidia.com", "z-ai/glm-5.3",
-        "nvidia/nemotron-3-super-120b-a12b", "nvidia/nemotron-3.5-lightning-30b-a3b",
+        "https://build.nvidia.com", "nvidia/nemotron-3-ultra-550b-a55b",
+        "nvidia/nemotron-3-ultra-550b-a55b", "openai/gpt-oss-20b",
         r"integrate\.api\.nvidia\.com", most_bytes=45 << 20, image_bytes=180000,
         per_minute=40, at_once=6, category="Free", key_shape="nvapi-.{16,}",
         key_words="nvapi-...", guide=(
             "Sign up at https://build.nvidia.com; no card is needed.",
             "Open any model and get a key: it begins with nvapi-, and is shown once.",
-            "Free keys may ask 40 times a minute; nimproxy paces itself.")),
+            "Free keys may ask 40 times a minute; nimproxy paces itself."),
+        fallbacks=("z-ai/glm-5.3-flash", "deepseek-ai/deepseek-v4.1-flash",
+                   "moonshotai/kimi-k3", "nvidia/nemotron-3.5-lightning-30b-a3b")),
     Provider(
         "ollama", "Ollama", "http://localhost:11434/v1", "", "https://ollama.com",
         "gpt-oss:20b", "gpt-oss:20b", "gpt-oss:20b", r".*:11434|ollama\.com",
@@ -803,6 +760,16 @@ PROVIDERS = {row.name: row for row in [
             "Anthropic's own API (https://host/anthropic).",
             "You need its base URL, a model's name and, mostly, a key.")),
 ]}
+
+
+# What is asked in place of a retired id: its provider's Sonnet, but for these.
+LIKER = {
+    "nvidia/nemotron-3-nano-30b-a3b": "nvidia/nemotron-3.5-lightning-30b-a3b",
+    "nvidia/nvidia-nemotron-nano-9b-v2": "nvidia/nemotron-3.5-lightning-30b-a3b",
+    "meta/llama-4-maverick-17b-128e-instruct": "z-ai/glm-5.3-flash",   # sees images
+}
+SUCCESSORS = {name: LIKER.get(name, PROVIDERS[provider].sonnet) for provider in OFFERS
+              for name in offered(provider) if MODELS[name].retired}
 
 
 class Limits(NamedTuple):
@@ -1729,11 +1696,12 @@ def resolve_config(flags: Json, environ: Mapping[str, str], dotenv: Mapping[str,
     found["base_url"] = clean_base_url(found["base_url"], found["api"])
     found[ALIASES] = model_aliases(entries, {**dotenv, **environ})
     found[FALLBACKS] = model_fallbacks(entries)
+    preset_fallbacks(found, sources, row, entries)
     found.update(openclaw_facts(entries))
     network = network_settings(environ)
     sources.update({name: source for name, source, value in (
         (ALIASES, "environment or file", found[ALIASES]),
-        (FALLBACKS, "file", found[FALLBACKS]),
+        (FALLBACKS, sources.get(FALLBACKS, "file"), found[FALLBACKS]),
         ("prefix", file.name, found["prefix"]), ("models", file.name, found["models"]),
         *((name, "environment", value) for name, value in network.items())) if value})
     config = Config(**found, **network)
@@ -1750,8 +1718,8 @@ def add_saved(found: Json, sources: Json, entries: Entries, row: Provider) -> No
     asked = "default_model" in found        # one for all tiers
     for setting in SETTINGS:
         raw, where = entries.get(tuple(setting.key.split(".")), ("", ""))
-        if asked and setting.field in TIERS:
-            continue
+        if setting.field in TIERS and (asked or raw == getattr(row, setting.field)):
+            continue                            # the usual one was nobody's choice
         if raw not in (None, "") and setting.field not in found:
             found[setting.field] = convert(setting.kind, raw, where)
             sources[setting.field] = where
@@ -1810,8 +1778,23 @@ def preset_models(found: Json, sources: Json, row: Provider) -> None:
     for tier in TIERS:
         if tier not in found:
             found[tier] = asked or getattr(row, tier)
-            sources[tier] = sources.get("default_model", "provider's default")
+            sources[tier] = sources.get("default_model", USUAL)
     found.setdefault("default_model", found["sonnet"])
+
+
+USUAL = "provider's default"
+
+
+def preset_fallbacks(found: Json, sources: Json, row: Provider,
+                     entries: Entries) -> None:
+    """Give the provider's fallbacks to the tiers that have its own models, at its own
+    URL: who names a model means that one.  A section `fallbacks`, even an empty one,
+    stands for all of them."""
+    usual = [tier for tier in TIERS if sources[tier] == USUAL and row.fallbacks]
+    if usual and found["base_url"] == row.base_url and not any(
+            path[0] == FALLBACKS for path in entries):
+        found[FALLBACKS] = {tier: row.fallbacks for tier in usual}
+        sources[FALLBACKS] = USUAL
 
 
 def model_aliases(entries: Entries, environ: Mapping[str, str]) -> Dict[str, str]:
@@ -1992,12 +1975,12 @@ def requests_at_once(config: Config) -> int:
 
 def fallbacks_of(config: Config, asked: str, model: str) -> Tuple[str, ...]:
     """What to ask in turn when upstream's `model`, which the client called `asked`,
-    cannot answer: its own row, or that of the tier that it is.  A row may name tiers
+    cannot answer: its own row, or that of a tier that it is.  A row may name tiers
     and aliases."""
-    tier = next((tier for tier in TIERS if getattr(config, tier) == model), "")
     claude = re.match(rf"(anthropic/)?(claude.*)?({'|'.join(TIERS)})", asked)
-    rows = (config.fallbacks.get(name, ())
-            for name in (model, asked, claude[3] if claude else tier))
+    tiers = [claude[3]] if claude else [
+        tier for tier in TIERS if getattr(config, tier) == model]
+    rows = (config.fallbacks.get(name, ()) for name in (model, asked, *tiers))
     names = [upstream_model(config, name) for name in next(filter(None, rows), ())]
     return tuple(name for name in dict.fromkeys(names) if name != model)
 
@@ -3494,9 +3477,7 @@ def instead(model: str) -> str:
     """`; use X instead` for a retired id, or the nearest ones of the catalog."""
     if model in SUCCESSORS:
         return f"; use {SUCCESSORS[model]} instead"
-    if model in MODELS and not MODELS[model].retired:
-        return "; it may not be open to your account"
-    alive = (name for name, row in MODELS.items() if not row.retired)
+    alive = (name for name, row in MODELS.items() if not row.retired and name != model)
     close = close_words(model, alive, 3)
     return f"; nearest known: {', '.join(close)}" if close else ""
 
@@ -8033,7 +8014,7 @@ class Asker:
         if self.config.default_model == DEMO_MODEL:
             return DEMO_MODEL               # nothing of a demo goes anywhere else
         own = self.config.base_url == PROVIDERS[self.config.provider].base_url
-        if not own or not known_model(model).retired or model not in SUCCESSORS:
+        if not own or model not in SUCCESSORS:
             return model
         if model not in self.warned:
             self.warned.add(model)
@@ -10088,10 +10069,8 @@ def openclaw_ids(config: Config) -> List[str]:
     hosted = config.base_url == PROVIDERS["nvidia"].base_url
     ids = own_models(config)
     if hosted and config.default_model != DEMO_MODEL:
-        ids = [SUCCESSORS.get(name, name) if known_model(name).retired else name
-               for name in ids]
-        ids += [name for name, row in MODELS.items()
-                if "/" in name and not row.retired and name not in SUCCESSORS
+        ids = [SUCCESSORS.get(name, name) for name in ids]
+        ids += [name for name, row in MODELS.items() if "/" in name and not row.retired
                 and name not in HOSTED_ELSEWHERE]
     return list(dict.fromkeys(ids))
 

@@ -607,15 +607,16 @@ def test_catalog_rows_make_sense():
         assert 4096 <= row.output <= row.window <= 1 << 21, name
 
 
-def test_successors_are_alive():
-    for retired, successor in np.SUCCESSORS.items():
-        assert not np.MODELS[successor].retired, retired
+def test_who_is_retired_has_a_successor_that_is_not():
+    retired = {name for name, row in np.MODELS.items() if row.retired}
+    assert set(np.SUCCESSORS) == retired > {"nvidia/nemotron-3-super-120b-a12b"}
+    assert not retired & set(np.SUCCESSORS.values()) and set(np.LIKER) < retired
 
 
-def test_tier_defaults_are_alive():
-    row = np.PROVIDERS["nvidia"]
-    for name in (row.opus, row.sonnet, row.haiku):
-        assert name in np.MODELS and not np.MODELS[name].retired
+def test_the_models_of_the_providers_are_alive():
+    for row in np.PROVIDERS.values():
+        for name in filter(None, (row.opus, row.sonnet, row.haiku, *row.fallbacks)):
+            assert name in np.MODELS and not np.MODELS[name].retired
 
 
 SEEDS = ["nvidia/llama-3.3-nemotron-super-49b-v1.5", "meta/llama-3.3-70b-instruct",
@@ -954,6 +955,37 @@ def test_fallbacks_and_retries_from_the_file():
     assert config.fallbacks == {"opus": ("a/b",)} and config.log_json is False
 
 
+OURS = np.PROVIDERS["nvidia"]
+USUAL_FALLBACKS = [     # (case, file, flags, saved, tiers that have the provider's)
+    ("nothing is set", "", {}, {}, np.TIERS),
+    ("a tier is set", "models:\n  haiku: x/y\n", {}, {}, ("opus", "sonnet")),
+    ("a model is named", "", {"default_model": OURS.opus}, {}, ()),
+    ("they were set up", "", {}, {"opus": OURS.opus, "sonnet": "x/y"},
+     ("opus", "haiku")),
+    ("others are set", "fallbacks:\n  x/y: z\n", {}, {}, ()),
+    ("none are wanted", "fallbacks:\n", {}, {}, ()),
+    ("another place", "", {"base_url": "http://box:8000/v1"}, {}, ()),
+    ("another provider", "", {"provider": "ollama"}, {}, ()),
+]
+
+
+@pytest.mark.parametrize("file, flags, models, tiers", [r[1:] for r in USUAL_FALLBACKS],
+                         ids=[row[0] for row in USUAL_FALLBACKS])
+def test_the_providers_own_models_have_fallbacks(file, flags, models, tiers):
+    saved = np.SavedProviders("nvidia", {"nvidia": np.saved_entries(
+        {"models": models}, "nvidia.json", "")}) if models else np.SavedProviders()
+    config, sources = np.resolve_config(flags, {}, {}, np.File("config.yaml", file),
+                                        saved)
+    usual = {tier: OURS.fallbacks for tier in tiers}
+    assert {tier: config.fallbacks.get(tier, ()) for tier in tiers} == usual
+    assert set(config.fallbacks) - set(tiers) == {"x/y"} & set(config.fallbacks)
+    assert not tiers or sources["fallbacks"] == sources[tiers[0]]
+    for asked in ("claude-opus-5-5", "claude-fable-5"):     # the latter: the default
+        model = np.upstream_model(config, asked)
+        assert bool(np.fallbacks_of(config, asked, model)) is (model in OURS and
+                                                               bool(tiers))
+
+
 BAD_FLAGS = [({"base_url": "ftp://x"}, "--base-url: expected a base URL"),
              ({"base_url": "http://u:p@x"}, "--base-url"),
              ({"base_url": "http://a..b/v1"}, "--base-url"),
@@ -1001,8 +1033,8 @@ MODEL_NAMES = [
     ("claude-3-5-sonnet-20241022", "s/s"), ("claude-fable-5", "d/d"), ("opus", "o/o"),
     ("anthropic/claude-sonnet-5", "s/s"), ("anthropic/z-ai/glm-5.3", "z-ai/glm-5.3"),
     ("nvidia/meta/llama-3.3-70b-instruct", "meta/llama-3.3-70b-instruct"),
-    ("nvidia/nvidia/nemotron-3-super-120b-a12b", "nvidia/nemotron-3-super-120b-a12b"),
-    ("nvidia/nemotron-3-super-120b-a12b", "nvidia/nemotron-3-super-120b-a12b"),
+    ("nvidia/nvidia/nemotron-3-ultra-550b-a55b", "nvidia/nemotron-3-ultra-550b-a55b"),
+    ("nvidia/nemotron-3-ultra-550b-a55b", "nvidia/nemotron-3-ultra-550b-a55b"),
     ("z-ai/glm-5.3[1m]", "z-ai/glm-5.3"), ("", "d/d"), ("my-opus-tune", "my-opus-tune"),
 ]
 
@@ -1090,7 +1122,7 @@ def test_folders_of_authorities_are_split_as_openssl_does():
 NIM_FILE = """{
   env: { NVIDIA_API_KEY: "nvapi-1" },
   agents: { defaults: { model: { primary: "nvidia/meta/llama-3.3-70b-instruct",
-    fallbacks: ["nvidia/nvidia/nemotron-3-super-120b-a12b", "openai/gpt-9"] } } },
+    fallbacks: ["nvidia/nvidia/nemotron-3-ultra-550b-a55b", "openai/gpt-9"] } } },
   channels: { telegram: { botToken: "${NOT_SET}" } }, gateway: { port: 1 },
   models: {
     mode: "merge",
@@ -1136,7 +1168,7 @@ def test_openclaws_own_file():
     assert left.window == np.MODELS["nvidia/llama-3.1-nemotron-70b-instruct"].window
     assert sources["base_url"] == "config.yaml:10: upstream.base_url"
     assert config.fallbacks["meta/llama-3.3-70b-instruct"] == (
-        "nvidia/nemotron-3-super-120b-a12b",)
+        "nvidia/nemotron-3-ultra-550b-a55b",)
     assert resolved(NIM_FILE, {"NVIDIA_API_KEY": "nvapi-2"})[0].api_key == "nvapi-2"
 
 
@@ -1854,7 +1886,7 @@ def test_parameters(body, wanted):
 
 TOKENS = [  # (case, model, max_tokens, prompt tokens, what is asked for)
     ("unknown model", "m", 32000, 0, 32000), ("absent", "m", None, 0, 16384),
-    ("safe output", "nvidia/nemotron-3-super-120b-a12b", 64000, 0, 32768),
+    ("safe output", "nvidia/nemotron-3-ultra-550b-a55b", 64000, 0, 32768),
     ("what fits", "nvidia/llama-3.1-nemotron-70b-instruct", 8192, 122000, 5488),
     ("never nothing", "nvidia/llama-3.1-nemotron-70b-instruct", 8192, 200000, 1024),
     ("less if asked", "nvidia/llama-3.1-nemotron-70b-instruct", 5, 200000, 5),
@@ -1875,11 +1907,11 @@ def template(**kwargs):
 
 ON, OFF, HIGH = {"type": "adaptive"}, {"type": "disabled"}, {"effort": "high"}
 SWITCHES = [    # (model, thinking, output_config, provider, fields)
-    ("nvidia/nemotron-3-super-120b-a12b", ON, HIGH, "nvidia",
+    ("nvidia/nemotron-3-ultra-550b-a55b", ON, HIGH, "nvidia",
      template(enable_thinking=True)),
-    ("nvidia/nemotron-3-super-120b-a12b", None, HIGH, "nvidia",
+    ("nvidia/nemotron-3-ultra-550b-a55b", None, HIGH, "nvidia",
      template(enable_thinking=False)),
-    ("nvidia/nemotron-3-super-120b-a12b", OFF, None, "nvidia",
+    ("nvidia/nemotron-3-ultra-550b-a55b", OFF, None, "nvidia",
      template(enable_thinking=False)),
     ("deepseek-ai/deepseek-v4.1-flash", ON, HIGH, "nvidia",
      {**template(thinking=True, enable_thinking=True), "reasoning_effort": "high"}),
@@ -1906,7 +1938,7 @@ SWITCHES = [    # (model, thinking, output_config, provider, fields)
                                          "max_completion_tokens": 32768}),
     ("MiniMax-M3.1-Flash-Preview", None, None, "minimax",
      {"max_completion_tokens": 32768}),
-    ("nvidia/nemotron-3-super-120b-a12b", ON, {"effort": "low"}, "nvidia",
+    ("nvidia/nemotron-3-ultra-550b-a55b", ON, {"effort": "low"}, "nvidia",
      template(enable_thinking=True, low_effort=True)),
     ("deepseek-ai/deepseek-v4.1-flash", ON, {"effort": "max"}, "nvidia",
      template(thinking=True, enable_thinking=True, reasoning_effort="max")),
@@ -1956,7 +1988,7 @@ def test_thinking_by_system_directive():
 def test_a_summary_is_asked_for_without_thinking():
     words = np.TEXT_ONLY + ". Do NOT call any tools."
     chat = chat_of(user(said(words)), tools=[GREP], thinking=ON,
-                   model="nvidia/nemotron-3-super-120b-a12b")
+                   model="nvidia/nemotron-3-ultra-550b-a55b")
     assert chat["chat_template_kwargs"] == {"enable_thinking": False}
     assert chat["tool_choice"] == "none"
 
@@ -2280,7 +2312,7 @@ def test_refusals(status, words, ours, kind, message):
 def test_retired_models_are_answered_with_their_successor():
     asked = np.Asked(np.Config(), "meta/llama-3.3-70b-instruct")
     message = np.refusal(asked, 410, "gone").message
-    assert "use nvidia/nemotron-3-super-120b-a12b instead" in message
+    assert f"use {np.SUCCESSORS[asked.model]} instead" in message
 
 
 def test_errors_name_who_answered():
@@ -2288,9 +2320,12 @@ def test_errors_name_who_answered():
     assert np.refusal(asked, 500, "x").message == "box:8000 answered 500: x"
 
 
-def test_a_current_model_is_not_its_own_successor():
-    asked = np.Asked(np.Config(), "z-ai/glm-5.3")
-    assert "may not be open to your account" in np.refusal(asked, 404, "x").message
+@pytest.mark.parametrize("status", [404, 410])
+def test_a_model_that_was_current_is_gone_and_neither_gated_nor_next_to_itself(status):
+    message = np.refusal(np.Asked(np.Config(), "z-ai/glm-5.3"), status, "x").message
+    assert "your account" not in message and message.endswith(
+        "No model 'z-ai/glm-5.3' there; nearest known: z-ai/glm-5.3-flash, glm-5.3, "
+        "glm-5.3-flash.")
 
 
 def test_no_secret_and_no_word_for_not_logged_in():
@@ -6795,8 +6830,8 @@ def test_log_lines_cannot_be_forged(caplog):
 
 def test_retired_models_are_replaced_on_nvidias_own_endpoint_only(caplog):
     hosted = np.Proxy(np.Config()).asker
-    assert hosted.known_as("z-ai/glm-5.2") == "z-ai/glm-5.3"
-    assert hosted.known_as("z-ai/glm-5.2") == "z-ai/glm-5.3"
+    for _ in range(2):
+        assert hosted.known_as("z-ai/glm-5.2") == np.SUCCESSORS["z-ai/glm-5.2"]
     assert caplog.text.count("z-ai/glm-5.2 is retired") == 1
     other = np.Proxy(np.Config(base_url="http://h/v1")).asker
     assert other.known_as("z-ai/glm-5.2") == "z-ai/glm-5.2"
@@ -7474,7 +7509,7 @@ def test_what_another_model_would_say_too_is_said_at_once(refused):
 TIER_ROWS = [   # fallbacks, what is asked for, who steps in
     ({"opus": ("b",)}, "claude-opus-4-8", "b"), ({"opus": ("b",)}, "opus", "b"),
     ({"big": ("b",)}, "claude-opus-4-8", "b"), ({"big": ("b",)}, "big", "b"),
-    ({"opus": ("b",)}, "big", "b"),         # it is that tier's model
+    ({"opus": ("b",)}, "big", "b"), ({"sonnet": ("b",)}, "big", "b"),   # of both
     ({"x/y": ("b",)}, "x/y", "b"), ({"alias": ("b",)}, "alias", "b"),
     ({"haiku": ("b",)}, "claude-opus-4-8", ""), ({"big": ("big",)}, "big", ""),
     ({"opus": ("sonnet", "haiku")}, "claude-opus-4-8", "b"),    # tiers, by their names
@@ -7486,8 +7521,8 @@ TIER_ROWS = [   # fallbacks, what is asked for, who steps in
 @pytest.mark.parametrize("fallbacks, asked, steps_in", TIER_ROWS)
 def test_fallbacks_by_model_and_tier(fallbacks, asked, steps_in):
     with both(lambda chat: completes("ok") if chat["model"] == "b" else GONE,
-              fallbacks=fallbacks, opus="big", haiku="b", model_aliases={"alias": "z"},
-              ) as (nim, client):
+              fallbacks=fallbacks, opus="big", sonnet="big", haiku="b",
+              model_aliases={"alias": "z"}) as (nim, client):
         status, _ = client.ask(model=asked)
         assert status == (200 if steps_in else 404)
 
@@ -9794,7 +9829,7 @@ def test_install_and_uninstall_leave_no_trace(shell, capsys, raw):
     env = env_of(paths)
     assert env["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:8787"
     assert env["ANTHROPIC_AUTH_TOKEN"] == "unused" and "NO_PROXY" not in env
-    assert env["ANTHROPIC_DEFAULT_OPUS_MODEL"] == "z-ai/glm-5.3"
+    assert env["ANTHROPIC_DEFAULT_OPUS_MODEL"] == np.Config().opus
     kept = [name for name in own if not name.startswith(("ANTHROPIC_", "CLAUDE_"))]
     assert {name: env[name] for name in kept} == {name: own[name] for name in kept}
     assert not any(env.get(name) for name in np.BYPASSES)
@@ -11189,10 +11224,12 @@ SICK = [    # (case, what breaks it, check, state, words, mend)
     ("a model that is not listed", lambda it: pages(it, {"/models": listing("mm")}),
      "models", "broken", "not among the 1 models there; did you mean 'mm'?", "--live"),
     ("a retired model", lambda it: it.env(DEFAULT_NVIDIA_MODEL="z-ai/glm-5.2"),
-     "models", "broken", "is retired; use z-ai/glm-5.3 instead", "--model z-ai/glm"),
+     "models", "broken", f"is retired; use {np.SUCCESSORS['z-ai/glm-5.2']} instead",
+     f"--model {np.SUCCESSORS['z-ai/glm-5.2']}"),
     ("a retired model at NVIDIA", lambda it: it.patch.delenv("NVIDIA_BASE_URL") or
      it.env(DEFAULT_NVIDIA_MODEL="z-ai/glm-5.2", HTTPS_PROXY=nowhere()),
-     "models", "note", "z-ai/glm-5.3 is asked in its place", "put z-ai/glm-5.3"),
+     "models", "note", f"{np.SUCCESSORS['z-ai/glm-5.2']} is asked in its place",
+     f"put {np.SUCCESSORS['z-ai/glm-5.2']}"),
     ("an alias to nothing", lambda it: it.env(MODEL_ALIAS_FAST="gone/model"),
      "models", "broken", "gone/model (alias fast) is not among", "--live"),
     ("a fallback to nothing", lambda it: it.file(
@@ -11559,8 +11596,8 @@ def test_version_and_models(shell, capsys):
     assert code == 0 and np.__version__ in out
     code, out, _ = run(capsys, "models")
     assert code == 0
-    assert re.search("^retired +use instead\n(.+\n)*z-ai/glm-5.2 +z-ai/glm-5.3$", out,
-                     re.M)
+    heir = np.SUCCESSORS["z-ai/glm-5.2"]
+    assert re.search(f"^retired +use instead\n(.+\n)*z-ai/glm-5.2 +{heir}$", out, re.M)
     rows = json.loads(run(capsys, "models", "--json")[1])
     assert {"id", "window", "output", "retired", "instead", "images", "thinking",
             "tools", "tiers", "new", "gone"} == set(rows[0])
@@ -11611,7 +11648,7 @@ def listing(*names):
 
 def test_a_live_list_shows_what_is_new_and_what_is_gone(shell, capsys, monkeypatch):
     nvidia = np.PROVIDERS["nvidia"]
-    with FakeNim(listing("a/new", "z-ai/glm-5.3", "z-ai/glm-5.2")) as nim:
+    with FakeNim(listing("a/new", nvidia.opus, "z-ai/glm-5.2")) as nim:
         monkeypatch.setitem(np.PROVIDERS, "nvidia", nvidia._replace(base_url=nim.url))
         monkeypatch.setenv("NVIDIA_API_KEY", "nvapi-test")
         code, out, err = run(capsys, "models", "--live")
@@ -11619,8 +11656,8 @@ def test_a_live_list_shows_what_is_new_and_what_is_gone(shell, capsys, monkeypat
                 for row in json.loads(run(capsys, "models", "--live", "--json")[1])}
     assert code == 0 and not err            # no spinner where there is no terminal
     assert re.search(r"^a/new +\? +new$", out, re.M)
-    assert re.search(r"^z-ai/glm-5\.3 +1M +thinking opus$", out, re.M)
-    assert re.search(r"^openai/gpt-oss-20b +128k +thinking gone$", out, re.M)
+    assert re.search(rf"^{nvidia.opus} +1M +thinking\n +opus, sonnet$", out, re.M)
+    assert re.search(r"^z-ai/glm-5\.3-flash +1M images thinking gone$", out, re.M)
     assert [row["id"] for row in rows.values() if row["new"]] == ["a/new"]
     assert rows[nvidia.haiku]["gone"] and not rows["z-ai/glm-5.2"]["gone"]
     assert "z-ai/glm-5.1" not in rows       # retired and not listed is no news
@@ -12499,7 +12536,6 @@ def test_openclaw_prints_providers_for_the_proxy_and_for_nim(shell, capsys,
     config = np.Config()
     assert {config.opus, config.sonnet, config.haiku} < set(rows)
     assert not any(np.MODELS[name].retired for name in rows)
-    assert not set(rows) & set(np.SUCCESSORS)
     assert "glm-4.7-flash" not in str(list(rows))       # of other providers
     assert rows["z-ai/glm-5.3-flash"] == {
         "id": "z-ai/glm-5.3-flash", "name": "glm-5.3-flash", "reasoning": True,
@@ -12859,7 +12895,7 @@ PROVIDER_APIS = {
          lambda chat: len(chat.get("stop", [])) > 4),
         ("max_tokens is too large", 400, over("max_tokens", 1, 131072))],
         whole_calls=True, lead=b":\n\n"),
-    "nvidia, nemotron": Api("nvidia/nemotron-3-super-120b-a12b", dynamo, [
+    "nvidia, nemotron": Api("nvidia/nemotron-3-ultra-550b-a55b", dynamo, [
         ("Unsupported parameter(s): `thinking`", 400, beyond(DYNAMO_FIELDS)),
         ("temperature: at most 1", 400, over("temperature", 0, 1))], whole_calls=True),
     "nvidia, deepseek": Api("deepseek-ai/deepseek-v4.1-flash", dynamo, [
@@ -15042,7 +15078,7 @@ def test_e2e_a_web_search_is_answered_by_the_model(tmp_path):
 COMMAND = "echo $((6 * 7)) >>made && cat <made"     # a second run would show
 SPEAKERS = [    # whose row of WRITTEN, the model that talks so
     ("Hermes", "qwen/qwen3-235b-a22b"),
-    ("Qwen-Coder, Nemotron 3", "nvidia/nemotron-3-super-120b-a12b"),
+    ("Qwen-Coder, Nemotron 3", "nvidia/nemotron-3-ultra-550b-a55b"),
     ("GLM-4.7", "z-ai/glm-5.3"),
     ("Kimi K2", "moonshotai/kimi-k2.6"),
     ("DeepSeek V3.1", "deepseek-ai/deepseek-v3.1"),
@@ -17085,7 +17121,7 @@ STREAM_HEAD = chunked()[:-len(np.LAST_CHUNK)]
 TOKEN = np.encode_chunk(        # as Dynamo writes it, with the nulls
     b'data: {"id":"chatcmpl-5b0c6b1e-97b4-4c3e-8f53-0a2f6f1f4b7d","choices":[{'
     b'"index":0,"delta":{"content":" STAMP"},"finish_reason":null,"logprobs":null}],'
-    b'"created":1795000000,"model":"nvidia/nemotron-3-super-120b-a12b",'
+    b'"created":1795000000,"model":"nvidia/nemotron-3-ultra-550b-a55b",'
     b'"object":"chat.completion.chunk","usage":null}\n\n').replace(b"STAMP", b"%05x")
 STAMP = re.compile(rb'" ([0-9a-f]{5})"')    # the text of a token, on either side
 
