@@ -3095,7 +3095,9 @@ def document_text(block: Json, left: Optional[List[int]] = None) -> str:
     if words:
         return f"[{title}]\n{words}"
     size = f", {len(data) * 3 // 4} bytes" if data else ""
-    return f"[document left out: {title}{size}; no text could be read from it]"
+    why = ("there is too much to read in one request" if left and left[0] <= 0
+           else "no text could be read from it")
+    return f"[document left out: {title}{size}; {why}]"
 
 
 PDF_BEGINS = "JVBERi"       # %PDF- in base64
@@ -3113,6 +3115,7 @@ def read_documents(body: Json, read: Dict[int, str]) -> None:
     """Put the text of documents in their place.
 
     `read` are texts by the hash of the data: a client sends a document again and again.
+    A text that is cut because others were read before it is none of them.
     """
     waiting: List[Any] = [body.get("messages")]
     left = [MAX_PDF_STEPS]
@@ -3124,8 +3127,9 @@ def read_documents(body: Json, read: Dict[int, str]) -> None:
             source = value.get("source")
             data = source.get("data") if isinstance(source, dict) else None
             key = hash((data, str(value.get("title")))) if isinstance(data, str) else 0
+            alone = left[0] == MAX_PDF_STEPS
             value["text"] = read.get(key) or document_text(value, left)
-            if isinstance(data, str) and data.startswith(PDF_BEGINS):
+            if key and data.startswith(PDF_BEGINS) and (alone or left[0] > 0):
                 read[key] = value["text"]
         elif isinstance(value, dict):
             waiting.append(value.get("content"))
@@ -6549,7 +6553,7 @@ WINDOW_SECONDS = 61.0       # a minute, and a second for the way there
 CEILING_SECONDS = 600.0     # in which a ceiling that a 429 taught is forgotten
 LEAST_CEILING = 4           # requests a minute; what is slower yet, the pauses hold up
 AGING_SECONDS = 60.0        # of waiting lift a request by one rank: nobody starves
-PAUSE_SECONDS = 300.0       # of a model at most, whatever a Retry-After says
+PAUSE_SECONDS = 60.0        # of a model at most, whatever a Retry-After says
 LOOK_AGAIN_SECONDS = 5.0    # a ceiling that grows lets requests go between events
 MAX_WAITING = 128           # requests that wait for a turn; more are refused at once
 MAX_SENT = 1024             # sends that are kept where only the cap counts
@@ -7962,8 +7966,9 @@ class Asker:
         return question, self.chat(question, body)
 
     def stick(self, course: Course, error: Optional[ProxyError]) -> None:
-        """Stay with a fallback for a while, so that its prompt cache is of use."""
-        if not error or error.fallback not in STICKY:
+        """Let a session stay with a fallback for a while, so that its prompt cache is
+        of use; without one it would be all the other clients that stay."""
+        if not course.session or not error or error.fallback not in STICKY:
             return
         key = (course.session, self.own_model(course))
         self.sticky.pop(key, None)
@@ -8294,12 +8299,14 @@ class Asker:
             self.documents.pop(next(iter(self.documents)), None)
 
     def toolbox(self, tools: Tools) -> Tools:
-        """The same tools as of an earlier request, if it had them: they are large, and
-        to compare them takes little."""
-        known = next((known for known in self.toolboxes if known == tools), None)
-        if known is None:
-            self.toolboxes.append(tools)
-        return tools if known is None else known
+        """The same tools as of an earlier request, if it had them: they are large.
+        They are compared as text, for Python takes True for 1."""
+        text = encode_json(tools)
+        for known, words in self.toolboxes:
+            if words == text:
+                return known
+        self.toolboxes.append((tools, text))
+        return tools
 
     def payload(self, chat: Sent) -> Tuple[str, str]:
         """The JSON of a chat in two pieces; the second one, the tools, is shared."""
@@ -8654,7 +8661,9 @@ class Gate:
         pacer = self.pacer
         left = max(self.config.max_wait - waited, 0.0)
         delay = pacer.delay(ticket.model)
+        pause = pacer.pauses.get(ticket.model, 0.0) - pacer.clock()
         if (len(pacer.waiting) >= MAX_WAITING or delay > left
+                or pause > RETRIES["rate"].most
                 or delay and self.given_up(ticket.model)):
             raise self.busy(ticket)
         pacer.join(ticket)
@@ -9174,10 +9183,13 @@ class Proxy:
 
     def remember(self, question: Question, error: ProxyError) -> None:
         """Keep a failure that came after the eager start: the client's replay without
-        streaming then gets the true status, and upstream is not asked again.
+        streaming then gets the true status, and upstream is not asked again.  Only its
+        session tells that replay from another client's request.
 
         Not its traceback, whose frames hold the chat and all that was parsed for it.
         """
+        if not question.course.session:
+            return
         error.__traceback__ = error.__context__ = error.__cause__ = None
         if len(self.failures) >= KEPT_FAILURES:
             del self.failures[next(iter(self.failures))]

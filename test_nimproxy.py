@@ -207,6 +207,7 @@ def completes(content=None, finish="stop", **message):
 
 HELLO = [*text("Hel", "lo"), used()]
 ASK = {"model": "m", "max_tokens": 100, "messages": [{"role": "user", "content": "hi"}]}
+SESSION = {"X-Claude-Code-Session-Id": "s1"}
 
 
 # ---- The proxy under test ----------------------------------------------------
@@ -1526,6 +1527,24 @@ def test_too_many_steps_are_cut(monkeypatch):
         texts.add(np.pdf_text(long_pdf(4)))
     assert {"", CUT % "", CUT % "\nHello", whole} < texts
     assert all(text in ("", whole) or " is cut: " in text for text in texts)
+
+
+def test_a_pdf_is_not_known_by_what_another_left_of_it(monkeypatch):
+    monkeypatch.setattr(np, "MAX_PDF_STEPS", 1500)
+    small, large = map(long_pdf, (1, 6))
+    read = {}
+
+    def texts(*files):
+        blocks = [{"type": "document", "source": {
+            "type": "base64", "data": base64.b64encode(data).decode()}}
+            for data in files]
+        np.read_documents({"messages": [user(*blocks)]}, read)
+        return [block["text"].partition("\n")[2] or block["text"] for block in blocks]
+
+    spent, cut = texts(small, large)        # the last one is read first
+    assert "too much to read in one request" in spent and " is cut: " in cut
+    monkeypatch.setattr(np, "pdf_text", lambda data, left: "anew")
+    assert texts(large, small) == [cut, "anew"] == texts(large, small)
 
 
 SAMPLE = pdf_file(
@@ -5349,7 +5368,7 @@ def test_one_429_does_not_teach_much_and_many_do():
 
 
 @pytest.mark.parametrize("stated, strikes, pause", [
-    (0, 1, 2), (0, 2, 4), (0, 3, 8), (0, 9, 30), (7, 1, 7), (1e9, 1, 300)])
+    (0, 1, 2), (0, 2, 4), (0, 3, 8), (0, 9, 30), (7, 1, 7), (1e9, 1, 60)])
 def test_a_model_that_said_429_pauses(stated, strikes, pause, monkeypatch):
     monkeypatch.setattr(np, "RETRIES", {"rate": np.Retry(2.0, 30.0)})
     now = [1000.0]
@@ -6491,12 +6510,12 @@ def test_a_late_failure_is_an_event_and_its_replay_gets_the_status():
     late = [go, refuses(429, {"title": "Too Many Requests"}, "Retry-After: 1")]
     with both(late, completes("ok"), eager_after=0) as (nim, client):
         threading.Timer(0.05, go.set).start()
-        events = client.stream()
+        events = client.stream(SESSION)
         assert names_of(events) == ["message_start", "error"]
         assert events[1][1]["error"]["type"] == "rate_limit_error"
-        status, headers, _ = client.request("POST", "/v1/messages", ASK)
+        status, headers, _ = client.request("POST", "/v1/messages", ASK, SESSION)
         assert (status, headers["retry-after"], len(nim.asked)) == (429, "1", 1)
-        assert client.ask()[0] == 200       # once only: the next is asked again
+        assert client.ask(SESSION)[0] == 200    # once only: the next is asked again
         assert len(nim.asked) == 2
 
 
@@ -6505,11 +6524,19 @@ def test_a_replay_is_known_by_session_and_body():
     late = [go, refuses(429, {"title": "x"})]
     with both(late, completes("ok"), eager_after=0) as (nim, client):
         threading.Timer(0.05, go.set).start()
-        session = {"X-Claude-Code-Session-Id": "s1"}
-        client.stream(headers=session)
+        client.stream(SESSION)
         assert client.ask()[0] == 200
-        assert client.ask(headers=session, max_tokens=99)[0] == 200
-        assert client.ask(headers=session)[0] == 429
+        assert client.ask(SESSION, max_tokens=99)[0] == 200
+        assert client.ask(SESSION)[0] == 429
+
+
+def test_without_a_session_a_failure_is_nobody_elses():
+    go = threading.Event()
+    late = [go, refuses(401, {"title": "x"})]
+    with both(late, completes("ok"), eager_after=0) as (nim, client):
+        threading.Timer(0.05, go.set).start()
+        assert names_of(client.stream())[-1] == "error"
+        assert client.ask()[0] == 200
 
 
 def test_no_more_failures_are_kept_than_that():
@@ -6528,8 +6555,8 @@ def test_a_failure_is_forgotten_in_time(monkeypatch):
     with both([go, refuses(429, {"title": "x"})], completes("ok"),
               eager_after=0) as (nim, client):
         threading.Timer(0.05, go.set).start()
-        client.stream()
-        assert client.ask()[0] == 200
+        client.stream(SESSION)
+        assert client.ask(SESSION)[0] == 200
 
 
 BREAKS = [
@@ -6623,8 +6650,8 @@ def test_a_failure_after_a_chunk_that_says_nothing_is_remembered():
     late = [EVENT_STREAM + role + sse('{"error":{"message":"full","code":503}}'),
             FakeNim.CLOSE]
     with both(late, completes("ok"), eager_after=0) as (nim, client):
-        assert names_of(client.stream())[-1] == "error"
-        assert client.ask()[0] == 529 and len(nim.asked) == 1
+        assert names_of(client.stream(SESSION))[-1] == "error"
+        assert client.ask(SESSION)[0] == 529 and len(nim.asked) == 1
 
 
 def test_no_answer_holds_the_key():
@@ -7165,7 +7192,7 @@ def test_repetitions_end_in_time(monkeypatch):
 
 def test_one_budget_for_the_repetitions_of_all_models(monkeypatch, caplog):
     monkeypatch.setattr(np, "RETRY_SECONDS", 0.2)
-    monkeypatch.setattr(np, "RETRIES", {"busy": np.Retry(0.13, 9.0)})
+    monkeypatch.setattr(np, "RETRIES", {**np.RETRIES, "busy": np.Retry(0.13, 9.0)})
     caplog.set_level("INFO", "nimproxy")
     with both(LOADED, retries=9, fallbacks={"a": ("b", "c")}) as (nim, client):
         assert client.ask(model="a")[0] == 529
@@ -7179,7 +7206,7 @@ def test_a_remembered_failure_does_not_hold_the_chat():
     with both(GONE, eager_after=0.0) as (nim, client):
         for number in range(8):
             turns = [user(said("%d" % number + "long " * 200000))]
-            client.stream(messages=turns)
+            client.stream(SESSION, messages=turns)
             nim.asked.clear()
             nim.bodies.clear()
             if number == 1:
@@ -7191,7 +7218,7 @@ def test_a_remembered_failure_does_not_hold_the_chat():
         finally:
             tracemalloc.stop()
         assert held < 2 << 20
-        assert client.ask(messages=turns)[0] == 404 and not nim.asked
+        assert client.ask(SESSION, messages=turns)[0] == 404 and not nim.asked
 
 
 @pytest.mark.parametrize("told", [
@@ -7357,14 +7384,23 @@ def background(work, *args, **kwargs):
     return result
 
 
-def test_a_model_that_is_left_alone_does_not_hold_up_another():
-    hot = refuses(429, {"title": "x"}, "Retry-After: 20")
-    with both(hot, completes("ok"), max_wait=3) as (nim, client):
+@pytest.mark.parametrize("stated, max_wait, pause", [(20, 3, 20), (86400, 120, 60)])
+def test_a_model_that_is_left_alone_does_not_hold_up_another(stated, max_wait, pause):
+    hot = refuses(429, {"title": "x"}, f"Retry-After: {stated}")
+    with both(hot, completes("ok"), max_wait=max_wait) as (nim, client):
         assert client.ask(model="hot")[0] == 429
         status, error = client.ask(model="hot")
-        assert status == 429 and "hot is left alone for" in error["error"]["message"]
+        assert status == 429 and error["error"]["message"].endswith(
+            f"hot is left alone for {pause} s")
         assert client.ask(model="cool")[0] == 200
         assert [chat["model"] for chat in nim.asked] == ["hot", "cool"]
+
+
+def test_tools_that_python_takes_for_equal_are_told_apart():
+    asker = np.Proxy(np.Config()).asker
+    sets = [{"f": {"input_schema": {"enum": enum}}} for enum in ([1], [True], [1.0])]
+    assert [asker.toolbox(tools) is tools for tools in sets] == [True] * 3
+    assert asker.toolbox(json.loads(json.dumps(sets[0]))) is sets[0]
 
 
 def test_a_broken_call_is_asked_for_again_when_one_goes_at_a_time():
@@ -7469,7 +7505,7 @@ def test_a_fallback_steps_in_and_stays(reason, refused, stream):
         for asked in (["a", "b", "c"], ["c"]):      # the second time it is known
             nim.asked.clear()
             status, headers, answer = client.request(
-                "POST", "/v1/messages", dict(ASK, model="a", stream=stream))
+                "POST", "/v1/messages", dict(ASK, model="a", stream=stream), SESSION)
             answer = np.fold(parse_events(answer)) if stream else answer
             assert answer["content"][0]["text"] == "Hello" and answer["model"] == "a"
             assert [chat["model"] for chat in nim.asked] == asked
@@ -7481,14 +7517,15 @@ def test_a_fallback_steps_in_and_stays(reason, refused, stream):
 
 
 def test_each_session_has_its_own_fallback_for_a_while(monkeypatch):
-    sessions = [{"x-claude-code-session-id": name} for name in "12"]
-    answers = [LOADED, completes("b"), completes("a"), completes("b"), completes("a")]
-    with both(*answers, fallbacks={"a": ("b",)}) as (nim, client):
-        for which in (0, 1, 0):
+    sessions = [{"x-claude-code-session-id": name} for name in "12"] + [{}, {}]
+    answers = [LOADED, completes("b"), completes("a"), completes("b"),
+               LOADED, completes("b"), completes("a"), completes("a")]
+    with both(*answers, fallbacks={"a": ("b",)}, retries=0) as (nim, client):
+        for which in (0, 1, 0, 2, 3):       # without one nothing stays
             client.ask(headers=sessions[which], model="a")
         monkeypatch.setattr(np, "STICKY_SECONDS", 0.0)
         client.ask(headers=sessions[0], model="a")
-        assert [chat["model"] for chat in nim.asked] == ["a", "b", "a", "b", "a"]
+        assert [chat["model"] for chat in nim.asked] == [*"abab", *"abaa"]
 
 
 def test_all_in_vain_is_the_first_error():
@@ -7606,7 +7643,8 @@ def test_when_a_sticky_fallback_fails_the_model_itself_is_asked_again():
     """It was given up a while ago, and may be well again: nothing else is left."""
     answers = [LOADED, completes("b"), LOADED, completes("a"), completes("a")]
     with both(*answers, fallbacks={"a": ("b",)}) as (nim, client):
-        assert [client.ask(model="a", max_tokens=n)[0] for n in (1, 2, 3)] == [200] * 3
+        assert [client.ask(SESSION, model="a", max_tokens=n)[0]
+                for n in (1, 2, 3)] == [200] * 3
         assert [chat["model"] for chat in nim.asked] == ["a", "b", "b", "a", "a"]
         assert client.request("GET", "/status")[2]["fallbacks"] == []
         counts = client.request("GET", "/status")[2]["counts"]
@@ -7622,10 +7660,10 @@ def test_a_sticky_fallback_that_is_blind_leaves_images_to_one_before_it():
         return mine.pop(0) if len(mine) > 1 else mine[0]
     with both(answers, fallbacks={BLIND_ONE: (SEEING_ONE, "openai/gpt-oss-120b")},
               ) as (nim, client):
-        client.ask(model=BLIND_ONE)
+        client.ask(SESSION, model=BLIND_ONE)
         nim.asked.clear()
         turns = [user(said("what is this?"), PICTURE)]
-        assert client.ask(model=BLIND_ONE, messages=turns)[0] == 200
+        assert client.ask(SESSION, model=BLIND_ONE, messages=turns)[0] == 200
         assert [chat["model"] for chat in nim.asked] == [SEEING_ONE]
 
 
@@ -7807,12 +7845,12 @@ def test_a_relay_that_waits_sends_pings_and_remembers_what_failed():
     late = [go, refuses(429, anthropic_error("rate_limit_error", "slow"))]
     with relaying(late, RELAYED, ping_interval=0.05) as (nim, client):
         threading.Timer(0.3, go.set).start()
-        events = client.stream()
+        events = client.stream(SESSION)
         assert names_of(events)[:2] == ["ping", "ping"]
         assert names_of(events)[-1] == "error"
-        status, error = client.ask()
+        status, error = client.ask(SESSION)
         assert (status, error["error"]["message"]) == (429, "slow")
-        assert len(nim.asked) == 1 and client.ask()[0] != 429
+        assert len(nim.asked) == 1 and client.ask(SESSION)[0] != 429
 
 
 def test_what_passes_keeps_its_status_for_longer_than_a_moment():
