@@ -762,14 +762,10 @@ PROVIDERS = {row.name: row for row in [
 ]}
 
 
-# What is asked in place of a retired id: its provider's Sonnet, but for these.
-LIKER = {
-    "nvidia/nemotron-3-nano-30b-a3b": "nvidia/nemotron-3.5-lightning-30b-a3b",
-    "nvidia/nvidia-nemotron-nano-9b-v2": "nvidia/nemotron-3.5-lightning-30b-a3b",
-    "meta/llama-4-maverick-17b-128e-instruct": "z-ai/glm-5.3-flash",   # sees images
-}
-SUCCESSORS = {name: LIKER.get(name, PROVIDERS[provider].sonnet) for provider in OFFERS
+# What is asked in place of a retired id: what its provider has for Sonnet.
+SUCCESSORS = {name: PROVIDERS[provider].sonnet for provider in OFFERS
               for name in offered(provider) if MODELS[name].retired}
+SUCCESSORS["meta/llama-4-maverick-17b-128e-instruct"] = "z-ai/glm-5.3-flash"  # sees
 
 
 class Limits(NamedTuple):
@@ -1689,14 +1685,15 @@ def resolve_config(flags: Json, environ: Mapping[str, str], dotenv: Mapping[str,
         found["provider"], sources["provider"] = active, "the active provider"
     row = PROVIDERS[found.get("provider", "nvidia")]
     add_saved(found, sources, saved.entries.get(row.name, {}), row)
-    preset_models(found, sources, row)
     if not found.setdefault("base_url", row.base_url):
         raise ProxyError(400, f"{sources['provider']}: 'custom' needs --base-url URL")
     found.setdefault("api", api_at(found["base_url"]))
     found["base_url"] = clean_base_url(found["base_url"], found["api"])
     found[ALIASES] = model_aliases(entries, {**dotenv, **environ})
     found[FALLBACKS] = model_fallbacks(entries)
-    preset_fallbacks(found, sources, row, entries)
+    own = found["base_url"] == row.base_url and all(
+        path[0] != FALLBACKS for path in entries)
+    preset_models(found, sources, row, row.fallbacks if own else ())
     found.update(openclaw_facts(entries))
     network = network_settings(environ)
     sources.update({name: source for name, source, value in (
@@ -1772,29 +1769,19 @@ def candidates(setting: Setting, flags: Json, environs: List[Mapping[str, str]],
     yield value, f"{where}: {setting.key}"
 
 
-def preset_models(found: Json, sources: Json, row: Provider) -> None:
-    """Fill in the models: one that was asked for serves every tier not set itself."""
+def preset_models(found: Json, sources: Json, row: Provider,
+                  fallbacks: Tuple[str, ...]) -> None:
+    """Fill in the models: one that was asked for serves every tier not set itself, and
+    where none was, the provider's serves, with `fallbacks`."""
     asked = found.get("default_model")
     for tier in TIERS:
         if tier not in found:
             found[tier] = asked or getattr(row, tier)
-            sources[tier] = sources.get("default_model", USUAL)
+            sources[tier] = sources.get("default_model", "provider's default")
+            if fallbacks and not asked:
+                found[FALLBACKS][tier] = fallbacks
+                sources[FALLBACKS] = sources[tier]
     found.setdefault("default_model", found["sonnet"])
-
-
-USUAL = "provider's default"
-
-
-def preset_fallbacks(found: Json, sources: Json, row: Provider,
-                     entries: Entries) -> None:
-    """Give the provider's fallbacks to the tiers that have its own models, at its own
-    URL: who names a model means that one.  A section `fallbacks`, even an empty one,
-    stands for all of them."""
-    usual = [tier for tier in TIERS if sources[tier] == USUAL and row.fallbacks]
-    if usual and found["base_url"] == row.base_url and not any(
-            path[0] == FALLBACKS for path in entries):
-        found[FALLBACKS] = {tier: row.fallbacks for tier in usual}
-        sources[FALLBACKS] = USUAL
 
 
 def model_aliases(entries: Entries, environ: Mapping[str, str]) -> Dict[str, str]:
@@ -2707,21 +2694,60 @@ def tool_fields(body: Json) -> Json:
     return fields
 
 
-def client_tools(body: Json) -> Iterator[Json]:
-    """The tools that the client runs itself; Anthropic's server tools are left out."""
+def client_tools(body: Json) -> List[Json]:
+    """The tools that the client runs itself: the list's, as blocks in the messages then
+    add and remove them.  Anthropic's server tools are left out."""
     tools = typed(body, "tools", list, "a list of tools") or []
-    for number, tool in enumerate(tools):
-        where = f"tools[{number}]"
-        if not isinstance(tool, dict):
-            raise invalid(where, tool, "an object")
-        kind = tool.get("type")
-        if isinstance(kind, str) and kind != "custom" and (
-                SERVER_TOOL.search(kind) or "input_schema" not in tool):
-            continue
-        if not typed(tool, "name", str, "a string", where + "."):
-            raise invalid(where + ".name", tool.get("name"), "a name")
-        typed(tool, "input_schema", dict, "an object", where + ".")
-        yield tool
+    known = {tool["name"]: tool for number, tool in enumerate(tools)
+             if runs_at_client(tool, f"tools[{number}]")}
+    offered, messages = dict(known), typed(body, "messages", list, "a list of messages")
+    contents = [message.get("content") for message in messages or []
+                if isinstance(message, dict)]
+    for block in [block for content in contents if isinstance(content, list)
+                  for block in content if isinstance(block, dict)]:
+        name, definition = tool_change(block)
+        known.update({name: definition} if definition else {})
+        if block.get("type") == "tool_addition" and name in known:
+            offered[name] = known[name]
+        else:
+            offered.pop(name, None)
+    return list(offered.values())
+
+
+def runs_at_client(tool: Any, where: str) -> bool:
+    """Whether a tool, which is checked, is the client's own."""
+    if not isinstance(tool, dict):
+        raise invalid(where, tool, "an object")
+    kind = tool.get("type")
+    if isinstance(kind, str) and kind != "custom" and (
+            SERVER_TOOL.search(kind) or "input_schema" not in tool):
+        return False
+    if not typed(tool, "name", str, "a string", where + "."):
+        raise invalid(where + ".name", tool.get("name"), "a name")
+    typed(tool, "input_schema", dict, "an object", where + ".")
+    return True
+
+
+TOOL_CHANGES = {"tool_addition": "can be called from here on",
+                "tool_removal": "cannot be called any more"}
+
+
+def tool_change(block: Json) -> Tuple[str, Json]:
+    """The name of the tool that a block adds or removes, "" if it is about none, and
+    the definition, if it brings one.  ProxyError(400) for what we cannot do, also of a
+    kind to come: the client then finds another way."""
+    kind = str(block.get("type"))
+    new = kind.startswith("tool_") and kind not in NEEDED and "tool" in block
+    if kind not in TOOL_CHANGES and not new:
+        return "", {}
+    tool = typed(block, "tool", dict, "an object", kind + ".") or {}
+    shape, defined = tool.get("type"), tool.get("definition")
+    if kind in TOOL_CHANGES and shape == "tool_reference" and tool.get("name"):
+        return str(tool["name"]), {}
+    if kind in TOOL_CHANGES and shape == "tool_definition" and runs_at_client(
+            defined, kind + ".tool.definition"):
+        return defined["name"], defined
+    raise ProxyError(400, f"{kind}: such a tool cannot yet be defined in a message")
 
 
 def chat_tool(tool: Json) -> Json:
@@ -3060,6 +3086,8 @@ def described(block: Json) -> str:
         return block["text"]
     if kind == "tool_reference":
         return f"Tool {block.get('tool_name')} loaded."
+    if tool_change(block)[0]:
+        return f"Tool {tool_change(block)[0]} {TOOL_CHANGES[kind]}."
     if kind == "document":
         return document_text(block)
     if kind == "image":
@@ -3244,6 +3272,7 @@ def tally(content: Any, texts: List[str]) -> int:
             tokens += IMAGE_TOKENS
         elif kind:
             texts.append(described(block))
+            texts.extend(map(json.dumps, filter(None, tool_change(block)[1:])))
     return tokens
 
 
@@ -9145,8 +9174,8 @@ class Proxy:
             self.record(question)
         except ProxyError as error:
             self.note(question.course, error)
-            if question.raw and not message.calls.calls:    # else asking anew may help
-                self.remember(question, error)
+            if question.raw and question.course.session and not message.calls.calls:
+                self.remember(question, error)      # else asking anew may help
             yield last_words(question, error)
         except (asyncio.CancelledError, GeneratorExit):
             if message.over:            # it has all, and did not wait for our end
@@ -9188,8 +9217,6 @@ class Proxy:
 
         Not its traceback, whose frames hold the chat and all that was parsed for it.
         """
-        if not question.course.session:
-            return
         error.__traceback__ = error.__context__ = error.__cause__ = None
         if len(self.failures) >= KEPT_FAILURES:
             del self.failures[next(iter(self.failures))]
@@ -10082,13 +10109,8 @@ def openclaw_ids(config: Config) -> List[str]:
     ids = own_models(config)
     if hosted and config.default_model != DEMO_MODEL:
         ids = [SUCCESSORS.get(name, name) for name in ids]
-        ids += [name for name, row in MODELS.items() if "/" in name and not row.retired
-                and name not in HOSTED_ELSEWHERE]
+        ids += [name for name in offered("nvidia") if not MODELS[name].retired]
     return list(dict.fromkeys(ids))
-
-
-HOSTED_ELSEWHERE = [getattr(row, tier) for row in PROVIDERS.values() for tier in TIERS
-                    if row.name != "nvidia"]
 
 
 def openclaw_model(config: Config, name: str) -> Json:

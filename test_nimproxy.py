@@ -1801,6 +1801,45 @@ def test_system_is_one_string_without_the_billing_header():
 GREP = {"name": "Grep", "description": "d" * 5000, "input_schema": {
     "$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object",
     "properties": {"x": {"type": ["string", "null"]}}, "additionalProperties": False}}
+def changed(kind, name, **definition):
+    """A block that adds or removes a tool, which it defines or names."""
+    tool = {"type": "tool_reference", "name": name}
+    if definition:
+        tool = {"type": "tool_definition", "definition": {"name": name, **definition}}
+    return {"type": "tool_" + kind, "tool": tool}
+
+
+LATE = changed("addition", "Late", input_schema={"type": "object"}, description="A b.")
+ADDED = "Tool %s can be called from here on."
+GONE_TOOL = "Tool %s cannot be called any more."
+TOOL_CHANGES = [        # (case, blocks, which tools are offered, what the model reads)
+    ("a definition", [LATE], ["Grep", "Late"], [ADDED % "Late"]),
+    ("a name of the list", [changed("addition", "Grep")], ["Grep"], [ADDED % "Grep"]),
+    ("one that is not", [changed("addition", "X")], ["Grep"], [ADDED % "X"]),
+    ("a removal", [changed("removal", "Grep")], [], [GONE_TOOL % "Grep"]),
+    ("there and back", [changed("removal", "Grep"), changed("addition", "Grep")],
+     ["Grep"], [GONE_TOOL % "Grep", ADDED % "Grep"]),
+    ("defined, gone, named", [LATE, changed("removal", "Late"),
+                              changed("addition", "Late")], ["Grep", "Late"],
+     [ADDED % "Late", GONE_TOOL % "Late", ADDED % "Late"]),
+    ("nothing of the kind", [{"type": "tool_search", "query": "q"}, {"type": ["x"]}],
+     ["Grep"], []),
+]
+
+
+@pytest.mark.parametrize("role", ["system", "user"])
+@pytest.mark.parametrize("blocks, names, words", [row[1:] for row in TOOL_CHANGES],
+                         ids=[row[0] for row in TOOL_CHANGES])
+def test_messages_change_the_tools(blocks, names, words, role):
+    body = {"messages": [user(said("a")), {"role": role, "content": blocks}]}
+    chat = np.chat_body({**body, "tools": [GREP]}, "m")
+    assert [tool["function"]["name"] for tool in chat.get("tools", [])] == names
+    assert list(np.declared_tools({**body, "tools": [GREP]})) == names
+    assert "\n".join(words) in chat["messages"][-1]["content"]
+    added = np.count_tokens(body) - np.count_tokens({"messages": [user(said("a"))]})
+    assert added > 5 * len(words) + 10 * (LATE in blocks)
+
+
 CHOICES = [
     (None, "auto"), ({"type": "auto"}, "auto"), ({"type": "any"}, "required"),
     ({"type": "none"}, "none"), ({"type": "new"}, "auto"),
@@ -2148,6 +2187,18 @@ BAD_BODIES = [
     ("thinking is text", {"thinking": "on"}, "thinking: expected an object"),
     ("an image without source", {"messages": [user({"type": "image"})]},
      "image.source"),
+    ("a tool is added that is none", {"messages": [user({"type": "tool_addition"})]},
+     "tool_addition: such a tool cannot yet be defined in a message"),
+    ("a server tool is added", {"messages": [user(
+        {"type": "tool_addition", "tool": {"type": "tool_definition", "definition": {
+            "type": "web_search_20250305", "name": "web_search"}}})]},
+     "tool_addition: such a tool cannot yet be defined in a message"),
+    ("a tool without name is added", {"messages": [user(
+        {"type": "tool_addition", "tool": {"type": "tool_definition", "definition": {
+            "input_schema": {}}}})]}, "tool_addition.tool.definition.name"),
+    ("tools change in a new way", {"messages": [user(
+        {"type": "tool_swap", "tool": {"type": "tool_reference", "name": "Grep"}})]},
+     "tool_swap: such a tool cannot yet be defined in a message"),
     ("nested too deep", {"messages": [user(NESTED)]}, "JSON nested too deeply"),
 ]
 
