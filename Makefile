@@ -5,7 +5,8 @@ PYTHONS ?= $(wildcard $(foreach v,3.[89] 3.1[0-9],/usr/bin/python$(v) \
 # One virtual environment for each Python, with pytest in it.
 VENV     = .venv/$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 PYTEST   = $(VENV)/bin/python -X dev -W error -m pytest -q -p no:cacheprovider
-NODE     = .cache/e2e/node_modules
+CLAUDE_CODE ?= latest
+NODE     = .cache/e2e/$(CLAUDE_CODE)/node_modules
 CLAW     = .cache/openclaw/node_modules
 SECONDS ?= 300
 CHROMIUM ?= $(shell command -v chromium || command -v google-chrome)
@@ -29,7 +30,7 @@ pythons: # those that check takes, the oldest first
 	@for p in $(or $(PYTHONS),$(PYTHON)); do \
 	  echo $$($$p -c 'import sys; print("%d.%02d" % sys.version_info[:2])') $$p; done | sort | cut -d' ' -f2
 
-e2e: $(VENV)/e2e $(NODE)    ## the real Claude Code and both Anthropic SDKs
+e2e: $(VENV)/e2e $(NODE)    ## the real Claude Code (CLAUDE_CODE=2.1.197) and both Anthropic SDKs
 	NIMPROXY_E2E=1 NIMPROXY_NODE_MODULES=$(CURDIR)/$(NODE) \
 	  NIMPROXY_CLAUDE=$(CURDIR)/$(NODE)/.bin/claude $(PYTEST) test_nimproxy.py -k e2e
 
@@ -80,9 +81,11 @@ $(VENV)/%: $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check $(PACKAGES)
 	@touch $@
 
+# By its tag, or npm would take the last one that is for the Node at hand: since then the
+# package holds a program of its own, and Node is there for its installer alone.
 $(NODE):
-	npm install --silent --no-fund --prefix .cache/e2e \
-	  @anthropic-ai/claude-code @anthropic-ai/sdk
+	npm install --silent --no-fund --prefix $(@D) \
+	  @anthropic-ai/claude-code@$(CLAUDE_CODE) @anthropic-ai/sdk
 	node $(NODE)/@anthropic-ai/claude-code/install.cjs
 
 # It wants a newer Node than many have; npm has that, too, and by it finds the newest.

@@ -18,6 +18,7 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import gc
 import hashlib
 import heapq
@@ -14910,11 +14911,19 @@ def test_vendored_under_another_name(tmp_path):
 # a script.  Each run has a home and a project of its own, and no network.
 
 NODE_MODULES = os.path.abspath(
-    os.environ.get("NIMPROXY_NODE_MODULES", ".cache/e2e/node_modules"))
+    os.environ.get("NIMPROXY_NODE_MODULES", ".cache/e2e/latest/node_modules"))
 CLAUDE = os.path.abspath(
     os.environ.get("NIMPROXY_CLAUDE", os.path.join(NODE_MODULES, ".bin", "claude")))
 E2E_MODEL = "acme/scripted"
 RUN_SECONDS = 90
+
+
+@functools.lru_cache(None)
+def goes_on():
+    """Whether this Claude Code goes on by itself when a stream has broken, and streams
+    again where older ones ask for the whole."""
+    said = subprocess.run([CLAUDE, "--version"], capture_output=True).stdout
+    return tuple(map(int, said.split()[0].split(b"."))) >= (2, 1, 300)
 
 
 class Desk:
@@ -15098,7 +15107,7 @@ def test_e2e_a_subagent_runs_and_returns(tmp_path):
             return spoken(chat, text("Seven beans."))
         names = {tool["function"]["name"] for tool in chat["tools"]}
         task = {"description": "Count", "prompt": "Count the beans",
-                "subagent_type": "general-purpose"}
+                "subagent_type": "general-purpose", "run_in_background": False}
         name, = names & {"Agent", "Task"}
         return story(calls((name, task)), text("There are seven."))(chat)
 
@@ -15350,7 +15359,8 @@ def tale(project, name):
             [("Edit", {"file_path": path, "old_string": "a - b",
                        "new_string": "a + b"})],
             [("Bash", check), (name, {"description": "Look", "prompt": SUBTASK,
-                                      "subagent_type": "general-purpose"})],
+                                      "subagent_type": "general-purpose",
+                                      "run_in_background": False})],
             "Fixed."]
 
 
@@ -15641,7 +15651,8 @@ def test_e2e_code_runs_claude_on_a_proxy_of_its_own(tmp_path, piped, answer, wan
         assert done.returncode == want, done.stderr
         result = json.loads(done.stdout)["result"]
         assert result == "Well done." or want and "no such thing" in result
-        line, = done.stderr.decode().splitlines()
+        line, = [line for line in done.stderr.decode().splitlines()
+                 if not line.startswith("[claude-code:unrecognized_model]")]
         assert line.startswith("nimproxy: claude on %s, model " % it.nim.url)
         assert {chat["model"] for chat in it.nim.asked} == {E2E_MODEL}
 
@@ -15843,8 +15854,8 @@ def test_e2e_a_turn_outlives_a_reset(tmp_path, heard, told):
               context_window=131072) as it:
         lines = it.succeeds("Do it.", "Well done.")
         assert (it.project / "made").read_text() == "42\n"
-        assert not retries_shown(lines) and texts_shown(lines) == ["Well done."]
-        assert len(it.nim.asked) == 3
+        assert len(retries_shown(lines)) == (goes_on() and told[0] is THINKS)
+        assert texts_shown(lines) == ["Well done."] and len(it.nim.asked) == 3
 
 
 @E2E
@@ -15854,11 +15865,13 @@ def test_e2e_text_behind_thinking_is_kept_when_it_breaks(tmp_path, heard):
     with desk(tmp_path, story(broken, WELL)) as it:
         code, lines = it.claude("Do it.")
         result = lines[-1]
-        assert (code, result["is_error"]) == (1, True)
-        assert result["result"].startswith("API Error: upstream broke off in ")
+        assert (code, result["is_error"]) == ((0, False) if goes_on() else (1, True))
+        assert result["result"].startswith("Well done." if goes_on() else
+                                           "API Error: upstream broke off in ")
         assert texts_shown(lines) == ["So far, so good", result["result"]]
-        assert len(it.nim.asked) == 1
-        it.succeeds("Go on.", "Well done.", "--continue")
+        if not goes_on():
+            it.succeeds("Go on.", "Well done.", "--continue")
+        assert len(it.nim.asked) == 2
         assert [message["content"] for message in it.nim.asked[1]["messages"]
                 if message["role"] == "assistant"] == ["So far, so good"]
 
@@ -15902,24 +15915,22 @@ def counts_beans(hold, **how):
     return tell, who, most
 
 
-SUBAGENTS = [   # how they are called, who waits behind the first of them, who asks
-    ("that are waited for", {}, 2, ["main", *["subagent"] * 3, "main"]),
-    ("in the background", {"run_in_background": True}, 3,
-     ["main", "subagent", "main"]),
-]
+SUBAGENTS = [   # are they waited for, who waits behind the first of them
+    ("that are waited for", False, 2), ("in the background", True, 3)]
 
 
 @E2E
-@pytest.mark.parametrize("how, behind, order", named(SUBAGENTS))
-def test_e2e_subagents_go_one_at_a_time(tmp_path, how, behind, order):
+@pytest.mark.parametrize("behind, waiters", named(SUBAGENTS))
+def test_e2e_subagents_go_one_at_a_time(tmp_path, behind, waiters):
     def hold(who):
         if who == ["main", "subagent"]:
-            until(lambda: waiting(Client(it.url)) == behind)
+            until(lambda: waiting(Client(it.url)) == waiters)
 
-    tell, who, most = counts_beans(hold, **how)
+    tell, who, most = counts_beans(hold, run_in_background=behind)
     with desk(tmp_path, tell, concurrency=1) as it:
         lines = it.succeeds("How many?", "There are seven.")
-        assert who[:len(order)] == order and who.count("subagent") == 3
+        assert who.index("main", 1) in ((1, 2) if behind else (4,)), who
+        assert who.count("subagent") == 3
         assert set(most) == {1} and not retries_shown(lines)
         said = json.dumps(it.nim.asked[-1]["messages"])
         assert said.count("Seven beans.") == 3
@@ -15950,25 +15961,28 @@ NO_ROOM = "answered 503: ResourceExhausted: Worker local total request limit rea
 # Behind a start the client streams twice more at once, then asks for the whole, which
 # is refused from memory; a 429 there it does not stream again.
 IN_VAIN = [     # what upstream always says, eager_after, the status and words that are
-                # shown; the client's requests, and those that reach upstream
-    ("503", LOADED, 10.0, 529, NO_ROOM, 2, 4),
-    ("503, behind a start", LOADED, 0.0, 529, NO_ROOM, 5, 8),
-    ("429, behind a start", HOT, 0.0, 429, "answered 429: Too Many Requests.", 3, 3),
+                # shown; the client's requests, those that reach upstream, and the
+                # retries that it shows, of an older and of a newer one
+    ("503", LOADED, 10.0, 529, NO_ROOM, (2, 4, 1), (2, 4, 1)),
+    ("503, behind a start", LOADED, 0.0, 529, NO_ROOM, (5, 8, 1), (3, 4, 0)),
+    ("429, behind a start", HOT, 0.0, 429, "answered 429: Too Many Requests.",
+     (3, 3, 1), (2, 2, 0)),
 ]
 
 
 @E2E
 @pytest.mark.parametrize("row", named([(row[0], row[1:]) for row in IN_VAIN]))
 def test_e2e_all_in_vain_is_said_in_the_words_of_the_provider(tmp_path, row):
-    trouble, eager_after, status, words, requests, asked = row
+    trouble, eager_after, status, words, *counts = row
     with desk(tmp_path, story(trouble), retries=1, eager_after=eager_after) as it:
         code, lines = it.claude("Do it.", CLAUDE_CODE_MAX_RETRIES="1")
         result = lines[-1]
         assert (code, result["is_error"], result["api_error_status"]) == (
             1, True, status)
         assert result["result"].startswith("API Error: ") and words in result["result"]
-        assert [line["error_status"] for line in retries_shown(lines)] == [status]
-        assert (it.counts()["requests"], len(it.nim.asked)) == (requests, asked)
+        shown = [line["error_status"] for line in retries_shown(lines)]
+        assert set(shown) <= {status} and counts[goes_on()] == (
+            it.counts()["requests"], len(it.nim.asked), len(shown))
 
 
 @E2E
