@@ -15246,6 +15246,73 @@ def test_e2e_a_call_that_was_only_thought_of_is_run(tmp_path):
         assert last_call(chat) == ("Bash", {"command": COMMAND}, "42")
 
 
+TOUCHES = [     # whose way to write a call, the model that talks so, a call
+    ("Hermes", "qwen/qwen3-235b-a22b", '<tool_call>\n{"name": "Bash", "arguments": '
+     '{"command": "touch ran"}}\n</tool_call>'),
+    ("Qwen-Coder", E2E_MODEL, "<tool_call>\n<function=Bash>\n<parameter=command>\n"
+     "touch ran\n</parameter>\n</function>\n</tool_call>"),
+    ("GLM", "z-ai/glm-5.3", "<tool_call>Bash\n<arg_key>command</arg_key>\n"
+     "<arg_value>touch ran</arg_value>\n</tool_call>"),
+    ("invoke", "minimaxai/minimax-m2.7", '<function_calls>\n<invoke name="Bash">\n'
+     '<parameter name="command">touch ran</parameter>\n</invoke>\n</function_calls>'),
+    ("Kimi", "moonshotai/kimi-k2.6", "<|tool_calls_section_begin|><|tool_call_begin|>"
+     'functions.Bash:0<|tool_call_argument_begin|>{"command": "touch ran"}'
+     "<|tool_call_end|><|tool_calls_section_end|>"),
+]
+SHOWN = [("bare", "%s"), ("fenced", "```\n%s\n```")]
+FORMATS = "# How models write calls\n" + "".join(
+    f"\n{case}:\n\n{way % example}\n" for case, _, example in TOUCHES
+    for _, way in SHOWN) + "\nThat is all of them.\n"
+
+
+def in_pieces(words):
+    return text(*(words[at:at + 5] for at in range(0, len(words), 5)))
+
+
+@E2E
+@pytest.mark.parametrize("way", named(SHOWN))
+@pytest.mark.parametrize("model, example", named(TOUCHES))
+def test_e2e_a_call_that_is_explained_is_text(tmp_path, model, example, way):
+    words = f"It writes\n\n{way % example}\n\nand the server makes a call of that."
+    with desk(tmp_path, story(in_pieces(words), WELL), model) as it:
+        it.succeeds("How does it write a call?", words)
+        assert not (it.project / "ran").exists()
+        assert "tool_calls" not in json.dumps(it.nim.asked[-1]["messages"])
+
+
+@E2E
+def test_e2e_calls_about_calls_arrive_whole(tmp_path):
+    path = tmp_path / "project" / "formats.md"
+    write = {"file_path": str(path), "content": FORMATS}
+    marks = ["<tool_call>", "<function=Bash>", '<invoke name="Bash">',
+             "<|tool_call_begin|>functions.Bash:0"]
+    grep = {"command": "grep -nF -e '%s' %s >found" % ("' -e '".join(marks), path.name),
+            "description": "Find them"}
+    steps = calls(("Write", write)), calls(("Bash", grep)), WELL
+    with desk(tmp_path, story(*steps)) as it:
+        it.succeeds("Write it down.", "Well done.")
+        assert path.read_text() == FORMATS and not (it.project / "ran").exists()
+        assert last_call(it.nim.asked[-1])[:2] == ("Bash", grep)
+        assert (it.project / "found").read_text().splitlines() == [
+            f"{number}:{line}" for number, line in enumerate(FORMATS.splitlines(), 1)
+            if any(mark in line for mark in marks)]
+
+
+@E2E
+@pytest.mark.parametrize("written", named([
+    ("Qwen-Coder", lambda path: "<tool_call>\n<function=Write>\n<parameter=file_path>\n"
+     f"{path}\n</parameter>\n<parameter=content>\n{FORMATS}\n</parameter>\n"
+     "</function>\n</tool_call>"),
+    ("Hermes", lambda path: "<tool_call>\n%s\n</tool_call>" % json.dumps(
+        {"name": "Write", "arguments": {"file_path": path, "content": FORMATS}}))]))
+def test_e2e_a_written_call_about_calls_is_made_whole_or_not_at_all(tmp_path, written):
+    path = tmp_path / "project" / "formats.md"
+    with desk(tmp_path, story(in_pieces(written(str(path))), WELL)) as it:
+        assert it.claude("Write it down.")[0] == 0
+        assert not path.exists() or path.read_text() == FORMATS
+        assert not (it.project / "ran").exists()
+
+
 @E2E
 def test_e2e_tools_in_prose(tmp_path):
     def answer(chat):
