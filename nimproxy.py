@@ -460,8 +460,7 @@ class Model(NamedTuple):
 
 UNKNOWN_MODEL = Model(131072, 16384, vision=True, retired=False, sure=False)
 
-# id, window, output, v: takes images, x: retired.  State of October 2026; one is
-# withdrawn every week or three, so that what is not marked may be gone, too.
+# id, window, output, v: takes images, x: retired.  State of October 2026.
 CATALOG = """
 nvidia/nemotron-3-ultra-550b-a55b              1000000 32768 -
 nvidia/nemotron-3-super-120b-a12b               262144 32768 x
@@ -545,6 +544,7 @@ gpt-oss:20b                                     131072 16384 -
 kimi-k2.5:cloud                                 262144 16384 v
 zai-org/glm-4.7-flash                           131072  8192 -
 """
+
 
 def catalog_rows(text: str) -> Dict[str, Model]:
     """Rows of `id window output flags` as models by id."""
@@ -765,7 +765,7 @@ PROVIDERS = {row.name: row for row in [
 # What is asked in place of a retired id: what its provider has for Sonnet.
 SUCCESSORS = {name: PROVIDERS[provider].sonnet for provider in OFFERS
               for name in offered(provider) if MODELS[name].retired}
-SUCCESSORS["meta/llama-4-maverick-17b-128e-instruct"] = "z-ai/glm-5.3-flash"  # sees
+SUCCESSORS["meta/llama-4-maverick-17b-128e-instruct"] = "z-ai/glm-5.3-flash"    # sees
 
 
 class Limits(NamedTuple):
@@ -1691,9 +1691,8 @@ def resolve_config(flags: Json, environ: Mapping[str, str], dotenv: Mapping[str,
     found["base_url"] = clean_base_url(found["base_url"], found["api"])
     found[ALIASES] = model_aliases(entries, {**dotenv, **environ})
     found[FALLBACKS] = model_fallbacks(entries)
-    own = found["base_url"] == row.base_url and all(
-        path[0] != FALLBACKS for path in entries)
-    preset_models(found, sources, row, row.fallbacks if own else ())
+    unset = FALLBACKS not in {path[0] for path in entries}
+    preset_models(found, sources, row, unset and found["base_url"] == row.base_url)
     found.update(openclaw_facts(entries))
     network = network_settings(environ)
     sources.update({name: source for name, source, value in (
@@ -1769,17 +1768,16 @@ def candidates(setting: Setting, flags: Json, environs: List[Mapping[str, str]],
     yield value, f"{where}: {setting.key}"
 
 
-def preset_models(found: Json, sources: Json, row: Provider,
-                  fallbacks: Tuple[str, ...]) -> None:
+def preset_models(found: Json, sources: Json, row: Provider, more: bool) -> None:
     """Fill in the models: one that was asked for serves every tier not set itself, and
-    where none was, the provider's serves, with `fallbacks`."""
+    where none was, the provider's own, with its fallbacks if there may be `more`."""
     asked = found.get("default_model")
     for tier in TIERS:
         if tier not in found:
             found[tier] = asked or getattr(row, tier)
             sources[tier] = sources.get("default_model", "provider's default")
-            if fallbacks and not asked:
-                found[FALLBACKS][tier] = fallbacks
+            if more and row.fallbacks and not asked:
+                found[FALLBACKS][tier] = row.fallbacks
                 sources[FALLBACKS] = sources[tier]
     found.setdefault("default_model", found["sonnet"])
 
@@ -2741,11 +2739,11 @@ def tool_change(block: Json) -> Tuple[str, Json]:
     if kind not in TOOL_CHANGES and not new:
         return "", {}
     tool = typed(block, "tool", dict, "an object", kind + ".") or {}
-    shape, defined = tool.get("type"), tool.get("definition")
-    if kind in TOOL_CHANGES and shape == "tool_reference" and tool.get("name"):
+    shape = tool.get("type") if kind in TOOL_CHANGES else ""
+    if shape == "tool_reference" and tool.get("name"):
         return str(tool["name"]), {}
-    if kind in TOOL_CHANGES and shape == "tool_definition" and runs_at_client(
-            defined, kind + ".tool.definition"):
+    defined, where = tool.get("definition"), kind + ".tool.definition"
+    if shape == "tool_definition" and runs_at_client(defined, where):
         return defined["name"], defined
     raise ProxyError(400, f"{kind}: such a tool cannot yet be defined in a message")
 
@@ -3086,8 +3084,8 @@ def described(block: Json) -> str:
         return block["text"]
     if kind == "tool_reference":
         return f"Tool {block.get('tool_name')} loaded."
-    if tool_change(block)[0]:
-        return f"Tool {tool_change(block)[0]} {TOOL_CHANGES[kind]}."
+    if str(kind) in TOOL_CHANGES:
+        return f"Tool {' '.join(plain_words(block.get('tool')))} {TOOL_CHANGES[kind]}."
     if kind == "document":
         return document_text(block)
     if kind == "image":
@@ -3163,7 +3161,8 @@ def read_documents(body: Json, read: Dict[int, str]) -> None:
             waiting.append(value.get("content"))
 
 
-WORDY = {"text", "title", "url", "query", "name", "error_code", "input", "content"}
+WORDY = {"text", "title", "url", "query", "name", "error_code", "input", "content",
+         "definition"}
 
 
 def plain_words(value: Any, key: str = "text") -> Iterator[str]:
@@ -3272,7 +3271,7 @@ def tally(content: Any, texts: List[str]) -> int:
             tokens += IMAGE_TOKENS
         elif kind:
             texts.append(described(block))
-            texts.extend(map(json.dumps, filter(None, tool_change(block)[1:])))
+            texts += [json.dumps(block["tool"])] if "tool" in block else []
     return tokens
 
 
@@ -6767,10 +6766,12 @@ class Pacer:
                 del kept[next(iter(kept))]
 
     def hopeless(self, model: str, most: int) -> bool:
-        """Whether a model has said nothing but 429, and that more than so often."""
-        since = self.clock() - self.taken.get(model, -math.inf)
-        return (self.strikes.get(model, (0, 0.0))[0] > most
-                and since > RETRIES["rate"].most)
+        """Whether a model has said nothing but 429, and that more than so often, or
+        pauses for longer than is waited for."""
+        now, longest = self.clock(), RETRIES["rate"].most
+        return (self.pauses.get(model, 0.0) - now > longest
+                or self.strikes.get(model, (0, 0.0))[0] > most
+                and now - self.taken.get(model, -math.inf) > longest)
 
     def rest(self) -> float:
         """Seconds until time alone may give somebody a turn; inf if it cannot."""
@@ -7995,8 +7996,7 @@ class Asker:
         return question, self.chat(question, body)
 
     def stick(self, course: Course, error: Optional[ProxyError]) -> None:
-        """Let a session stay with a fallback for a while, so that its prompt cache is
-        of use; without one it would be all the other clients that stay."""
+        """Let a session stay with its fallback for a while: its cache is there."""
         if not course.session or not error or error.fallback not in STICKY:
             return
         key = (course.session, self.own_model(course))
@@ -8690,9 +8690,7 @@ class Gate:
         pacer = self.pacer
         left = max(self.config.max_wait - waited, 0.0)
         delay = pacer.delay(ticket.model)
-        pause = pacer.pauses.get(ticket.model, 0.0) - pacer.clock()
         if (len(pacer.waiting) >= MAX_WAITING or delay > left
-                or pause > RETRIES["rate"].most
                 or delay and self.given_up(ticket.model)):
             raise self.busy(ticket)
         pacer.join(ticket)
@@ -9212,8 +9210,7 @@ class Proxy:
 
     def remember(self, question: Question, error: ProxyError) -> None:
         """Keep a failure that came after the eager start: the client's replay without
-        streaming then gets the true status, and upstream is not asked again.  Only its
-        session tells that replay from another client's request.
+        streaming then gets the true status, and upstream is not asked again.
 
         Not its traceback, whose frames hold the chat and all that was parsed for it.
         """
@@ -12181,7 +12178,7 @@ def named_models(config: Config) -> Dict[str, List[str]]:
     for alias, name in config.model_aliases.items():
         found[name].append(f"alias {alias}")
     for asked, names in config.fallbacks.items():
-        for name in names:
+        for name in names if names != PROVIDERS[config.provider].fallbacks else ():
             found[upstream_model(config, name)].append(f"instead of {asked}")
     return found
 

@@ -612,7 +612,7 @@ def test_catalog_rows_make_sense():
 def test_who_is_retired_has_a_successor_that_is_not():
     retired = {name for name, row in np.MODELS.items() if row.retired}
     assert set(np.SUCCESSORS) == retired > {"nvidia/nemotron-3-super-120b-a12b"}
-    assert not retired & set(np.SUCCESSORS.values()) and set(np.LIKER) < retired
+    assert not retired & set(np.SUCCESSORS.values())
 
 
 def test_the_models_of_the_providers_are_alive():
@@ -982,6 +982,9 @@ def test_the_providers_own_models_have_fallbacks(file, flags, models, tiers):
     assert {tier: config.fallbacks.get(tier, ()) for tier in tiers} == usual
     assert set(config.fallbacks) - set(tiers) == {"x/y"} & set(config.fallbacks)
     assert not tiers or sources["fallbacks"] == sources[tiers[0]]
+    roles = sum(np.named_models(config).values(), [])       # for doctor: the user's own
+    assert ["x/y" in role for role in roles if "instead" in role] == [
+        True] * ("x/y" in config.fallbacks)
     for asked in ("claude-opus-5-5", "claude-fable-5"):     # the latter: the default
         model = np.upstream_model(config, asked)
         assert bool(np.fallbacks_of(config, asked, model)) is (model in OURS and
@@ -2189,17 +2192,14 @@ BAD_BODIES = [
     ("an image without source", {"messages": [user({"type": "image"})]},
      "image.source"),
     ("a tool is added that is none", {"messages": [user({"type": "tool_addition"})]},
-     "tool_addition: such a tool cannot yet be defined in a message"),
+     "tool_addition: such a tool"),
     ("a server tool is added", {"messages": [user(
         {"type": "tool_addition", "tool": {"type": "tool_definition", "definition": {
             "type": "web_search_20250305", "name": "web_search"}}})]},
      "tool_addition: such a tool cannot yet be defined in a message"),
-    ("a tool without name is added", {"messages": [user(
-        {"type": "tool_addition", "tool": {"type": "tool_definition", "definition": {
-            "input_schema": {}}}})]}, "tool_addition.tool.definition.name"),
     ("tools change in a new way", {"messages": [user(
         {"type": "tool_swap", "tool": {"type": "tool_reference", "name": "Grep"}})]},
-     "tool_swap: such a tool cannot yet be defined in a message"),
+     "tool_swap: such a tool"),
     ("nested too deep", {"messages": [user(NESTED)]}, "JSON nested too deeply"),
 ]
 
@@ -2245,6 +2245,11 @@ def test_base64_does_not_count_as_text():
     image = {"type": "image", "source": {"type": "base64", "data": "A" * 1000000}}
     pdf = {"type": "document", "source": {"type": "base64", "data": "A" * 1000000}}
     assert np.count_tokens({"messages": [user(image, pdf)]}) < 2000
+
+
+def test_what_a_relay_has_to_judge_is_counted_all_the_same():
+    odd = [{"type": "tool_addition"}, {"type": "tool_removal", "tool": "x"}]
+    assert np.count_tokens({"messages": [user(*odd)]}) > 9
 
 
 def test_every_part_of_a_request_counts():
@@ -2380,23 +2385,18 @@ def test_refusals(status, words, ours, kind, message):
     assert message in error.message and words.rstrip(".")[:20] in error.message
 
 
-def test_retired_models_are_answered_with_their_successor():
-    asked = np.Asked(np.Config(), "meta/llama-3.3-70b-instruct")
-    message = np.refusal(asked, 410, "gone").message
-    assert f"use {np.SUCCESSORS[asked.model]} instead" in message
-
-
 def test_errors_name_who_answered():
     asked = np.Asked(np.Config(base_url="http://box:8000/v1"), "m")
     assert np.refusal(asked, 500, "x").message == "box:8000 answered 500: x"
 
 
 @pytest.mark.parametrize("status", [404, 410])
-def test_a_model_that_was_current_is_gone_and_neither_gated_nor_next_to_itself(status):
-    message = np.refusal(np.Asked(np.Config(), "z-ai/glm-5.3"), status, "x").message
-    assert "your account" not in message and message.endswith(
-        "No model 'z-ai/glm-5.3' there; nearest known: z-ai/glm-5.3-flash, glm-5.3, "
-        "glm-5.3-flash.")
+@pytest.mark.parametrize("model, words", [
+    ("meta/llama-3.3-70b-instruct", f"use {np.Config().sonnet} instead."),
+    ("z-ai/glm-5.3", "nearest known: z-ai/glm-5.3-flash, glm-5.3, glm-5.3-flash.")])
+def test_who_is_gone_is_neither_gated_nor_next_to_itself(status, model, words):
+    message = np.refusal(np.Asked(np.Config(), model), status, "x").message
+    assert message.endswith(f"answered {status}: x. No model '{model}' there; {words}")
 
 
 def test_no_secret_and_no_word_for_not_logged_in():
@@ -15299,15 +15299,11 @@ def test_e2e_calls_about_calls_arrive_whole(tmp_path):
 
 
 @E2E
-@pytest.mark.parametrize("written", named([
-    ("Qwen-Coder", lambda path: "<tool_call>\n<function=Write>\n<parameter=file_path>\n"
-     f"{path}\n</parameter>\n<parameter=content>\n{FORMATS}\n</parameter>\n"
-     "</function>\n</tool_call>"),
-    ("Hermes", lambda path: "<tool_call>\n%s\n</tool_call>" % json.dumps(
-        {"name": "Write", "arguments": {"file_path": path, "content": FORMATS}}))]))
-def test_e2e_a_written_call_about_calls_is_made_whole_or_not_at_all(tmp_path, written):
+def test_e2e_a_written_call_about_calls_is_made_whole_or_not_at_all(tmp_path):
     path = tmp_path / "project" / "formats.md"
-    with desk(tmp_path, story(in_pieces(written(str(path))), WELL)) as it:
+    words = ("<tool_call>\n<function=Write>\n<parameter=file_path>\n%s\n</parameter>\n"
+             "<parameter=content>\n%s\n</parameter>\n</function>\n</tool_call>")
+    with desk(tmp_path, story(in_pieces(words % (path, FORMATS)), WELL)) as it:
         assert it.claude("Write it down.")[0] == 0
         assert not path.exists() or path.read_text() == FORMATS
         assert not (it.project / "ran").exists()
