@@ -763,9 +763,11 @@ PROVIDERS = {row.name: row for row in [
 
 
 # What is asked in place of a retired id: what its provider has for Sonnet.
-SUCCESSORS = {name: PROVIDERS[provider].sonnet for provider in OFFERS
-              for name in offered(provider) if MODELS[name].retired}
-SUCCESSORS["meta/llama-4-maverick-17b-128e-instruct"] = "z-ai/glm-5.3-flash"    # sees
+SUCCESSORS = {
+    **{name: PROVIDERS[provider].sonnet for provider in OFFERS
+       for name in offered(provider) if MODELS[name].retired},
+    "meta/llama-4-maverick-17b-128e-instruct": "z-ai/glm-5.3-flash",    # sees images
+}
 
 
 class Limits(NamedTuple):
@@ -6766,8 +6768,7 @@ class Pacer:
                 del kept[next(iter(kept))]
 
     def hopeless(self, model: str, most: int) -> bool:
-        """Whether a model has said nothing but 429, and that more than so often, or
-        pauses for longer than is waited for."""
+        """Whether a model says nothing but 429, or pauses for longer than one waits."""
         now, longest = self.clock(), RETRIES["rate"].most
         return (self.pauses.get(model, 0.0) - now > longest
                 or self.strikes.get(model, (0, 0.0))[0] > most
@@ -8328,8 +8329,7 @@ class Asker:
             self.documents.pop(next(iter(self.documents)), None)
 
     def toolbox(self, tools: Tools) -> Tools:
-        """The same tools as of an earlier request, if it had them: they are large.
-        They are compared as text, for Python takes True for 1."""
+        """The same tools as of an earlier request; by their text, since 1 == True."""
         text = encode_json(tools)
         for known, words in self.toolboxes:
             if words == text:
