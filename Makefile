@@ -30,7 +30,7 @@ pythons: # those that check takes, the oldest first
 	@for p in $(or $(PYTHONS),$(PYTHON)); do \
 	  echo $$($$p -c 'import sys; print("%d.%02d" % sys.version_info[:2])') $$p; done | sort | cut -d' ' -f2
 
-e2e: $(VENV)/e2e $(NODE)    ## the real Claude Code (CLAUDE_CODE=2.1.197) and both Anthropic SDKs
+e2e: $(VENV)/e2e $(NODE)    ## the latest Claude Code (or CLAUDE_CODE=2.1.197) and both Anthropic SDKs
 	NIMPROXY_E2E=1 NIMPROXY_NODE_MODULES=$(CURDIR)/$(NODE) \
 	  NIMPROXY_CLAUDE=$(CURDIR)/$(NODE)/.bin/claude $(PYTEST) test_nimproxy.py -k e2e
 

@@ -14925,7 +14925,7 @@ RUN_SECONDS = 90
 def goes_on():
     """Whether this Claude Code goes on by itself when a stream has broken, and streams
     again where older ones ask for the whole."""
-    said = subprocess.run([CLAUDE, "--version"], capture_output=True).stdout
+    said = subprocess.run([CLAUDE, "--version"], env={}, capture_output=True).stdout
     return tuple(map(int, said.split()[0].split(b"."))) >= (2, 1, 300)
 
 
