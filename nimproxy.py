@@ -70,6 +70,11 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html are the two wires
 """
 from __future__ import annotations  # a SyntaxError here? Python is older than 3.8
 
+import sys
+
+if __name__ == "__main__" and sys.path[:1] == [""]:     # piped: that is the current
+    del sys.path[0]         # folder, whose json.py would be taken for Python's own
+
 import argparse
 import asyncio
 import base64
@@ -90,7 +95,6 @@ import socket
 import ssl
 import stat
 import subprocess
-import sys
 import threading
 import time
 import zlib
@@ -841,9 +845,11 @@ def effort_word(wanted: str, efforts: Iterable[str]) -> str:
 # What is not understood is an error with line and column, never a guess.
 
 class File(NamedTuple):
-    """A configuration file as read: its name for messages, and its text."""
+    """A configuration file as read: its name for messages, its text, and the paths in
+    it that do not hold."""
     name: str = ""
     text: str = ""
+    left_out: Iterable[Tuple[str, ...]] = ()
 
 
 Entries = Dict[Tuple[str, ...], Tuple[Any, str]]    # path: (value, "file:line")
@@ -855,7 +861,10 @@ def expanded(value: str, environ: Mapping[str, str], where: str) -> str:
             raise ProxyError(400, f"{where}: ${{{match[1]}}} is not set: export it, or "
                                   "take the line out")
         return environ[match[1]]
-    return re.sub(r"\$\{(\w+)\}", variable, value)
+    return re.sub(REFERENCE, variable, value)
+
+
+REFERENCE = r"\$\{(\w+)\}"     # in a value as parsed; its variable's is not searched
 
 
 class Node(NamedTuple):
@@ -1221,6 +1230,10 @@ def as_url(raw: Any) -> str:
     if not re.fullmatch(r"[!-~]+", raw.strip()) or url.port == 0 or url.username:
         raise ValueError
     url.hostname.encode("idna")             # UnicodeError, a ValueError: no host name
+    host = url.hostname.rstrip(".")
+    if url.scheme == "http" and (provider_at("https://" + host) or host in (
+            "api.openai.com", "api.anthropic.com")):
+        raise ValueError                    # others could read key and prompts
     return raw.strip()
 
 
@@ -1312,7 +1325,8 @@ def as_window(raw: Any) -> int:
 KINDS = {
     "text": ("text", as_text),
     "secret": ("a key of printable ASCII without spaces or quotes", as_secret),
-    "url": ("a base URL such as https://host/v1", as_url),
+    "url": ("a base URL such as https://host/v1 (http:// is for servers of your own)",
+            as_url),
     "port": ("a port from 0 to 65535", within(0, 65535, int)),
     "seconds": ("seconds, 0 to 86400", within(0, 86400, float)),
     "count": ("a whole number, 0 to 100000", within(0, 100000, int)),
@@ -1523,13 +1537,13 @@ class OpenclawValues:
         if node is None or not isinstance(node.value, dict):
             return self.value("secret", node, at) or ""
         source, name = beneath(node, "source"), beneath(node, "id")
-        if source is None or name is None or source.value != "env":
+        if source is None or name is None or source.value != "env" or (
+                not re.fullmatch(r"\w+", str(name.value))):
             raise ProxyError(400, f"{node.where}: {at}: expected text or "
                                   '{source: "env", id: "VARIABLE"}, found another '
                                   "reference, which only OpenClaw can follow")
-        variable = self.text(name, f"{at}.id")
         where = f"{node.where}: {at}"
-        value = expanded("${%s}" % variable, self.environ, where)
+        value = expanded("${%s}" % name.value, self.environ, where)
         return convert("secret", value, where)
 
     def models(self, node: Optional[Node], at: str) -> Dict[str, Model]:
@@ -1627,40 +1641,44 @@ class Setting(NamedTuple):
     variable: str           # environment variable, or ""
     key: str                # dotted key in the file
     kind: str               # row of KINDS
+    found: str              # in a file that may be a stranger's it holds: "free"; where
+                            # the server is the user's "own"; after a "yes"
 
 
 SETTINGS = [
-    Setting("provider", "", "provider", "provider"),
-    Setting("api_key", "NVIDIA_API_KEY", "nvidia.api_key", "secret"),
-    Setting("base_url", "NVIDIA_BASE_URL", "nvidia.base_url", "url"),
-    Setting("default_model", "DEFAULT_NVIDIA_MODEL", "nvidia.default_model", "text"),
-    Setting("api_key", "", "upstream.api_key", "secret"),
-    Setting("base_url", "", "upstream.base_url", "url"),
-    Setting("default_model", "", "upstream.default_model", "text"),
-    Setting("api", "", "upstream.api", "api"),
-    Setting("first_byte_timeout", "", "upstream.first_byte_timeout", "seconds"),
-    Setting("idle_timeout", "", "upstream.idle_timeout", "seconds"),
-    Setting("opus", "", "models.opus", "text"),
-    Setting("sonnet", "", "models.sonnet", "text"),
-    Setting("haiku", "", "models.haiku", "text"),
-    Setting("tool_format", "", "tool_format", "format"),
-    Setting("context_window", "", "max_context_window", "window"),
-    Setting("requests_per_minute", "", "limits.requests_per_minute", "count"),
-    Setting("concurrency", "", "limits.concurrency", "count"),
-    Setting("max_wait", "", "limits.max_wait", "seconds"),
-    Setting("retries", "", "limits.retries", "few"),
-    Setting("start_retries", "STREAM_START_RETRIES", "limits.start_retries", "few"),
+    Setting("provider", "", "provider", "provider", "own"),
+    Setting("base_url", "NVIDIA_BASE_URL", "nvidia.base_url", "url", "own"),
+    Setting("base_url", "", "upstream.base_url", "url", "own"),
+    Setting("api_key", "NVIDIA_API_KEY", "nvidia.api_key", "secret", "own"),
+    Setting("api_key", "", "upstream.api_key", "secret", "own"),
+    Setting("default_model", "DEFAULT_NVIDIA_MODEL", "nvidia.default_model", "text",
+            "own"),
+    Setting("default_model", "", "upstream.default_model", "text", "own"),
+    Setting("api", "", "upstream.api", "api", "own"),
+    Setting("first_byte_timeout", "", "upstream.first_byte_timeout", "seconds", "free"),
+    Setting("idle_timeout", "", "upstream.idle_timeout", "seconds", "free"),
+    Setting("opus", "", "models.opus", "text", "own"),
+    Setting("sonnet", "", "models.sonnet", "text", "own"),
+    Setting("haiku", "", "models.haiku", "text", "own"),
+    Setting("tool_format", "", "tool_format", "format", "own"),
+    Setting("context_window", "", "max_context_window", "window", "own"),
+    Setting("requests_per_minute", "", "limits.requests_per_minute", "count", "own"),
+    Setting("concurrency", "", "limits.concurrency", "count", "own"),
+    Setting("max_wait", "", "limits.max_wait", "seconds", "free"),
+    Setting("retries", "", "limits.retries", "few", "free"),
+    Setting("start_retries", "STREAM_START_RETRIES", "limits.start_retries",
+            "few", "free"),
     Setting("connect_warning", "CONNECT_WARNING_SECONDS", "limits.connect_warning",
-            "seconds"),
-    Setting("host", "PROXY_HOST", "server.host", "text"),
-    Setting("port", "PROXY_PORT", "server.port", "port"),
-    Setting("proxy_key", "PROXY_API_KEY", "server.api_key", "secret"),
-    Setting("log_level", "LOG_LEVEL", "server.log_level", "level"),
-    Setting("log_json", "", "server.log_json", "switch"),
-    Setting("ping_interval", "", "streaming.ping_interval", "seconds"),
-    Setting("text_delta_chars", "", "streaming.text_delta_chars", "count"),
-    Setting("eager_after", "", "streaming.eager_after", "seconds"),
-    Setting("home", "NIMPROXY_HOME", "", "text"),
+            "seconds", "free"),
+    Setting("host", "PROXY_HOST", "server.host", "text", "yes"),
+    Setting("port", "PROXY_PORT", "server.port", "port", "free"),
+    Setting("proxy_key", "PROXY_API_KEY", "server.api_key", "secret", "yes"),
+    Setting("log_level", "LOG_LEVEL", "server.log_level", "level", "free"),
+    Setting("log_json", "", "server.log_json", "switch", "free"),
+    Setting("ping_interval", "", "streaming.ping_interval", "seconds", "free"),
+    Setting("text_delta_chars", "", "streaming.text_delta_chars", "count", "free"),
+    Setting("eager_after", "", "streaming.eager_after", "seconds", "free"),
+    Setting("home", "NIMPROXY_HOME", "", "text", "yes"),
 ]
 
 
@@ -1680,13 +1698,14 @@ def resolve_config(flags: Json, environ: Mapping[str, str], dotenv: Mapping[str,
     """
     entries, flags = file_entries(file, {**dotenv, **environ}, flags)
     own_place = flags.get("base_url") or any(
-        path[0] in ("nvidia", "upstream") for path in entries)
+        path[0] == "nvidia" or path[0] == "upstream" and path[-1] in (
+            "base_url", "api_key") for path in entries)
     active = "" if own_place else saved.active
-    found, sources = asked_for(flags, [environ, dotenv], entries, active or "nvidia")
+    layers = {"environment": environ, ".env": dotenv}
+    found, sources = asked_for(flags, layers, entries, saved._replace(active=active))
     if active and "provider" not in found:
         found["provider"], sources["provider"] = active, "the active provider"
     row = PROVIDERS[found.get("provider", "nvidia")]
-    add_saved(found, sources, saved.entries.get(row.name, {}), row)
     if not found.setdefault("base_url", row.base_url):
         raise ProxyError(400, f"{sources['provider']}: 'custom' needs --base-url URL")
     found.setdefault("api", api_at(found["base_url"]))
@@ -1707,40 +1726,45 @@ def resolve_config(flags: Json, environ: Mapping[str, str], dotenv: Mapping[str,
                            concurrency=requests_at_once(config)), sources
 
 
-def add_saved(found: Json, sources: Json, entries: Entries, row: Provider) -> None:
-    """Fill in what was saved of a provider, unless it is of another server than the one
-    that is asked: its key is of no concern there."""
-    kept = entries.get(("upstream", "base_url"), ("", ""))[0] or row.base_url
-    if "base_url" in found and not same_server(found["base_url"], str(kept)):
-        return
-    asked = "default_model" in found        # one for all tiers
-    for setting in SETTINGS:
-        raw, where = entries.get(tuple(setting.key.split(".")), ("", ""))
-        if setting.field in TIERS and (asked or raw == getattr(row, setting.field)):
-            continue                            # the usual one was nobody's choice
-        if raw not in (None, "") and setting.field not in found:
-            found[setting.field] = convert(setting.kind, raw, where)
-            sources[setting.field] = where
+def asked_for(flags: Json, environs: Mapping[str, Mapping[str, str]], entries: Entries,
+              saved: SavedProviders) -> Tuple[Json, Json]:
+    """The fields that are set, each by the strongest of flags, environment, file and
+    what was saved of the provider, and where they came from.
 
-
-def asked_for(flags: Json, environs: List[Mapping[str, str]], entries: Entries,
-              provider: str) -> Tuple[Json, Json]:
-    """The fields that flags, environment and file set, and where each came from;
-    `provider` is the one that is meant if they do not say."""
+    Keys stay with the server that they were set for: what was saved holds at its own,
+    and the environment's key goes to no other that only what was saved names.
+    """
     found: Json = {}
     sources: Json = {}
     for setting in SETTINGS:
-        if setting.key.startswith("nvidia.") and provider != "nvidia":
+        row = PROVIDERS[found.get("provider", saved.active or "nvidia")]
+        if setting.key.startswith("nvidia.") and row.name != "nvidia":
             continue
+        kept = saved.entries.get(row.name, {})
+        server, place = kept.get(("upstream", "base_url"), ("", ""))
+        server = str(server or row.base_url)
+        variable, key = setting.variable, tuple(setting.key.split("."))
         if setting.key == "upstream.api_key":
-            setting = setting._replace(variable=PROVIDERS[provider].key_variable)
-        if setting.field == "api_key" and KEPT_KEY in entries:
-            setting = setting._replace(variable="")
-        for raw, source in candidates(setting, flags, environs, entries):
+            variable = row.key_variable
+        if setting.field == "api_key" and (KEPT_KEY in entries or not own_server(
+                server, row) and sources.get("base_url") == place):
+            variable = ""
+        flag = "model" if setting.field == "default_model" else setting.field
+        value, where = entries.get(key, (None, ""))
+        layers = [(flags.get(setting.field), "--" + flag.replace("_", "-")),
+                  *((environ.get(variable), f"{name} {variable}")
+                    for name, environ in environs.items()),
+                  (value, f"{where}: {setting.key}")]
+        saved_one = kept.get(key, (None, ""))
+        if setting.field in TIERS and ("default_model" in found
+                                       or saved_one[0] == getattr(row, setting.field)):
+            saved_one = None, ""        # one for all tiers, or nobody's choice
+        if same_server(found.get("base_url", server), server):
+            layers.append(saved_one)
+        for raw, source in layers:
             if raw not in (None, "") and setting.field not in found:
                 found[setting.field] = convert(setting.kind, raw, source)
                 sources[setting.field] = source
-        provider = found.get("provider", provider)
     return found, sources
 
 
@@ -1758,16 +1782,30 @@ def same_server(url: str, other: str) -> bool:
 PORTS_OF = {"http": 80, "https": 443}
 
 
-def candidates(setting: Setting, flags: Json, environs: List[Mapping[str, str]],
-               entries: Entries) -> Iterator[Tuple[Any, str]]:
-    """Values for one setting, strongest first, each with its source."""
-    flag = "model" if setting.field == "default_model" else setting.field
-    yield flags.get(setting.field), "--" + flag.replace("_", "-")
-    for environ, name in zip(environs, ("environment", ".env")):
-        if setting.variable:
-            yield environ.get(setting.variable), f"{name} {setting.variable}"
-    value, where = entries.get(tuple(setting.key.split(".")), (None, ""))
-    yield value, f"{where}: {setting.key}"
+def own_server(url: str, row: Provider) -> bool:
+    """Whether a URL is of one of a provider's own servers, where a key is needed."""
+    return bool(row.key_variable) and any(
+        same_server(url, each) for each in (row.base_url, *row.other_urls))
+
+
+def led_away(base: Config, sources: Json, config: Config) -> List[str]:
+    """The fields in which files in the current folder have changed what they may not.
+
+    `base` and its sources are the settings without them, `config` is with them.  Keys
+    and models belong to the server that they stand beside.
+    """
+    row = PROVIDERS[base.provider]
+    hosted = own_server(base.base_url, row)
+    same = config.provider == base.provider and (
+        config.base_url == base.base_url or "base_url" not in sources
+        and hosted and own_server(config.base_url, row))
+    words = {ALIASES: "own", FALLBACKS: "own",
+             **{setting.field: setting.found for setting in SETTINGS}}
+    fine = {"free": True, "own": same}
+    return [name for name, value in config._asdict().items()
+            if value != getattr(base, name) and not (
+                fine.get(words.get(name, "yes"))
+                and (name != "api_key" or hosted and name not in sources))]
 
 
 def preset_models(found: Json, sources: Json, row: Provider, more: bool) -> None:
@@ -1845,13 +1883,22 @@ def file_entries(file: File, environ: Mapping[str, str],
                  flags: Json) -> Tuple[Entries, Json]:
     """The file's settings by path, ${VAR} expanded, every key known; and the flags
     that are left, for an OpenClaw file has providers of its own."""
-    if not is_json5(file):
-        return own_entries(yaml_entries(file), environ), flags
-    tree = json5_tree(file)
-    if openclaw_section(tree):
+    entries, tree = raw_entries(file)
+    if tree:
         entries = openclaw_entries(tree, environ, flags.get("provider") or "")
         return entries, {**flags, "provider": None}
-    return own_entries(json_entries(tree), environ), flags
+    return own_entries({path: entry for path, entry in entries.items()
+                        if path not in file.left_out}, environ), flags
+
+
+def raw_entries(file: File) -> Tuple[Entries, Optional[Node]]:
+    """What stands in a file, as it stands there; and its tree, if it is OpenClaw's."""
+    if not is_json5(file):
+        return yaml_entries(file), None
+    tree = json5_tree(file)
+    if not isinstance(tree.value, dict):
+        raise ProxyError(400, f"{tree.where}: expected a map of settings")
+    return json_entries(tree), tree if openclaw_section(tree) else None
 
 
 def own_entries(entries: Entries, environ: Mapping[str, str]) -> Entries:
@@ -10299,6 +10346,7 @@ def conflicts(row: List[str], config: Config) -> bool:
 #     settings.json           which provider is active
 #     metadata.json           when, where and by which version this folder was begun
 #     providers/<name>.json   one provider as it was set up, with its key
+#     trusted.json            files of other folders that got a yes: path and content
 
 MAX_SAVED_BYTES = 1 << 20   # of such a file; one has some 400
 OLD_WINDOWS = {"lmstudio": 4096, "ollama": 8192}    # claude-adapter's own guesses, in
@@ -10366,6 +10414,7 @@ class Store:
         ours, theirs = (self.read(os.path.join(folder, "settings.json")) if folder
                         else {} for folder in (home, old_home))
         self.settings = ours
+        self.trusted = self.read(os.path.join(home, "trusted.json")) if home else {}
         active = ours.get("active_provider", theirs.get("active_provider"))
         path = os.path.join(old_home, "config.json")    # of claude-adapter's own
         older = self.read(path) if old_home and not self.records else {}    # ancestor
@@ -10425,6 +10474,13 @@ class Store:
         self.settings.update(active_provider=name or None,
                              last_used=time.strftime("%Y-%m-%dT%H:%M:%S"))
         replace_file(os.path.join(self.home, "settings.json"), indented(self.settings))
+
+    def trust(self, digests: Mapping[str, str]) -> None:
+        """Remember a yes to files, if only as long as we run."""
+        self.trusted.update(digests)
+        with contextlib.suppress(OSError):
+            place = os.path.join(self.home, "trusted.json")
+            replace_file(place, indented(self.trusted))
 
     def remove(self, name: str) -> None:
         """Forget a provider.  Raises OSError."""
@@ -11406,6 +11462,17 @@ def on_terminal(stream: Any) -> bool:
     return bool(stream and stream.isatty())
 
 
+def at_terminal() -> bool:
+    """Whether there is somebody to ask.  Where standard input was this program's text,
+    the terminal takes its place."""
+    if sys.argv[:1] == ["-"] and on_terminal(sys.stdout):
+        with contextlib.suppress(OSError):
+            place = os.open("/dev/tty", os.O_RDWR)
+            os.dup2(place, 0)
+            os.close(place)
+    return on_terminal(sys.stdin) and on_terminal(sys.stdout)
+
+
 def takes_colour(stream: Any, environ: Mapping[str, str]) -> bool:
     """Whether escape sequences are seen as colours, and nobody minds."""
     plain = environ.get("NO_COLOR") or environ.get("TERM") == "dumb"
@@ -11559,6 +11626,9 @@ class Wizard:
         url = self.terminal.enter("Base URL", draft.base_url, parsed_url)
         if row.hosts and provider_at(url) is not row:
             draft = draft._replace(own_server=True)     # no longer the hosted one
+        if not own_server(url, row):        # where the variable's key does not go
+            given = self.environ.get(row.key_variable, "")
+            draft = draft._replace(api_key=draft.api_key or given)
         kept, draft = self.begun(draft), draft._replace(base_url=url)
         if draft.api_key and draft.api_key == kept.api_key and not same_server(
                 url, kept.base_url):
@@ -11747,15 +11817,15 @@ class Finding(NamedTuple):
 class Patient:
     """What is examined, and what earlier checks have found for the later ones.
 
-    `faults` are (words, mend) for settings that could not be understood: they are
-    left out of the configuration.
+    `faults` are (state, words, mend) for settings that are left out of the
+    configuration: BROKEN where they could not be understood.
     """
 
     def __init__(self, config: Config, sources: Json, store: Store,
                  environ: Mapping[str, str]) -> None:
         self.config, self.sources = config, sources
         self.store, self.environ = store, environ
-        self.faults: List[Tuple[str, str]] = []
+        self.faults: List[Tuple[str, str, str]] = []
         self.probe = False
         self.asked = True                       # whether upstream can be asked
         self.live: List[str] = []               # the models that it lists
@@ -11851,10 +11921,10 @@ def check_choices(patient: Patient) -> Said:
     config, sources = patient.config, patient.sources
     variable = PROVIDERS[config.provider].key_variable
     told = f"environment {variable}:"               # by the next check
-    for words, mend in patient.faults:
+    for state, words, mend in patient.faults:
         if words.startswith(told) and key_fault(patient.environ.get(variable, "")):
             continue
-        yield BROKEN, f"{words}; it is left out here", mend
+        yield state, words + "; it is left out here" * (state == BROKEN), mend
     if patient.built_in:
         yield OK, "the built-in model, which needs neither key nor network", ""
     else:
@@ -12819,20 +12889,15 @@ class Given(NamedTuple):
 
 def make_context(options: argparse.Namespace, arguments: List[str],
                  store: Store) -> Context:
-    given = Given(dict(os.environ), read_dotenv(), read_config(options), store.saved())
-    config, sources = configured(options, given)
+    given = Given(dict(os.environ), {}, named_config(options), store.saved())
+    config, sources = all_settings(options, given, store, complain)
     config = config._replace(home=store.home)
     return Context(options, config, sources, arguments, dict(os.environ), store)
 
 
-def read_dotenv() -> Dict[str, str]:
-    return dotenv_values(read_text(".env")) if os.path.isfile(".env") else {}
-
-
-def read_config(options: argparse.Namespace) -> File:
-    named = options.config or os.environ.get("PROXY_CONFIG") or ""
-    name = named or ("config.yaml" if os.path.isfile("config.yaml") else "")
-    return File(name, read_text(name)) if name else File()
+def named_config(options: argparse.Namespace) -> File:
+    name = options.config or os.environ.get("PROXY_CONFIG") or ""
+    return File(name, read_text(name, open)) if name else File()
 
 
 def configured(options: argparse.Namespace, given: Given) -> Tuple[Config, Json]:
@@ -12840,35 +12905,91 @@ def configured(options: argparse.Namespace, given: Given) -> Tuple[Config, Json]
     flags["default_model"] = options.model
     if options.demo:
         flags["default_model"] = DEMO_MODEL
-    config, sources = resolve_config(flags, *given)
-    named = options.config or given.environ.get("PROXY_CONFIG")
-    found = [".env ", *([] if named else [given.file.name + ":"])]
-    if led_astray(config, sources, found):
-        config = kept_secrets(config, sources, given.file)
-    return config, sources
+    return resolve_config(flags, *given)
 
 
-def led_astray(config: Config, sources: Json, found: List[str]) -> bool:
-    """Whether a file that was only found in the current folder, such as a stranger's
-    repository, leads to a server that is neither the provider's own nor ours."""
-    own = provider_at(config.base_url) is PROVIDERS[config.provider]
-    return (sources.get("base_url", "").startswith(tuple(found)) and not own
-            and not on_loopback(urlsplit(config.base_url).hostname or ""))
+FOUND = ("config.yaml", ".env")     # what is looked for in the current folder
+ASKING = ("serve", "code", "run")   # the commands that ask about it
+MAX_DOUBTS = 8                      # that are told: more would scroll the first away
 
 
-def kept_secrets(config: Config, sources: Json, file: File) -> Config:
-    """Settings without what such a file would take from the user's environment."""
-    leads = f"{sources['base_url']} leads to {upstream_label(config)}"
-    if "${" in file.text:
-        raise ProxyError(400, f"{leads}, and {file.name} has ${{...}} in it, which "
-                              "would go there; if both are meant, say --config "
-                              f"{file.name} --base-url {config.base_url}")
-    source = sources.get("api_key", "")
-    if not source.startswith("environment "):
-        return config
-    complain(f"{leads}: the key of the {sources.pop('api_key')} is not sent there; it "
-             f"is with --base-url {config.base_url}")
-    return config._replace(api_key="")
+def all_settings(options: argparse.Namespace, given: Given, store: Store,
+                 tell: Callable[[str], None]) -> Tuple[Config, Json]:
+    """All settings with their sources, those of files in the current folder, too.
+
+    These hold in full in the program's own folder, and after a yes to their content;
+    else for what leads nothing away.  ProxyError for faults that are the user's own.
+    """
+    own, part, digests, marked = found_files(options, given, store, tell)
+    base, sources = configured(options, own)
+    config, told = configured(options, part)
+    away, shown = led_away(base, sources, config), config.shown()
+    mine = [name for name in away if told.get(name, "").startswith(FOUND)] or away
+    doubts = [printable(words) for words in (
+        *(f"{name} = {shown[name]} ({told.get(name, 'default')})" for name in mine),
+        *marked)]
+    doubts[MAX_DOUBTS:] = ["and more"] * bool(doubts[MAX_DOUBTS:])
+    asks = options.command in ASKING and not options.show_config
+    names = " and ".join("./" + os.path.basename(path) for path in digests)
+    if doubts and asks and at_terminal():
+        say("\n  ".join([f"{names} may be a stranger's, and would set", *doubts]))
+        if agreed("Take all of it, now and whenever it is the same?"):
+            store.trust(digests)
+            return all_settings(options, given, store, tell)
+    elif doubts:
+        tell(f"{names} may be a stranger's; left out: {'; '.join(doubts)}; if meant, "
+             "say --config ./config.yaml, or set it by an option or the environment")
+    if config.api_key != base.api_key and "api_key" not in away:
+        tell(f"the key of ./{told['api_key']} is used: there is no other")
+    kept = {name: getattr(base, name) for name in away}
+    return config._replace(**kept), {
+        **told, **{name: sources.get(name, "default") for name in away}}
+
+
+def found_files(options: argparse.Namespace, given: Given, store: Store,
+                tell: Callable[[str], None]
+                ) -> Tuple[Given, Given, Dict[str, str], List[str]]:
+    """What is given with the user's own files of the current folder; also with what may
+    be looked at of others; the digests of these by path, and words for what may not."""
+    import hashlib
+    own, part, digests, marked = given, given, {}, []
+    place = globals().get("__file__", "<stdin>")        # which lies in no folder
+    beside = place != "<stdin>" and os.path.dirname(os.path.realpath(place))
+    for name in FOUND:
+        if not os.path.lexists(name) or name == "config.yaml" and given.file.name:
+            continue
+        path = os.path.abspath(name)
+        try:
+            text = read_text(name, plain_file)
+            digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+            mine = store.trusted.get(path) == digest or beside == os.path.dirname(path)
+            adds, words = {"dotenv": dotenv_values(text)}, []
+            if name == "config.yaml":
+                adds, words = unexpanded(File(name, text), mine)
+            if mine:
+                own = own._replace(**adds)
+            else:
+                configured(options, part._replace(**adds))
+                digests[path] = digest
+            part, marked = part._replace(**adds), marked + words
+        except ProxyError as error:
+            if beside == os.path.dirname(path):
+                raise
+            configured(options, part)       # what is wrong without it is said first
+            tell(f"./{name} is left out: {error.message}")
+    return own, part, digests, marked
+
+
+def unexpanded(file: File, mine: bool) -> Tuple[Json, List[str]]:
+    """What a file adds, and words for what it takes from the environment, left out
+    unless it is one's own; OpenClaw's is that of another server, all of it."""
+    entries, tree = ({}, None) if mine else raw_entries(file)
+    marked = {path: f"{where}: {'.'.join(path)} = {value}"
+              for path, (value, where) in entries.items()
+              if re.search(REFERENCE, str(value))
+              or tree and path[-1] in ("baseUrl", "id")}
+    part = {} if tree else {"file": file._replace(left_out=marked)}
+    return part, [*marked.values()] or ["models.providers"] * bool(tree)
 
 
 def home_folders(environ: Mapping[str, str]) -> Tuple[str, str]:
@@ -12881,10 +13002,14 @@ def home_folders(environ: Mapping[str, str]) -> Tuple[str, str]:
     return "" if home[0] == "~" else home, "" if old[0] == "~" else old
 
 
-def read_text(path: str) -> str:
+def read_text(path: str, opened: Callable[[str], TextIO]) -> str:
+    """A file of UTF-8, with its line ends as they are."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        with opened(path) as file:
+            raw = file.buffer.read(MAX_SAVED_BYTES + 1)
+        if len(raw) > MAX_SAVED_BYTES:
+            raise OSError(errno.EFBIG, "it is larger than any settings")
+        return raw.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ProxyError(400, f"{path}: cannot be read: {why}") from None
@@ -12899,8 +13024,6 @@ def start_log(context: Context, quiet: bool) -> None:
     handler.setFormatter(LogLines(context.config))
     log.handlers[:] = [handler]
     log.setLevel(level)
-    if os.path.isfile(".env"):
-        log.info("read .env for variables that the environment lacks")
 
 
 class LogLines:
@@ -13262,17 +13385,6 @@ def unready_here(context: Context) -> bool:
     return asks
 
 
-def at_terminal() -> bool:
-    """Whether there is somebody to ask.  Where standard input was this program's text,
-    the terminal takes its place."""
-    if sys.argv[:1] == ["-"] and on_terminal(sys.stdout):
-        with contextlib.suppress(OSError):
-            place = os.open("/dev/tty", os.O_RDWR)
-            os.dup2(place, 0)
-            os.close(place)
-    return on_terminal(sys.stdin) and on_terminal(sys.stdout)
-
-
 def run_setup(context: Context) -> int:
     """The wizard; then what was asked for beside it, or is chosen."""
     fresh = set_up(context)
@@ -13398,62 +13510,46 @@ def examined(context: Context) -> Patient:
     """The patient, with all settings that can be understood.  ProxyError for wrong
     flags, which nobody needs a doctor for."""
     options, store = context.options, context.store
-    given, faults = sound_settings(options, store)
-    config, sources = configured(options, given)
+    config, sources, faults = sound_settings(options, store)
     patient = Patient(config._replace(home=store.home), sources, store, context.environ)
     patient.faults, patient.probe = faults, bool(options.probe)
     return patient
 
 
 def sound_settings(options: argparse.Namespace, store: Store
-                   ) -> Tuple[Given, List[Tuple[str, str]]]:
-    """What can be understood of all settings, and (words, mend) for the rest.
+                   ) -> Tuple[Config, Json, List[Tuple[str, str, str]]]:
+    """What can be understood of all settings, and the patient's faults for the rest.
     ProxyError where flags are wrong."""
-    faults: List[Tuple[str, str]] = []
-
-    def sound(work: Callable[..., Any], mend: str, *args: Any) -> Any:
-        try:
-            return work(*args)
-        except ProxyError as error:
-            faults.append((error.message, mend))
-            return None
-
-    def whole_ones(values: Dict[str, str], mend: str, *before: Any) -> Dict[str, str]:
-        return {name: value for name, value in values.items() if name not in VARIABLES
-                or sound(variable_tried, mend.format(name), name, *before,
-                         {name: value})}
-
-    environ = whole_ones(dict(os.environ), "unset {}, or mend it")
-    dotenv = sound(read_dotenv, "mend ./.env, or take it away") or {}
-    dotenv = whole_ones(dotenv, "mend {} in ./.env", {})
-    file = sound(read_config, "name another file, or none", options) or File()
-    saved = store.saved()
-    entries = {name: rows for name, rows in saved.entries.items() if sound(
-        resolve_config, f"`{program()} setup` asks for it anew", {"provider": name}, {},
-        {}, File(), saved)}
-    given = Given(environ, dotenv, file, saved._replace(entries=entries))
+    faults: List[Tuple[str, str, str]] = []
+    given, alone = Given(dict(os.environ), {}, File(), store.saved()), False
     try:
-        configured(options, given)
+        given = given._replace(file=named_config(options))
     except ProxyError as error:
-        given = given._replace(file=File())
-        if not file.name or not sound(configured, "", options, given):
-            raise error from None
-        faults.append((error.message, f"mend {file.name}"))
-    return given, faults
-
-
-def variable_tried(name: str, environ: Dict[str, str],
-                   dotenv: Mapping[str, str] = {}) -> bool:
-    """Whether a variable can be understood where it is used; else ProxyError."""
-    row = next((row for row in PROVIDERS.values() if row.key_variable == name),
-               PROVIDERS["nvidia"])
-    flags = {"provider": row.name, "base_url": "" if row.base_url else EXAMPLE_URL}
-    return bool(resolve_config(flags, environ, dotenv, File()))
-
-
-VARIABLES = {name for name in (
-    *(setting.variable for setting in SETTINGS),
-    *(row.key_variable for row in PROVIDERS.values())) if name}
+        faults.append((BROKEN, error.message, "name another file, or none"))
+    while True:
+        notes: List[str] = []
+        try:
+            config, sources = (configured(options, given) if alone else
+                               all_settings(options, given, store, notes.append))
+            return config, sources, [*faults, *((NOTE, words, "") for words in notes)]
+        except ProxyError as error:
+            words = error.message
+        variable = (re.match(r"environment (\w+):", words) or [""] * 2)[1]
+        if variable:
+            given = given._replace(environ={
+                name: value for name, value in given.environ.items()
+                if name != variable})
+            mend = f"unset {variable}, or mend it"
+        elif given.saved.entries and words.startswith(tuple(store.paths.values())):
+            given = given._replace(saved=given.saved._replace(entries={}))
+            mend = f"`{program()} setup` asks for it anew"
+        elif given.file.name and words.startswith(given.file.name):
+            given, mend = given._replace(file=File()), f"mend {given.file.name}"
+        elif alone:
+            raise ProxyError(400, words)
+        else:                               # a file in the program's own folder
+            alone, mend = True, "mend it, or take the file away"
+        faults.append((BROKEN, words, mend))
 
 
 def run_ls(context: Context) -> int:

@@ -995,6 +995,9 @@ def test_the_providers_own_models_have_fallbacks(file, flags, models, tiers):
 BAD_FLAGS = [({"base_url": "ftp://x"}, "--base-url: expected a base URL"),
              ({"base_url": "http://u:p@x"}, "--base-url"),
              ({"base_url": "http://a..b/v1"}, "--base-url"),
+             *(({"base_url": "http://" + host}, "(http:// is for servers of your own)")
+               for host in ("Integrate.api.nvidia.com:80/v1", "api.openai.com",
+                            "api.moonshot.cn./anthropic", "ollama.com/v1")),
              ({"port": "-1"}, "--port"), ({"log_level": "loud"}, "--log-level"),
              ({"provider": "custom"}, "needs --base-url")]
 
@@ -1258,6 +1261,8 @@ BAD_OPENCLAW = [
      "config.yaml:1: ${NOPE} is not set"),
     ("a reference to a file", two_providers("one/foo", apiKey={"source": "file"}),
      'expected text or {source: "env", id: "VARIABLE"}'),
+    ("a reference by a variable", two_providers("one/foo", apiKey={
+        "source": "env", "id": "${NOPE}"}), 'expected text or {source: "env"'),
     ("a window of lots", two_providers("one/foo", models=[
         {"id": "a", "contextWindow": "lots"}]),
      "models[0].contextWindow: expected a whole number of tokens"),
@@ -9500,6 +9505,8 @@ SAVED_RELAY = {"provider": "kimi", "api_key": "sk-kimi", "port": 9000,
           "default_models": {"opus": "k1", "sonnet": "k2", "haiku": "k3"}}
 SAVED_FLAT = {"provider": "deepseek", "api_key": "sk-d", "opus_model": "d1",
         "sonnet_model": "d2", "haiku_model": "d3"}
+SAVED_CUSTOM = {"provider": "custom", "base_url": "https://box:8000/v1", "api_key":
+                "sk-box", "models": {"opus": "b", "sonnet": "b", "haiku": "b"}}
 SAVED_CAMEL = {"baseUrl": "http://localhost:1234/v1", "apiKey": "none",
                "toolFormat": "xml",
                "models": {"opus": "l1", "sonnet": "l2", "haiku": "l3"},
@@ -9568,7 +9575,8 @@ def test_saved_providers_lead_to(tmp_path, files, wanted):
 
 OLLAMA_SAVED = np.SavedProviders("ollama", {
     "ollama": np.saved_entries(SAVED_PROXY, "ollama.json", ""),
-    "kimi": np.saved_entries(SAVED_RELAY, "kimi.json", "")})
+    "kimi": np.saved_entries(SAVED_RELAY, "kimi.json", ""),
+    "custom": np.saved_entries(SAVED_CUSTOM, "custom.json", "")})
 LAYERS = named([        # flags, environment, file: what is resolved with ollama active
     ("nothing else", {}, {}, "", dict(provider="ollama", key="ollama", port=3080)),
     ("a flag for the port", {"port": "99"}, {}, "", dict(port=99, key="ollama")),
@@ -9591,9 +9599,13 @@ LAYERS = named([        # flags, environment, file: what is resolved with ollama
     ("another path of the same host",
      {"provider": "kimi", "base_url": "https://api.moonshot.cn/v1"}, {}, "",
      dict(key="sk-kimi", base_url="https://api.moonshot.cn/v1")),
-    ("but not without TLS",
-     {"provider": "kimi", "base_url": "http://api.moonshot.cn/anthropic"}, {}, "",
-     dict(key="", opus="kimi-k3")),
+    ("but not without TLS", {"provider": "custom", "base_url": "http://box:8000/v1",
+                             "default_model": "m"}, {}, "", dict(key="")),
+    ("the environment's key goes to no server that is only saved",
+     {"provider": "custom"}, {"OPENAI_API_KEY": "sk-open"}, "", dict(key="sk-box")),
+    ("but to one that is named", {"provider": "custom", "base_url":
+                                  "https://box:8000/v1"}, {"OPENAI_API_KEY": "sk-open"},
+     "", dict(key="sk-open")),
     ("nor at another port",
      {"provider": "ollama", "base_url": "http://localhost:11435/v1"}, {}, "",
      dict(key="")),
@@ -9690,41 +9702,188 @@ def test_show_config_says_that_it_was_saved(shell, capsys):
     assert re.search(r"api_key +\*\*\* .*providers/kimi.json: api_key", out)
 
 
-STRANGERS = named([         # what a folder holds, options, and the key that is used
-    (".env's server", {".env": "NVIDIA_BASE_URL=https://evil.example/v1"}, [], ""),
-    ("config.yaml's server",
-     {"config.yaml": "nvidia:\n  base_url: https://evil.example/v1"}, [], ""),
-    ("a file that is named", {"config.yaml": "nvidia:\n  base_url: https://b.example"},
-     ["--config", "config.yaml"], "***"),
-    ("a server that is named", {".env": "NVIDIA_BASE_URL=https://evil.example/v1"},
-     ["--base-url", "https://evil.example/v1"], "***"),
-    ("this machine", {".env": "NVIDIA_BASE_URL=http://localhost:8000/v1"}, [], "***"),
-    ("NVIDIA's own", {".env": "NVIDIA_BASE_URL=https://integrate.api.nvidia.com"}, [],
-     "***"),
-    ("with a key of its own", {".env": "NVIDIA_BASE_URL=https://b.example/v1\n"
-                                       "NVIDIA_API_KEY=nvapi-b"}, [], "***"),
+# ---- files of the current folder, which may be a stranger's
+
+EVIL, HOSTED = "http://evil.example/v1", "https://integrate.api.nvidia.com/v1"
+UNSET = {"NVIDIA_API_KEY": None}
+FOUND = named([     # files, options, environment and saved providers; what is shown by
+                    # --show-config, and what is said: nothing, or one line
+    ("what leads nothing away", {
+        "config.yaml": "server:\n  port: 9\n  log_level: debug\n  host: 127.0.0.1\n"
+                       "models:\n  opus: a/b\nmodel_aliases:\n  x: c/d\nfallbacks:\n"
+                       "  opus: [e/f]\nlimits:\n  max_wait: 7\nstreaming:\n"
+                       "  eager_after: 1\nmax_context_window: 64k\ntool_format: xml\n",
+        ".env": "CONNECT_WARNING_SECONDS=3\nMODEL_ALIAS_Y=g/h\nOTHERS=${X}\n"},
+     "", {}, {"port": "9", "log_level": "debug", "opus": "a/b", "max_wait": "7.0",
+              "eager_after": "1.0", "context_window": "65536", "tool_format": "xml",
+              "connect_warning": "3.0", "fallbacks": "{'opus': ('e/f',)}",
+              "model_aliases": "{'x': 'c/d', 'y': 'g/h'}"}, ""),
+    ("the server that is asked anyway", {
+        ".env": "NVIDIA_BASE_URL=https://integrate.api.nvidia.com:443"}, "", {},
+     {"base_url": HOSTED[:-3] + ":443/v1", "api_key": "***"}, ""),
+    ("another region of the provider", {
+        "config.yaml": "upstream:\n  base_url: https://api.moonshot.ai/anthropic\n"},
+     "--provider kimi", {"MOONSHOT_API_KEY": "sk-mine"},
+     {"base_url": "https://api.moonshot.ai/anthropic", "api_key": "***"}, ""),
+    ("its only key", {".env": "NVIDIA_API_KEY=nvapi-theirs\n"}, "", UNSET,
+     {"api_key": "***"}, "the key of ./.env NVIDIA_API_KEY is used"),
+    ("a key beside the environment's", {
+        ".env": "NVIDIA_API_KEY=nvapi-theirs\n"}, "", {}, {"api_key": "***"}, ""),
+    ("a key beside a saved one", {".env": "MOONSHOT_API_KEY=sk-theirs\n"}, "",
+     {".nimproxy/settings": {"active_provider": "kimi"},
+      ".nimproxy/providers/kimi": SAVED_RELAY}, {"provider": "kimi", "opus": "k1"},
+     "api_key = *** (.env MOONSHOT_API_KEY)"),
+    ("a key for a server of one's own", {".env": "NVIDIA_API_KEY=nvapi-theirs\n"},
+     "--base-url http://box:8000/v1", UNSET, {"api_key": ""}, "NVIDIA_API_KEY"),
+    ("a key for another server", {".env": "NVIDIA_API_KEY=nvapi-theirs\n"
+                                          "NVIDIA_BASE_URL=http://127.0.0.1:1/v1\n"},
+     "", UNSET, {"base_url": HOSTED, "api_key": ""}, "http://127.0.0.1:1/v1"),
+    (".env's server", {".env": "NVIDIA_BASE_URL=" + EVIL}, "", {}, {}, EVIL),
+    ("config.yaml's server, and what belongs to it", {
+        "config.yaml": "upstream:\n  base_url: %s\n  api_key: x\n  default_model: y\n"
+                       "server:\n  port: 9\n" % EVIL}, "", {},
+     {"opus": np.Config().opus, "port": "9"}, "config.yaml:2: upstream.base_url"),
+    ("another path of a gateway", {"config.yaml": "upstream:\n  base_url: "
+                                                  "https://gateway/theirs/v1\n"},
+     "", {".nimproxy/settings": {"active_provider": "custom"},
+          ".nimproxy/providers/custom": {**SAVED_CUSTOM,
+                                         "base_url": "https://gateway/mine/v1"}},
+     {"base_url": "https://gateway/mine/v1"}, "gateway/theirs"),
+    ("the cloud, for what is asked here", {
+        "config.yaml": "upstream:\n  base_url: https://ollama.com/v1\n"},
+     "--provider ollama", {}, {"base_url": "http://localhost:11434/v1"}, "ollama.com"),
+    ("another provider, by its section", {
+        "config.yaml": "nvidia:\n  default_model: x\n"}, "",
+     {".nimproxy/settings": {"active_provider": "kimi"},
+      ".nimproxy/providers/kimi": SAVED_RELAY},
+     {"provider": "kimi", "opus": "k1"}, "nvidia.default_model"),
+    ("a timeout, and no other provider", {
+        "config.yaml": "upstream:\n  idle_timeout: 7\n"}, "",
+     {".nimproxy/settings": {"active_provider": "kimi"},
+      ".nimproxy/providers/kimi": SAVED_RELAY},
+     {"provider": "kimi", "idle_timeout": "7.0"}, ""),
+    ("a provider that is known by its port", {
+        "config.yaml": "provider: ollama\nupstream:\n  base_url: "
+                       "http://evil.example:11434/v1\n  api_key: ${CLOUD_SECRET}\n"},
+     "", {}, {}, "config.yaml:4: upstream.api_key = ${CLOUD_SECRET}"),
+    ("a variable", {"config.yaml": "models:\n  opus: ${CLOUD_SECRET}\n  haiku: h\n"},
+     "", {}, {"opus": np.Config().opus, "haiku": "h"}, "models.opus = ${CLOUD_SECRET}"),
+    ("a variable behind an escape", {
+        "config.yaml": 'fallbacks:\n  opus: "\\u0024{CLOUD_SECRET}"\n'}, "", {}, {},
+     "fallbacks.opus = ${CLOUD_SECRET}"),
+    ("the same as JSON", {
+        "config.yaml": '{"models": {"opus": "\\u0024{CLOUD_SECRET}"}}'},
+     "", {}, {}, "models.opus = ${CLOUD_SECRET}"),
+    ("OpenClaw's reference", {"config.yaml": json.dumps({"models": {"providers": {"x": {
+        "baseUrl": EVIL, "apiKey": {"source": "env", "id": "CLOUD_SECRET"},
+        "models": [{"id": "a/b"}]}}}})}, "", {}, {"opus": np.Config().opus},
+     "models.providers.x.apiKey.id = CLOUD_SECRET"),
+    ("OpenClaw's server", {"config.yaml": json.dumps({"models": {"providers": {
+        "nvidia": {"baseUrl": EVIL, "models": [{"id": "a/b"}]}}}})}, "", {}, {}, EVIL),
+    ("who may come in", {
+        "config.yaml": "server:\n  host: 0.0.0.0\n  api_key: known-to-its-author\n"},
+     "", {}, {"host": "127.0.0.1", "proxy_key": ""}, "host = 0.0.0.0"),
+    ("the same by .env", {".env": "PROXY_HOST=127.0.0.9\nPROXY_API_KEY=known\n"}, "",
+     {}, {"host": "127.0.0.1", "proxy_key": ""}, "proxy_key = *** (.env PROXY_"),
+    ("proxies and authorities", {
+        ".env": "HTTPS_PROXY=http://evil:1\nSSL_CERT_FILE=/evil.pem\n"}, "", {},
+     {"https_proxy": "", "ca_files": "()"}, ""),
+    ("no TLS", {".env": "NVIDIA_BASE_URL=http://integrate.api.nvidia.com/v1\n"}, "", {},
+     {}, "(http:// is for servers of your own)"),
+    ("another program's", {"config.yaml": "database:\n  port: 1\n"}, "", {}, {},
+     "./config.yaml is left out: config.yaml:2: expected a known key"),
+    ("a template", {"config.yaml": "{{ cookiecutter }}\n"}, "", {}, {}, "left out"),
+    ("a list behind a comment", {"config.yaml": "// x\n[1]\n"}, "", {}, {}, "left out"),
+    ("a level of another program's", {".env": "LOG_LEVEL=loud\n"}, "", {},
+     {"log_level": "info"}, "./.env is left out: .env LOG_LEVEL"),
+    ("no UTF-8", {"config.yaml": b"\xff\xfe"}, "", {}, {}, "it is not UTF-8"),
+    ("a folder", {".env": None}, "", {}, {}, "expected a plain file"),
+    ("a pipe", {"config.yaml": os.mkfifo}, "", {}, {}, "expected a plain file"),
+    ("too much", {"config.yaml": b"#" * (1 << 21)}, "", {}, {}, "larger than"),
+    ("both at once", {"config.yaml": "provider: deepseek\n",
+                      ".env": "DEEPSEEK_API_KEY='a b'\n"}, "", {},
+     {"provider": "nvidia"}, "./.env is left out"),
+    ("one that is named", {"config.yaml": "upstream:\n  base_url: http://box/v1\n"
+                                          "server:\n  host: ${BOX}\n",
+                           ".env": "PROXY_HOST=::2\n"},
+     "--config config.yaml", {"BOX": "::3"},
+     {"base_url": "http://box/v1", "api_key": "***", "host": "::3"}, ".env PROXY_HOST"),
+    ("a server that is named", {".env": "NVIDIA_BASE_URL=" + EVIL},
+     "--base-url " + EVIL, {}, {"base_url": EVIL, "api_key": "***"}, ""),
 ])
 
 
-@pytest.mark.parametrize("files, argv, key", STRANGERS)
-def test_a_strangers_folder_gets_no_key(shell, capsys, monkeypatch, files, argv, key):
-    if "NVIDIA_API_KEY" not in "".join(files.values()):
-        monkeypatch.setenv("NVIDIA_API_KEY", "nvapi-SECRET")
-    for name, text in files.items():
-        (shell / name).write_text(text + "\n")
-    code, out, err = run(capsys, "serve", "--show-config", *argv)
-    shown = re.search("(?m)^api_key +(\\**) ", out)
-    assert code == 0 and shown[1] == key and ("not sent there" in err) == (not key)
+def settings_in(out):
+    """The values that --show-config has printed, by setting."""
+    return {line.split()[0]: re.split("  +", line[21:])[0] for line in out.splitlines()}
 
 
-def test_a_strangers_folder_gets_no_variables(shell, capsys, monkeypatch):
+def fill(folder, files):
+    for name, content in files.items():
+        if content in (None, getattr(os, "mkfifo", 0)):
+            (content or os.mkdir)(str(folder / name))
+        else:
+            (folder / name).write_bytes(getattr(content, "encode", lambda: content)())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs named pipes")
+@pytest.mark.parametrize("files, options, given, wanted, words", FOUND)
+def test_a_file_that_is_merely_found_leads_nothing_away(
+        shell, capsys, monkeypatch, files, options, given, wanted, words):
     monkeypatch.setenv("CLOUD_SECRET", "cloud-secret")
-    (shell / "config.yaml").write_text("nvidia:\n  base_url: https://evil.example/v1\n"
-                                       "  default_model: ${CLOUD_SECRET}\n")
-    code, out, err = run(capsys, "models")
-    assert code == 2 and "--config config.yaml" in err
-    assert "cloud-secret" not in out + err
-    assert run(capsys, "models", "--config", "config.yaml")[0] == 0
+    monkeypatch.setenv("NVIDIA_API_KEY", "nvapi-SECRET")
+    for name, value in given.items():
+        if isinstance(value, dict):
+            put_files(shell, **{name: value})
+        elif value is None:
+            monkeypatch.delenv(name)
+        else:
+            monkeypatch.setenv(name, value)
+    fill(shell, files)
+    code, out, err = run(capsys, "serve", "--show-config", *options.split())
+    assert code == 0 and "secret" not in (out + err).lower().replace("cloud_secret", "")
+    found = settings_in(out)
+    assert {**found, **wanted} == found
+    if not options and "base_url" not in wanted and "provider" not in wanted:
+        assert (found["provider"], found["base_url"]) == ("nvidia", HOSTED)
+    assert words in err and err.count("\n") >= bool(words)
+    assert err.count("\n") == bool(words) + (len(files) == 2 and "provider" in wanted)
+
+
+@pytest.mark.parametrize("command", ["env", "status", "test hi", "install -y",
+                                     "doctor --json"])
+def test_no_command_goes_where_a_found_file_leads(shell, capsys, monkeypatch, command):
+    monkeypatch.setenv("NVIDIA_API_KEY", "nvapi-SECRET")
+    monkeypatch.setenv("PROXY_API_KEY", "k" * 16)
+    monkeypatch.setenv("HTTPS_PROXY", nowhere())
+    with FakeNim() as stranger:
+        port = stranger.url.split(":")[2].partition("/")[0]
+        (shell / "config.yaml").write_text(
+            "server:\n  host: 127.0.0.9\nupstream:\n  base_url: %s\n" % stranger.url)
+        monkeypatch.setattr(np, "MANAGED_SETTINGS", ())
+        _, out, err = run(capsys, *command.split())
+        assert not stranger.requests and "127.0.0.9" in out + err
+        assert ":" + port not in (out if "doctor" not in command else "")
+
+
+def test_files_beside_the_program_are_ones_own(shell, capsys):
+    """Not if its text comes by a pipe, which lies nowhere."""
+    (shell / "nimproxy.py").write_text(SOURCE)
+    (shell / ".env").write_text("PROXY_HOST=::1\n")
+    for command, stdin, host in (("nimproxy.py", subprocess.DEVNULL, "::1"),
+                                 ("-", open(HERE / "nimproxy.py"), "127.0.0.1"),
+                                 (str(HERE / "nimproxy.py"), subprocess.DEVNULL,
+                                  "127.0.0.1")):
+        done = subprocess.run([sys.executable, command, "serve", "--show-config"],
+                              stdin=stdin, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, universal_newlines=True)
+        assert settings_in(done.stdout)["host"] == host, done.stderr
+        assert ("stranger" in done.stderr) == (host != "::1")
+        if stdin != subprocess.DEVNULL:
+            stdin.close()
+    (shell / ".env").write_text("LOG_LEVEL=loud\n")        # strict, as all of one's own
+    done = subprocess.run([sys.executable, "nimproxy.py"], stderr=subprocess.PIPE)
+    assert done.returncode == 2 and b".env LOG_LEVEL: expected" in done.stderr
 
 
 # ---- ls, use, rm
@@ -10605,9 +10764,13 @@ def saved_file(folder, name):
 
 
 @on_a_terminal
-def test_the_wizard_saves_what_is_answered(tmp_path):
-    with models_fake() as nim, Person(tmp_path, "setup") as person:
-        person.answers(*to_nvidia(nim.url), ("All right?", "2"), ("Start now?", "4"))
+@pytest.mark.parametrize("typed, environ", [(KEY, {}), ("", {"NVIDIA_API_KEY": KEY})])
+def test_the_wizard_saves_what_is_answered(tmp_path, typed, environ):
+    """Also the environment's key, taken for a server that is not the provider's own."""
+    with models_fake() as nim, Person(tmp_path, "setup", **environ) as person:
+        asked = [(words, typed + ENTER if words == "API key" else keys)
+                 for words, keys in to_nvidia(nim.url)]
+        person.answers(*asked, ("All right?", "2"), ("Start now?", "4"))
         assert person.ends() == 0
     assert KEY not in person.said
     record = {"provider": "nvidia", "base_url": nim.url, "api_key": KEY, "models": {
@@ -11023,6 +11186,31 @@ def test_setup_asks_at_the_terminal_when_its_text_is_piped(tmp_path):
     assert saved_file(tmp_path, "providers/nvidia")["api_key"] == KEY
 
 
+@on_a_terminal
+def test_a_yes_to_a_found_file_holds_for_its_content(tmp_path):
+    file, trusted = tmp_path / "config.yaml", tmp_path / ".nimproxy" / "trusted.json"
+    text = "upstream:\n  base_url: http://127.0.0.1:9/v1\n  api_key: ${MINE}\n"
+    rounds = [      # content, the answer or None where nothing is asked, the upstream
+        (text, "n", HOSTED), (text, "y", "http://127.0.0.1:9/v1"),
+        (text, None, "http://127.0.0.1:9/v1"), (text + "# \n", "", HOSTED),
+        (text, None, "http://127.0.0.1:9/v1")]
+    for content, answer, upstream in rounds:
+        file.write_text(content)
+        with Person(tmp_path, "run", "--", "true", NVIDIA_API_KEY="k", MINE="m") as it:
+            if answer is not None:
+                told = it.reads("the same? [y/N]")
+                for words in ("./config.yaml", "base_url = http://127.0.0.1:9/v1 (conf",
+                              "config.yaml:3: upstream.api_key = ${MINE}"):
+                    assert words in told
+                it.types(answer + "\n")
+            told = it.reads("true on " + upstream)
+            assert "[y/N]" not in told and "left out" not in told
+            assert it.ends() == 0
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    assert json.loads(trusted.read_text()) == {str(file): digest}
+    assert trusted.stat().st_mode & 0o777 == 0o600
+
+
 def test_setup_needs_somebody_to_ask(shell, capsys):
     code, _, err = run(capsys, "setup")
     assert code == 2 and "no terminal" in err and "NVIDIA_API_KEY" in err
@@ -11216,17 +11404,20 @@ SICK = [    # (case, what breaks it, check, state, words, mend)
     ("a full disk", lambda it: it.patch.setattr(
         shutil, "disk_usage", lambda _: argparse.Namespace(free=7 << 20)),
      "home", "note", "only 7 MB", "make room"),
-    ("a saved port that is none", lambda it: kimi_saved(it, '{"port": "x"}'),
-     "settings", "broken", "kimi.json: port: expected a port", "setup"),
+    ("a saved format that is none", lambda it: kimi_saved(
+        it, '{"tool_format": "x"}') or it.argv.extend(["--provider", "kimi"]),
+     "settings", "broken", "kimi.json: tool_format: expected native", "setup"),
     ("a configuration file with a mistake", lambda it: it.file(
-        "config.yaml", "sever:\n  port: 1\n"),
-     "settings", "broken", "config.yaml:2: ", "mend config.yaml"),
+        "my.yaml", "sever:\n  port: 1\n") and it.env(PROXY_CONFIG="my.yaml"),
+     "settings", "broken", "my.yaml:2: ", "mend my.yaml"),
+    ("another program's", lambda it: it.file("config.yaml", "sever:\n  port: 1\n"),
+     "settings", "note", "./config.yaml is left out: config.yaml:2: ", ""),
     ("a configuration file that is missing", lambda it: it.env(PROXY_CONFIG="no.yaml"),
      "settings", "broken", "no.yaml: cannot be read", "name another"),
     ("a variable that is no number", lambda it: it.env(STREAM_START_RETRIES="many"),
      "settings", "broken", "environment STREAM_START_RETRIES", "unset STREAM_START"),
     ("a mistake in .env", lambda it: it.file(".env", "LOG_LEVEL=loud\n"),
-     "settings", "broken", ".env LOG_LEVEL", "mend LOG_LEVEL in ./.env"),
+     "settings", "note", "./.env is left out: .env LOG_LEVEL", ""),
     ("open to the network", lambda it: it.env(PROXY_HOST="0.0.0.0"),
      "settings", "broken", "lets others spend your key", "PROXY_API_KEY"),
     ("quotes around the key", lambda it: it.env(
@@ -11600,7 +11791,7 @@ def test_many_things_are_wrong_at_once(clinic):
     _, found = clinic.findings()
     assert collections.Counter(row["check"] for row in found
                                if row["state"] == "broken") == {
-        "home": 1, "settings": 3, "clients": 1}
+        "home": 1, "settings": 2, "clients": 1}
 
 
 # ---- 40. Command line --------------------------------------------------------
@@ -11673,11 +11864,11 @@ def test_mistakes_are_one_line_and_exit_2(shell, capsys, monkeypatch, argv, envi
 def test_show_config_names_sources_and_hides_secrets(shell, capsys, monkeypatch):
     monkeypatch.setenv("NVIDIA_API_KEY", "nvapi-secret")
     (shell / "config.yaml").write_text("server:\n  port: 9000\n")
-    (shell / ".env").write_text("PROXY_HOST=::1\n")
+    (shell / ".env").write_text("LOG_LEVEL=debug\n")
     code, out, _ = run(capsys, "serve", "--show-config", "--model", "m/m")
     assert code == 0 and "nvapi-secret" not in out
     assert re.search(r"^port +9000 +config\.yaml:2: server\.port$", out, re.M)
-    assert re.search(r"^host +::1 +\.env PROXY_HOST$", out, re.M)
+    assert re.search(r"^log_level +debug +\.env LOG_LEVEL$", out, re.M)
     assert re.search(r"^api_key +\*\*\* +environment NVIDIA_API_KEY$", out, re.M)
     assert re.search(r"^opus +m/m +--model$", out, re.M)
     assert re.search(r"^eager_after +0\.08 +default$", out, re.M)
@@ -12417,10 +12608,21 @@ def test_model_text_is_printed_whatever_the_encoding(shell):
 
 def test_importing_is_silent_and_main_is_last():
     done = subprocess.run([sys.executable, "-X", "dev", "-W", "error", "-c",
-                           "import nimproxy"], cwd=HERE, stdout=subprocess.PIPE,
+                           "import sys; path = list(sys.path); import nimproxy; "
+                           "assert path == sys.path"], cwd=HERE, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)
     assert (done.returncode, done.stdout) == (0, b"")
     assert SOURCE.endswith('if __name__ == "__main__":\n    sys.exit(main())\n')
+
+
+def test_what_is_piped_imports_nothing_from_the_current_folder(shell):
+    for name in ("json", "asyncio", "logging", "difflib", "hmac", "argparse", "h2"):
+        (shell / (name + ".py")).write_text("open('mark', 'w')\nraise SystemExit(9)\n")
+    done = program("install", "-y", piped=True)
+    assert done.returncode == 0 and not (shell / "mark").exists(), done.stderr
+    show = "import os, sys; print(sys.path[0] == '', os.environ.get('PYTHONPATH'))"
+    done = program("run", "--demo", "--", sys.executable, "-c", show, piped=True)
+    assert done.stdout == "True None\n", done.stderr
 
 
 def test_dotenv_is_not_the_childs_environment(shell):
@@ -12447,8 +12649,9 @@ def test_addresses_are_written_as_urls():
     assert np.config_url(np.Config(host="::1", port=9)) == "http://[::1]:9"
 
 
-def test_version_and_demo_need_no_sound_configuration(shell, capsys):
+def test_version_and_demo_need_no_sound_configuration(shell, capsys, monkeypatch):
     (shell / "config.yaml").write_text("someone: elses\n")
+    monkeypatch.setenv("PROXY_CONFIG", "config.yaml")
     assert run(capsys, "version")[0] == 0
     assert run(capsys, "status")[0] == 2
 
