@@ -1094,8 +1094,8 @@ def json5_text(value: Any, indent: str = "") -> str:
                       indent + closes[-1]])
 
 
-YAML_KEY = re.compile(r"""( *)("[^"]*"|'[^']*'|[^\s#&*!|>%@`{}\[\],"'-].*?)\s*:"""
-                      r"(?:\s+(.*))?")
+YAML_KEY = re.compile(r"""( *)("[^"]*"\s*|'[^']*'\s*|[^\s#&*!|>%@`{}\[\],"'-]"""
+                      r"(?:[^:]|:(?=\S))*):(?:\s+(.*))?")
 
 
 def yaml_entries(file: File) -> Entries:
@@ -1124,7 +1124,7 @@ def yaml_entries(file: File) -> Entries:
                 raise yaml_error(file, number, line, "a key at the outer level")
         elif column != (above[0] if above else 0):
             raise yaml_error(file, number, line, "the indentation of its neighbours")
-        stack.append((column, match[2].strip("\"'")))
+        stack.append((column, match[2].strip().strip("\"'")))
         path = tuple(key for _, key in stack)
         if path in entries:
             raise yaml_error(file, number, line, "each key once")
@@ -1170,10 +1170,11 @@ def dotenv_values(text: str) -> Dict[str, str]:
     """KEY=value lines; comments, `export` and one layer of quotes are understood."""
     values = {}
     for line in text.lstrip("\ufeff").splitlines():
-        match = re.fullmatch(r"\s*(?:export\s+)?(\w+)\s*=\s*(.*?)\s*", line, re.ASCII)
+        match = re.fullmatch(r"(?:export\s+)?(\w+)\s*=\s*(.*)", line.strip(), re.ASCII)
         if match:
             quoted = re.fullmatch(r"""(["'])(.*)\1(?:\s+#.*)?""", match[2])
-            values[match[1]] = quoted[2] if quoted else re.sub(r"\s+#.*", "", match[2])
+            plain = re.split(r"(?<!\s)\s+#", match[2])[0]
+            values[match[1]] = quoted[2] if quoted else plain
     return values
 
 
@@ -1796,9 +1797,8 @@ def led_away(base: Config, sources: Json, config: Config) -> List[str]:
     """
     row = PROVIDERS[base.provider]
     hosted = own_server(base.base_url, row)
-    same = config.provider == base.provider and (
-        config.base_url == base.base_url or "base_url" not in sources
-        and hosted and own_server(config.base_url, row))
+    same = config.provider == base.provider and (config.base_url == base.base_url or (
+        "base_url" not in sources and own_server(config.base_url, row)))
     words = {ALIASES: "own", FALLBACKS: "own",
              **{setting.field: setting.found for setting in SETTINGS}}
     fine = {"free": True, "own": same}

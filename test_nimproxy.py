@@ -9743,6 +9743,15 @@ FOUND = named([     # files, options, environment and saved providers; what is s
         "config.yaml": "upstream:\n  base_url: %s\n  api_key: x\n  default_model: y\n"
                        "server:\n  port: 9\n" % EVIL}, "", {},
      {"opus": np.Config().opus, "port": "9"}, "config.yaml:2: upstream.base_url"),
+    ("another region than the saved one", {
+        "config.yaml": "upstream:\n  base_url: https://api.moonshot.ai/anthropic\n"},
+     "", {".nimproxy/settings": {"active_provider": "kimi"},
+          ".nimproxy/providers/kimi": SAVED_RELAY},
+     {"base_url": SAVED_RELAY["base_url"], "api_key": "***"}, "moonshot.ai"),
+    ("another provider's key for one's own server", {
+        "config.yaml": "provider: deepseek\n"}, "--base-url http://box:8000/v1",
+     {**UNSET, "DEEPSEEK_API_KEY": "sk-SECRET"}, {"provider": "nvidia", "api_key": ""},
+     "provider = deepseek"),
     ("another path of a gateway", {"config.yaml": "upstream:\n  base_url: "
                                                   "https://gateway/theirs/v1\n"},
      "", {".nimproxy/settings": {"active_provider": "custom"},
@@ -9799,6 +9808,9 @@ FOUND = named([     # files, options, environment and saved providers; what is s
     ("no UTF-8", {"config.yaml": b"\xff\xfe"}, "", {}, {}, "it is not UTF-8"),
     ("a folder", {".env": None}, "", {}, {}, "expected a plain file"),
     ("a pipe", {"config.yaml": os.mkfifo}, "", {}, {}, "expected a plain file"),
+    ("blanks without end", {"config.yaml": "a" + " " * 200000 + "b\n",
+                            ".env": "A=b" + " " * 200000 + "c\n"}, "", {}, {},
+     "left out"),
     ("too much", {"config.yaml": b"#" * (1 << 21)}, "", {}, {}, "larger than"),
     ("both at once", {"config.yaml": "provider: deepseek\n",
                       ".env": "DEEPSEEK_API_KEY='a b'\n"}, "", {},
@@ -9881,9 +9893,12 @@ def test_files_beside_the_program_are_ones_own(shell, capsys):
         assert ("stranger" in done.stderr) == (host != "::1")
         if stdin != subprocess.DEVNULL:
             stdin.close()
-    (shell / ".env").write_text("LOG_LEVEL=loud\n")        # strict, as all of one's own
-    done = subprocess.run([sys.executable, "nimproxy.py"], stderr=subprocess.PIPE)
-    assert done.returncode == 2 and b".env LOG_LEVEL: expected" in done.stderr
+    for content, words in ((b"LOG_LEVEL=loud\n", b".env LOG_LEVEL: expected"),
+                           (b"\xff", b".env: cannot be read")):    # strict, as all of
+        (shell / ".env").write_bytes(content)                       # one's own
+        done = subprocess.run([sys.executable, "nimproxy.py", "env"],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert done.returncode == 2 and words in done.stderr
 
 
 # ---- ls, use, rm
@@ -11194,6 +11209,9 @@ def test_a_yes_to_a_found_file_holds_for_its_content(tmp_path):
         (text, "n", HOSTED), (text, "y", "http://127.0.0.1:9/v1"),
         (text, None, "http://127.0.0.1:9/v1"), (text + "# \n", "", HOSTED),
         (text, None, "http://127.0.0.1:9/v1")]
+    file.write_text(text)
+    with Person(tmp_path, "env", NVIDIA_API_KEY="k") as it:     # which starts nothing
+        assert "[y/N]" not in it.reads("left out: base_url") and it.ends() == 0
     for content, answer, upstream in rounds:
         file.write_text(content)
         with Person(tmp_path, "run", "--", "true", NVIDIA_API_KEY="k", MINE="m") as it:
