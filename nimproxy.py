@@ -1730,11 +1730,9 @@ def resolve_config(flags: Json, environ: Mapping[str, str], dotenv: Mapping[str,
 def asked_for(flags: Json, environs: Mapping[str, Mapping[str, str]], entries: Entries,
               saved: SavedProviders) -> Tuple[Json, Json]:
     """The fields that are set, each by the strongest of flags, environment, file and
-    what was saved of the provider, and where they came from.
-
-    Keys stay with the server that they were set for: what was saved holds at its own,
-    and the environment's key goes to no other that only what was saved names.
-    """
+    what was saved of the provider, and where they came from.  Keys stay with their
+    server: what was saved at its own; a variable's at the provider's, unless the user
+    names another now."""
     found: Json = {}
     sources: Json = {}
     for setting in SETTINGS:
@@ -1790,11 +1788,9 @@ def own_server(url: str, row: Provider) -> bool:
 
 
 def led_away(base: Config, sources: Json, config: Config) -> List[str]:
-    """The fields in which files in the current folder have changed what they may not.
-
-    `base` and its sources are the settings without them, `config` is with them.  Keys
-    and models belong to the server that they stand beside.
-    """
+    """The fields in which a stranger's files have changed what they may not: `config`
+    is with them, `base` and its sources without.  Keys and models belong to the server
+    that they stand beside."""
     row = PROVIDERS[base.provider]
     hosted = own_server(base.base_url, row)
     same = config.provider == base.provider and (config.base_url == base.base_url or (
@@ -12915,11 +12911,8 @@ MAX_DOUBTS = 8                      # that are told: more would scroll the first
 
 def all_settings(options: argparse.Namespace, given: Given, store: Store,
                  tell: Callable[[str], None]) -> Tuple[Config, Json]:
-    """All settings with their sources, those of files in the current folder, too.
-
-    These hold in full in the program's own folder, and after a yes to their content;
-    else for what leads nothing away.  ProxyError for faults that are the user's own.
-    """
+    """All settings with their sources; files in the current folder hold in full beside
+    the program and after a yes to their content, else for what leads nothing away."""
     own, part, digests, marked = found_files(options, given, store, tell)
     base, sources = configured(options, own)
     config, told = configured(options, part)
@@ -13521,7 +13514,8 @@ def sound_settings(options: argparse.Namespace, store: Store
     """What can be understood of all settings, and the patient's faults for the rest.
     ProxyError where flags are wrong."""
     faults: List[Tuple[str, str, str]] = []
-    given, alone = Given(dict(os.environ), {}, File(), store.saved()), False
+    environ, alone = dict(os.environ), False
+    given = Given(environ, {}, File(), store.saved())
     try:
         given = given._replace(file=named_config(options))
     except ProxyError as error:
@@ -13534,12 +13528,10 @@ def sound_settings(options: argparse.Namespace, store: Store
             return config, sources, [*faults, *((NOTE, words, "") for words in notes)]
         except ProxyError as error:
             words = error.message
-        variable = (re.match(r"environment (\w+):", words) or [""] * 2)[1]
+        variable = re.match(r"environment (\w+):", words)
         if variable:
-            given = given._replace(environ={
-                name: value for name, value in given.environ.items()
-                if name != variable})
-            mend = f"unset {variable}, or mend it"
+            del environ[variable[1]]
+            mend = f"unset {variable[1]}, or mend it"
         elif given.saved.entries and words.startswith(tuple(store.paths.values())):
             given = given._replace(saved=given.saved._replace(entries={}))
             mend = f"`{program()} setup` asks for it anew"

@@ -9706,6 +9706,8 @@ def test_show_config_says_that_it_was_saved(shell, capsys):
 
 EVIL, HOSTED = "http://evil.example/v1", "https://integrate.api.nvidia.com/v1"
 UNSET = {"NVIDIA_API_KEY": None}
+KIMI_ACTIVE = {".nimproxy/settings": {"active_provider": "kimi"},
+        ".nimproxy/providers/kimi": SAVED_RELAY}
 FOUND = named([     # files, options, environment and saved providers; what is shown by
                     # --show-config, and what is said: nothing, or one line
     ("what leads nothing away", {
@@ -9730,8 +9732,7 @@ FOUND = named([     # files, options, environment and saved providers; what is s
     ("a key beside the environment's", {
         ".env": "NVIDIA_API_KEY=nvapi-theirs\n"}, "", {}, {"api_key": "***"}, ""),
     ("a key beside a saved one", {".env": "MOONSHOT_API_KEY=sk-theirs\n"}, "",
-     {".nimproxy/settings": {"active_provider": "kimi"},
-      ".nimproxy/providers/kimi": SAVED_RELAY}, {"provider": "kimi", "opus": "k1"},
+     KIMI_ACTIVE, {"provider": "kimi", "opus": "k1"},
      "api_key = *** (.env MOONSHOT_API_KEY)"),
     ("a key for a server of one's own", {".env": "NVIDIA_API_KEY=nvapi-theirs\n"},
      "--base-url http://box:8000/v1", UNSET, {"api_key": ""}, "NVIDIA_API_KEY"),
@@ -9745,8 +9746,7 @@ FOUND = named([     # files, options, environment and saved providers; what is s
      {"opus": np.Config().opus, "port": "9"}, "config.yaml:2: upstream.base_url"),
     ("another region than the saved one", {
         "config.yaml": "upstream:\n  base_url: https://api.moonshot.ai/anthropic\n"},
-     "", {".nimproxy/settings": {"active_provider": "kimi"},
-          ".nimproxy/providers/kimi": SAVED_RELAY},
+     "", KIMI_ACTIVE,
      {"base_url": SAVED_RELAY["base_url"], "api_key": "***"}, "moonshot.ai"),
     ("another provider's key for one's own server", {
         "config.yaml": "provider: deepseek\n"}, "--base-url http://box:8000/v1",
@@ -9762,14 +9762,10 @@ FOUND = named([     # files, options, environment and saved providers; what is s
         "config.yaml": "upstream:\n  base_url: https://ollama.com/v1\n"},
      "--provider ollama", {}, {"base_url": "http://localhost:11434/v1"}, "ollama.com"),
     ("another provider, by its section", {
-        "config.yaml": "nvidia:\n  default_model: x\n"}, "",
-     {".nimproxy/settings": {"active_provider": "kimi"},
-      ".nimproxy/providers/kimi": SAVED_RELAY},
+        "config.yaml": "nvidia:\n  default_model: x\n"}, "", KIMI_ACTIVE,
      {"provider": "kimi", "opus": "k1"}, "nvidia.default_model"),
     ("a timeout, and no other provider", {
-        "config.yaml": "upstream:\n  idle_timeout: 7\n"}, "",
-     {".nimproxy/settings": {"active_provider": "kimi"},
-      ".nimproxy/providers/kimi": SAVED_RELAY},
+        "config.yaml": "upstream:\n  idle_timeout: 7\n"}, "", KIMI_ACTIVE,
      {"provider": "kimi", "idle_timeout": "7.0"}, ""),
     ("a provider that is known by its port", {
         "config.yaml": "provider: ollama\nupstream:\n  base_url: "
@@ -9801,7 +9797,6 @@ FOUND = named([     # files, options, environment and saved providers; what is s
      {}, "(http:// is for servers of your own)"),
     ("another program's", {"config.yaml": "database:\n  port: 1\n"}, "", {}, {},
      "./config.yaml is left out: config.yaml:2: expected a known key"),
-    ("a template", {"config.yaml": "{{ cookiecutter }}\n"}, "", {}, {}, "left out"),
     ("a list behind a comment", {"config.yaml": "// x\n[1]\n"}, "", {}, {}, "left out"),
     ("a level of another program's", {".env": "LOG_LEVEL=loud\n"}, "", {},
      {"log_level": "info"}, "./.env is left out: .env LOG_LEVEL"),
