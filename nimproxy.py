@@ -142,6 +142,7 @@ MAX_FRAME_LINES = 4096          # of one event of an event stream; one is usual
 MAX_BLANK_CHARS = 4096          # leading whitespace that waits for text to lead
 MAX_MODEL_CHARS = 256           # of a model's id; the longest in the catalog has 46
 MAX_REASON_CHARS = 2000         # of an upstream's error text, as quoted
+MAX_ERROR_CHARS = 64 * 1024     # of the same, as looked at: some repeat the request
 MAX_ITEMS = 1 << 20             # commas and brackets of a JSON text: about a token
                                 # each, and no window has more; parsed, one may take 200
                                 # bytes, and a body of empty lists gigabytes
@@ -1183,8 +1184,8 @@ def dotenv_values(text: str) -> Dict[str, str]:
 # types.
 
 def masked(url: str) -> str:
-    """A URL without its user and password."""
-    return re.sub(r"//[^/@]*@", "//***@", url)
+    """A URL, or a text with some, without user and password."""
+    return re.sub(r"//[^/@\s]*@", "//***@", url)
 
 
 def masked_key(key: str) -> str:
@@ -3429,7 +3430,7 @@ def refusal(asked: Asked, status: int, text: str, pause: float = 0.0) -> ProxyEr
 
     `pause`: the seconds that upstream wants to be left alone, 0.0 if it has not said.
     """
-    text = redacted(text, asked.config.api_key)[:MAX_REASON_CHARS]
+    text = redacted(text[:MAX_ERROR_CHARS], asked.config.api_key)[:MAX_REASON_CHARS]
     words = re.sub(ECHO, "", text)
     error = overflow(asked, words) or refused(asked, status, text, pause)
     error.words = words if status in MENDABLE else ""
@@ -3581,20 +3582,62 @@ def retry_seconds(stated: str, now: float) -> float:
     return max(when - now, 0.0)
 
 
+LEAST_SECRET_CHARS = 8      # shorter ones are words, such as `ollama`, and no secrets
+CODES = r"(?:%|\\+u00|\\+x)([0-9A-Fa-f]{2})|&#?\w{1,31};|[\r\n]\s*|"
+# How a text may be read: as it is; with its codes for single letters, and on over line
+# ends; the same where a backslash may make a line end, and on over tags.
+READINGS = [re.compile(codes) for codes in (
+    r"(?!)", CODES + r"\\+", CODES + r"\\+[nrt]?|<[^<>]*>")]
+MOST_READINGS = 5           # of codes within codes
+
+
 def redacted(text: str, secret: str) -> str:
-    """The text without a secret, plain, in percent form or in base64."""
-    if secret:
-        for shape in (secret, quote(secret, safe=""),
-                      base64.b64encode(secret.encode()).decode().rstrip("=")):
-            text = text.replace(shape, "***")
+    """The text without a secret, in letters of either case, in any code for letters, or
+    in base64; where it is found in a code only, that is read in all of the text."""
+    if len(secret) < LEAST_SECRET_CHARS:
+        return text
+    for reading, trace in traces(secret):
+        plain, count = trace.subn("***", uncoded(text, reading))
+        text = plain if count else text
     return text
 
 
-def error_words(raw: bytes, status: int) -> Tuple[str, int]:
+@functools.lru_cache(maxsize=64)
+def traces(secret: str) -> List[Tuple[re.Pattern, re.Pattern]]:
+    """For each reading, what a secret is there.  In base64 it is one of three, by the
+    bytes before it; its first and last digits may hold some of its neighbours' bits."""
+    digits = []
+    for ahead in range(3):
+        data = b" " * ahead + secret.encode()
+        core = base64.b64encode(data).decode()[-(-ahead * 8 // 6):len(data) * 8 // 6]
+        digits.append(core.replace("+", "[+-]").replace("/", "[/_]"))
+    return [(reading, re.compile("|".join([
+        f"(?i:{re.escape(uncoded(secret, reading))})", *digits]), re.ASCII))
+        for reading in READINGS]
+
+
+def uncoded(text: str, reading: re.Pattern) -> str:
+    """A text without its codes, whatever these are written in."""
+    for _ in range(MOST_READINGS):
+        before, text = text, reading.sub(uncoded_letter, text)
+        if text == before:
+            break
+    return text
+
+
+def uncoded_letter(code: re.Match) -> str:
+    import html
+    if code[1]:
+        return chr(int(code[1], 16))
+    return html.unescape(code[0]) if code[0][0] == "&" else ""
+
+
+def error_words(raw: bytes, status: int, secret: str = "") -> Tuple[str, int]:
     """An error body's sentence, and the status that it states, else `status`.
 
     JSON in any of the dozen shapes seen, a Python repr inside a string, plain
-    text, HTML, or nothing at all.
+    text, HTML, or nothing at all.  Of the last ones the secret is taken out here, for
+    it may go on over a tag or a line end.
     """
     text = raw.decode("utf-8", "replace").strip()
     try:
@@ -3603,7 +3646,8 @@ def error_words(raw: bytes, status: int) -> Tuple[str, int]:
         value = None
     if isinstance(value, dict):
         return sentence(value) or text, stated_status(value, status)
-    text = " ".join(re.sub(r"<[^>]*>", " ", text).split())
+    text = redacted(text[:MAX_ERROR_CHARS], secret)
+    text = " ".join(re.sub(r"<[^<>]*>", " ", text).split())
     return text[:500] or "(empty body)", status
 
 
@@ -6224,7 +6268,7 @@ def kept_words(passed: Passed, error: ProxyError, status: int,
     else:
         error.status, error.kind = status, said["type"]
     if isinstance(message, str):
-        message = redacted(message, secret)[:MAX_REASON_CHARS]
+        message = redacted(message[:MAX_ERROR_CHARS], secret)[:MAX_REASON_CHARS]
         if error.status in (401, 403):  # Claude Code takes it for "not logged in"
             message = re.sub("(?i)x-api-key", "API key", message)
         if error.status == 401:
@@ -8286,13 +8330,14 @@ class Asker:
         if answer.status == 200:
             return
         raw = await answer.whole()
-        text, status = error_words(raw, answer.status)
+        asked = question.message.reading.asked
+        text, status = error_words(raw, answer.status, asked.config.api_key)
         if 300 <= status < 400:
             found = re.match(r"https?://([^/?#@]+)", header(answer.headers, "location"))
             place = found[1] if found else "another place"
             text = f"a redirect to {place}, which is not followed"
         pause = retry_seconds(header(answer.headers, "retry-after"), time.time())
-        error = refusal(question.message.reading.asked, status, text, pause)
+        error = refusal(asked, status, text, pause)
         if isinstance(question.message, Passed):
             error = kept_words(question.message, error, answer.status, json_in(raw))
         raise error
@@ -8496,7 +8541,8 @@ class Asker:
             answer.release()
         asked = Asked(self.config, "")
         if answer.status != 200:
-            raise refusal(asked, answer.status, error_words(raw, answer.status)[0])
+            text = error_words(raw, answer.status, self.config.api_key)[0]
+            raise refusal(asked, answer.status, text)
         return completion(raw, asked)
 
 
@@ -8559,8 +8605,8 @@ def completion(raw: bytes, asked: Asked) -> Json:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        shown = redacted(raw.decode("utf-8", "replace"), asked.config.api_key)
-        shown = printable(shown[:80]) or "nothing"
+        text = raw[:MAX_ERROR_CHARS].decode("utf-8", "replace")
+        shown = redacted(text, asked.config.api_key)[:80] or "nothing"
         words = f"upstream sent no JSON object, but {shown}"
         raise ProxyError(502, words, again="broken")
     inner = shaped(value.get("data"), dict)
@@ -11848,8 +11894,8 @@ def public(patient: Patient, text: str) -> str:
     config = patient.config
     keys = {patient.environ.get(row.key_variable, "") for row in PROVIDERS.values()}
     for secret in {config.api_key, config.proxy_key, *keys}:
-        text = redacted(text, secret if len(secret) >= 8 else "")
-    return harmless(re.sub(r"//[^/@\s]*@", "//***@", text))
+        text = redacted(text, secret)
+    return harmless(masked(text))
 
 
 # ---- this machine
@@ -12175,7 +12221,8 @@ def listing_fault(config: Config, status: int, headers: Headers, raw: bytes
     base, row = config.base_url, PROVIDERS[config.provider]
     versioned = re.search(r"/v\d+(/|$)", base) or speaks_messages(config)
     with_version = f"--base-url {base if versioned else base + '/v1'}"
-    error = refusal(Asked(config, ""), status, error_words(raw, status)[0])
+    text = error_words(raw, status, config.api_key)[0]
+    error = refusal(Asked(config, ""), status, text)
     page = raw.lstrip()[:1] == b"<" or "html" in header(headers, "content-type")
     if 300 <= status < 400:
         place = header(headers, "location")
@@ -13048,6 +13095,7 @@ class LogLines:
     def clean(self, text: str) -> str:
         for secret in self.secrets:
             text = redacted(text, secret)
+        text = masked(text)
         return re.sub(r"[^ -~]", lambda match: ascii(match[0])[1:-1], text)
 
 

@@ -42,6 +42,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
+import urllib.parse
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -2416,6 +2417,60 @@ def test_no_secret_and_no_word_for_not_logged_in():
 def test_a_secret_is_taken_out_before_the_text_is_cut():
     words = "x" * (np.MAX_REASON_CHARS - 8) + "nvapi-secret"
     assert "nvapi" not in np.refusal(ASKED, 400, words).message
+    page = "<p>" + "x " * 245 + "nvapi-<wbr>secret"
+    assert "nvapi" not in np.error_words(page.encode(), 400, "nvapi-secret")[0]
+
+
+def b64(text):
+    return base64.b64encode(text.encode()).decode()
+
+
+SECRET = "nvapi-aB/c+d&e=f_0123456789"
+LEAKED = [      # what an upstream or a proxy on the way may make of a key
+    ("plain", SECRET), ("in capitals", SECRET.upper()),
+    ("HTML", html.escape(SECRET)), ("HTML twice", html.escape(html.escape(SECRET))),
+    ("decimal entities", "".join("&#%d;" % ord(letter) for letter in SECRET)),
+    ("hex entities", "".join("&#x%X;" % ord(letter) for letter in SECRET)),
+    ("named entities", SECRET.replace("/", "&sol;").replace("+", "&plus;")),
+    ("JSON, as PHP writes it", SECRET.replace("/", "\\/")),
+    ("JSON in JSON", json.dumps(json.dumps(SECRET.replace("/", "\\/")))),
+    ("JSON's codes", "".join("\\u%04x" % ord(letter) for letter in SECRET)),
+    ("Python's codes", "".join("\\x%02x" % ord(letter) for letter in SECRET)),
+    ("after a backslash", "C:\\" + SECRET),
+    ("percent", urllib.parse.quote(SECRET, safe="")),
+    ("percent, lower case", urllib.parse.quote(SECRET, safe="").lower()),
+    ("percent twice", urllib.parse.quote(urllib.parse.quote(SECRET, safe=""))),
+    ("split by a line end", SECRET[:9] + "\r\n  " + SECRET[9:]),
+    ("split by a line end in JSON", SECRET[:9] + "\\n" + SECRET[9:]),
+    ("split by tags", SECRET[:9] + "<wbr>" + SECRET[9:12] + "</b><i>" + SECRET[12:]),
+    *(("base64 after %d" % ahead, b64("x" * ahead + SECRET + "yz"[:more]).rstrip("="))
+      for ahead in range(3) for more in range(3)),
+    ("base64 for URLs", b64(SECRET).replace("+", "-").replace("/", "_")),
+    ("base64 in lines", re.sub("(.{20})", r"\1\n", b64(SECRET))),
+    ("base64, percent", urllib.parse.quote(b64("Bearer " + SECRET), safe="")),
+]
+
+
+@pytest.mark.parametrize("text", named(LEAKED))
+def test_a_secret_is_found_in_every_code(text):
+    said = np.redacted("key %s!" % text, SECRET)
+    assert re.fullmatch(r"key \S{,10}\*\*\*\S{,8}!", said), said
+    assert np.redacted("key %s!" % text, "another-" + SECRET) == "key %s!" % text
+
+
+@pytest.mark.parametrize("text, secret", [
+    ("ollama answered 400: a local model", "ollama"), ("a", "a"), ("x", ""),
+    ("<p>no key\nis not needed&amp;</p> \\n %41", "not-needed")])
+def test_what_is_no_secret_stays(text, secret):
+    assert np.redacted(text, secret) == text
+
+
+@pytest.mark.parametrize("text", ["&lt;", "<", "\\", " ", "\n ", "%25", SECRET[:-1]])
+def test_a_secret_is_looked_for_in_linear_time(text):
+    began = time.monotonic()
+    np.redacted(text * (100000 // len(text)), SECRET)
+    np.error_words(text.encode() * (1000000 // len(text)), 500, SECRET)
+    assert time.monotonic() - began < 2
 
 
 RETRY_AFTER = [     # as stated, seconds, as sent: whole, and never over 60
@@ -12231,10 +12286,11 @@ RECORDS = [     # message, arguments, as text
     ("%s", ("a\nb\x1b[31m\u2028\x7f",), "a\\nb\\x1b[31m\\u2028\\x7f"),
     ("key %s", ("nvapi-secret",), "key ***"),
     ("%s", ("bnZhcGktc2VjcmV0",), "***"),       # in base64
-    ("%s", ("http://u:pa%25ss@proxy",), "http://u:***@proxy"),
+    ("%s", ("http://u:pa%25ss@proxy",), "http://***@proxy"),
+    ("%s", ("basic pa%ssword",), "basic ***"),
 ]
 SECRETS = {"api_key": "nvapi-secret", "proxy_key": "mine",
-           "https_proxy": "http://u:pa%25ss@proxy"}
+           "https_proxy": "http://u:pa%25ssword@proxy"}
 
 
 @pytest.mark.parametrize("message, args, line", RECORDS)
