@@ -1217,6 +1217,13 @@ def as_text(raw: Any) -> str:
     return raw
 
 
+def as_line(raw: Any) -> str:
+    """Text that neither ends a line nor steers a terminal."""
+    if not as_text(raw).isprintable():
+        raise ValueError
+    return raw
+
+
 def as_secret(raw: Any) -> str:
     """A key: printable ASCII, so that it can stand in a header line, and without the
     quotes that are pasted around some."""
@@ -1325,7 +1332,7 @@ def as_window(raw: Any) -> int:
 
 
 KINDS = {
-    "text": ("text", as_text),
+    "text": ("printable characters", as_line),
     "secret": ("a key of printable ASCII without spaces or quotes", as_secret),
     "url": ("a base URL such as https://host/v1 (http:// is for servers of your own)",
             as_url),
@@ -10075,20 +10082,17 @@ def child_environment(added: Mapping[str, str],
     return {**kept, **added}
 
 
-EXPORTS = {                 # shell: one line of `env`
-    "sh": "export {name}={quoted}",
-    "fish": "set -gx {name} {quoted}",
-    "powershell": "$env:{name} = {powershell}",
+EXPORTS = {                 # shell: one line of `env`, what ends its quotes, escaped
+    "sh": ("export {}='{}'", "'", r"'\\''"),    # always: zsh looks up =x
+    "fish": ("set -gx {} '{}'", r"['\\]", r"\\\g<0>"),
+    "powershell": ("$env:{} = '{}'", "['\u2018-\u201b]", r"\g<0>\g<0>"),  # its own, too
 }
 
 
 def export_lines(added: Mapping[str, str], shell: str) -> List[str]:
-    lines = []
-    for name, value in added.items():
-        powershell = "'" + value.replace("'", "''") + "'"
-        lines.append(EXPORTS[shell].format(
-            name=name, quoted=shlex.quote(value), powershell=powershell))
-    return lines
+    line, special, escape = EXPORTS[shell]
+    return [line.format(name, re.sub(special, escape, value))
+            for name, value in added.items()]
 
 
 CLAUDE_PLACES = ("~/.local/bin", "~/.claude/local", "~/.npm-global/bin",

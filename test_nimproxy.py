@@ -866,7 +866,7 @@ BAD_CONFIGS = [
     ("limits that are no number", "limits:\n  concurrency: six",
      "limits.concurrency: expected a whole number, 0 to 100000, found 'six'"),
     ("an unknown limit", "limits:\n  max_wiat: 5", "did you mean 'limits.max_wait'"),
-    ("a fallback that is no id", "fallbacks:\n  a: 5", "fallbacks.a: expected text"),
+    ("a fallback that is no id", "fallbacks:\n  a: 5", "fallbacks.a: expected"),
     ("a tier misspelt", "fallbacks:\n  opsu: [a]",
      "fallbacks.opsu: expected a model or a tier; did you mean 'opus'?"),
     ("fallbacks without a map", "fallbacks: a", "fallbacks: expected a map of names"),
@@ -896,7 +896,11 @@ BAD_CONFIGS = [
     ("bad JSON", '{"server": }', "config.yaml:1:12: expected a value, found '}'"),
     ("JSON, wrong type", '{"server":\n {"port": "x"}}', "config.yaml:2: server.port"),
     ("unknown provider", "provider: nvida\n", "did you mean 'nvidia'?"),
-    ("list for text", "models:\n  opus: [a, b]\n", "expected text, found ['a', 'b']"),
+    ("list for text", "models:\n  opus: [a, b]\n", "found ['a', 'b']"),
+    ("a line end in a model", 'models:\n  opus: "a\\nb"\n',
+     "models.opus: expected printable characters, found 'a\\nb'"),
+    ("an escape in an alias", 'model_aliases:\n  a: "\\u001b[2J"\n', "printable"),
+    ("a direction in a fallback", 'fallbacks:\n  a: ["\\u202eb"]\n', "printable"),
     ("bad escape", 'provider: "\\q"\n', "expected escapes as in JSON"),
     ("aliases that are no map", "model_aliases: foo\n", "expected a map of names"),
     ("aliases too deep", "model_aliases:\n  a:\n    b: c\n", "expected a map of names"),
@@ -9526,19 +9530,31 @@ def test_ours_does_not_defeat_what_the_user_wants(wish, ours):
     assert ours not in np.client_environment(CONFIG, "http://h", False, {wish: "1"})
 
 
-EXPORTED = [("sh", "export A='it'\"'\"'s $x'"), ("fish", "set -gx A 'it'\"'\"'s $x'"),
-            ("powershell", "$env:A = 'it''s $x'")]
+EXPORTED = [    # shell, value, line
+    ("sh", "it's $x", r"export A='it'\''s $x'"), ("sh", "=x", "export A='=x'"),
+    ("sh", "x\\", "export A='x\\'"),
+    ("fish", "it's $x", r"set -gx A 'it\'s $x'"), ("fish", "x\\", r"set -gx A 'x\\'"),
+    ("fish", "x\\'; y #", r"set -gx A 'x\\\'; y #'"),
+    ("powershell", "it's $x\\", "$env:A = 'it''s $x\\'"),
+    ("powershell", "x\u2019; y; \u2018\u201a\u201b",
+     "$env:A = 'x\u2019\u2019; y; \u2018\u2018\u201a\u201a\u201b\u201b'"),
+]
 
 
-@pytest.mark.parametrize("shell, line", EXPORTED)
-def test_exports_are_quoted(shell, line):
-    assert np.export_lines({"A": "it's $x"}, shell) == [line]
+@pytest.mark.parametrize("shell, value, line", EXPORTED)
+def test_exports_are_quoted(shell, value, line):
+    assert np.export_lines({"A": value}, shell) == [line]
 
 
-def test_sh_reads_back_what_is_exported():
-    added = {"A": "it's $x `y` \"z\" \\"}
-    script = "\n".join(np.export_lines(added, "sh")) + '\nprintf %s "$A"'
-    assert subprocess.check_output(["sh", "-c", script]).decode() == added["A"]
+@pytest.mark.parametrize("program, shell", [("sh", "sh"), ("bash", "sh"), ("zsh", "sh"),
+                                            ("fish", "fish")])
+def test_shells_read_back_what_is_exported(program, shell):
+    if not shutil.which(program):
+        pytest.skip("needs " + program)
+    for value in ("it's $x `y` \"z\" $(w) \\", "\\'; echo w #", "=nothing", "a\nb", "~",
+                  "\u2019; echo w; \u2019", "!! * [a] {b,c} \\\\' \\$'"):
+        script = "\n".join(np.export_lines({"A": value}, shell)) + '\nprintf %s "$A"'
+        assert subprocess.check_output([program, "-c", script]).decode() == value
 
 
 def test_the_window_that_the_file_tells_is_the_clients():
@@ -12316,8 +12332,8 @@ def test_tracebacks_stay_in_their_record():
 
 def test_env_prints_exports(shell, capsys):
     code, out, _ = run(capsys, "env", "--port", "9", "--model", "m/m")
-    assert code == 0 and "export ANTHROPIC_BASE_URL=http://127.0.0.1:9\n" in out
-    assert "export CLAUDE_CODE_SUBAGENT_MODEL=m/m" in out
+    assert code == 0 and "export ANTHROPIC_BASE_URL='http://127.0.0.1:9'\n" in out
+    assert "export CLAUDE_CODE_SUBAGENT_MODEL='m/m'" in out
 
 
 SPLITS = [  # (argv, ours, the child's)
@@ -12614,7 +12630,7 @@ def test_a_proxy_is_found_where_it_went(shell, capsys):
         argv = ["--port", str(port), "--base-url", nim.url]
         code, out, _ = run(capsys, "status", *argv)
         assert code == 0 and ours.url.rpartition("/")[2] in out
-        assert f"export ANTHROPIC_BASE_URL={ours.url}\n" in run(capsys, "env", *argv)[1]
+        assert f"_BASE_URL='{ours.url}'\n" in run(capsys, "env", *argv)[1]
         assert run(capsys, "test", *argv)[0] == 0
         assert ours.request("GET", "/status")[2]["counts"]["requests"] == 1
         done = program("run", *argv, "--", sys.executable, "-c", CHILD)
@@ -12623,7 +12639,7 @@ def test_a_proxy_is_found_where_it_went(shell, capsys):
         code, out, _ = run(capsys, "status", *argv[:2])
         assert code == 0 and "http://127.0.0.1:9/v1" in out
     code, out, _ = run(capsys, "env", *argv)        # nobody is up
-    assert code == 0 and "http://127.0.0.1:%d\n" % (port + 1) in out
+    assert code == 0 and "http://127.0.0.1:%d'\n" % (port + 1) in out
 
 
 def test_run_gives_way_to_a_stranger_at_its_port(shell):
