@@ -7876,8 +7876,8 @@ FACT_WORDS = {
 
 
 def printable(text: str) -> str:
-    """Text for one line of a log: nothing that could forge another, 400 at most."""
-    return re.sub(r"[^ -~]", lambda match: f"\\x{ord(match[0]):02x}", text[:400])
+    """Text for one line of a log or a header: nothing that could forge another."""
+    return re.sub(r"[^ -~]", lambda match: ascii(match[0])[1:-1], text)
 
 
 class DayLog:
@@ -8080,8 +8080,7 @@ class Asker:
         """The same question for another model, and its chat."""
         course = question.course
         log.warning("%s %s: %s (asking %s instead)", course.id[-8:],
-                    printable(question.model), printable(error.message),
-                    printable(model))
+                    question.model, error.message, model)
         course.given_up.append(question.model)
         course.fallback = error.fallback if model != self.own_model(course) else ""
         course.tries.clear()
@@ -8152,7 +8151,7 @@ class Asker:
 
     def warn(self, course: Course) -> None:
         log.warning("%s %s: not a word for %g s; still waiting", course.id[-8:],
-                    printable(course.model), self.config.connect_warning)
+                    course.model, self.config.connect_warning)
 
     # mended and repeated
 
@@ -8182,8 +8181,7 @@ class Asker:
                 chat = decode_json(encode_json(chat))
                 apply_mend(mend, chat)
                 log.info("%s %s: %s (asking again with %s)", question.course.id[-8:],
-                         printable(question.model), printable(error.words),
-                         printable(mend))
+                         question.model, error.words, mend)
             else:
                 self.learn(question.model, [last.mend])
                 return done
@@ -8235,7 +8233,7 @@ class Asker:
         if kind == "rate":              # the whole model waits, at the gate
             pause = self.gate.pacer.delay(question.model)
         log.info("%s %s: %s (asking again in %.1f s)", course.id[-8:],
-                 printable(course.model), printable(error.message), pause)
+                 course.model, error.message, pause)
         if kind != "rate":
             await asyncio.sleep(pause)
         return True
@@ -8363,7 +8361,7 @@ class Asker:
             except ProxyError as error:
                 self.strike(question.course, error)
                 log.warning("%s %s: %s (asked again in vain)", question.course.id[-8:],
-                            printable(question.model), printable(error.message))
+                            question.model, error.message)
                 return {}
         return ask
 
@@ -8511,8 +8509,7 @@ class Asker:
                 and counted > LEAST_OUTPUT_TOKENS and hint not in self.warned):
             self.warned.add(hint)
             log.warning("%s: upstream read %d of about %d tokens: its context window "
-                        "is too small; %s", printable(model), counted,
-                        question.estimate, hint)
+                        "is too small; %s", model, counted, question.estimate, hint)
 
     def look(self) -> Optional[asyncio.Task]:
         """Begin, once, to ask a server of the user's own for its windows."""
@@ -9129,8 +9126,8 @@ class Proxy:
                             "message": error.message[:400], "model": course.model})
         facts = {**self.ended(course, error.status), "error": error.kind,
                  "message": error.message}
-        log.warning("%s: %s: %s", printable(facts_line(facts)), error.kind,
-                    printable(error.message), extra={"facts": facts})
+        log.warning("%s: %s: %s", facts_line(facts), error.kind, error.message,
+                    extra={"facts": facts})
         if course.model:
             self.error_log.add(error_row(course, error, self.config))
             if error.status in PUZZLES and not self.counts["answers"] + self.hinted:
@@ -9145,8 +9142,7 @@ class Proxy:
             return
         self.counts["clients_left"] += 1
         facts = {**self.ended(course, CLIENT_LEFT), "error": "client_left"}
-        log.info("%s: the client left", printable(facts_line(facts)),
-                 extra={"facts": facts})
+        log.info("%s: the client left", facts_line(facts), extra={"facts": facts})
 
     def ended(self, course: Course, status: int) -> Json:
         """The facts of a course at its end, kept for `status` if it got to a model."""
@@ -9339,7 +9335,7 @@ class Proxy:
         if any(usage.values()) and not demo:    # without any, nobody has told
             self.usage_log.add(usage_row(course, self.config))
         facts = self.ended(course, 200)
-        log.info("%s", printable(facts_line(facts)), extra={"facts": facts})
+        log.info("%s", facts_line(facts), extra={"facts": facts})
 
     # the other paths
 
@@ -10122,7 +10118,7 @@ def program_version(path: str, environ: Mapping[str, str]) -> Tuple[str, str]:
         return "", f"no version within {VERSION_SECONDS:g} s"
     except OSError as error:
         return "", error.strerror or str(error)
-    said, trouble = (printable(raw.decode("utf-8", "replace").strip())
+    said, trouble = (raw.decode("utf-8", "replace").strip()
                      for raw in (done.stdout, done.stderr))
     if done.returncode:
         return "", trouble or said or f"it ended with {done.returncode}"
@@ -10360,7 +10356,7 @@ def port_owner(config: Config) -> Tuple[str, str]:
             if any(os.readlink(f"{places}/{number}") in found
                    for number in (os.listdir(places) if pid.isdigit() else ())):
                 with open(f"/proc/{pid}/comm", encoding="utf-8") as name:
-                    return printable(name.read().strip()), pid
+                    return name.read().strip(), pid
     return "another program", ""
 
 
@@ -11223,10 +11219,22 @@ def program() -> str:
     return f"python3 {shlex.quote(name)}" if name.endswith(".py") else shlex.quote(name)
 
 
-def say(text: str = "", end: str = "\n") -> None:
-    """Print, whatever the terminal's encoding can do."""
+# What steers a terminal, hides or turns words: controls, directions, no width.
+UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e"
+                    r"\u2060-\u206f\ufeff\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    return UNSEEN.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def say(text: str = "", end: str = "\n", style: str = "") -> None:
+    """Print, whatever is in a text and the terminal's encoding can do; `style` is what
+    an escape sequence sets, in its own numbers."""
     coding = output_coding()
-    print(text.encode(coding, "replace").decode(coding), end=end, flush=True)
+    words = visible(text).encode(coding, "replace").decode(coding)
+    words = f"\x1b[{style}m{words}\x1b[0m" if style and words.strip() else words
+    print(words, end=end, flush=True)
 
 
 def output_coding() -> str:
@@ -11242,8 +11250,8 @@ def can_show(text: str) -> bool:
 
 
 def complain(text: str) -> None:
-    """Say what is wrong, in ASCII; upstream may have a part in its words."""
-    words = harmless(text).encode("ascii", "backslashreplace").decode()
+    """Say on standard error, in ASCII, what is wrong or under way."""
+    words = visible(text).encode("ascii", "backslashreplace").decode()
     print("nimproxy: " + words, file=sys.stderr, flush=True)
 
 
@@ -11336,7 +11344,7 @@ class Terminal:
                 return rows[names.index(word.lower())].value
             if word.isdecimal() and 1 <= int(word) <= len(rows):
                 return rows[int(word) - 1].value
-            say(f"  expected a number from 1 to {len(rows)}, found {printable(word)}")
+            say(f"  expected a number from 1 to {len(rows)}, found {word}")
 
     def chosen_by_keys(self, title: str, rows: List[Choice], at: int) -> Any:
         with single_keys() as read:         # from here on, typed ahead or not
@@ -11351,7 +11359,8 @@ class Terminal:
                 at = (at + {"up": -1, "down": 1}.get(name, 0)) % len(rows)
                 if name in ("back", "exit"):
                     at = len(rows) - (2 if name == "back" else 1)
-                say(f"\x1b[{len(rows)}A\x1b[J" + "\n".join(self.lines(rows, at)))
+                print(f"\x1b[{len(rows)}A\x1b[J", end="")
+                say("\n".join(self.lines(rows, at)))
                 if name in ("enter", "back", "exit"):
                     return rows[at].value
 
@@ -11492,15 +11501,10 @@ COLUMNS = 80                # of what is printed: every terminal has them
 SPIN_SECONDS = 0.1          # between two turns of the spinner
 
 
-def harmless(text: str) -> str:
-    """Text of others without what could steer the terminal."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
-
-
 def folded(text: str, indent: str, most: int = 9) -> str:
     """Text in lines that fit, the second and later ones indented; the rest is cut."""
     import textwrap
-    return textwrap.fill(harmless(text), COLUMNS, subsequent_indent=indent,
+    return textwrap.fill(visible(text), COLUMNS, subsequent_indent=indent,
                          max_lines=most, placeholder=" ...", break_on_hyphens=False)
 
 
@@ -11765,7 +11769,7 @@ class Wizard:
     def answers(self, draft: Draft, model: str) -> bool:
         say(f"  {model}: ", end="")
         words = self.probed(self.config(draft), model)
-        say(harmless(words) or "ok")
+        say(words or "ok")
         return not words
 
     def config(self, draft: Draft) -> Config:
@@ -11899,7 +11903,7 @@ def public(patient: Patient, text: str) -> str:
     keys = {patient.environ.get(row.key_variable, "") for row in PROVIDERS.values()}
     for secret in {config.api_key, config.proxy_key, *keys}:
         text = redacted(text, secret)
-    return harmless(masked(text))
+    return masked(text)
 
 
 # ---- this machine
@@ -12711,7 +12715,7 @@ def model_line(row: Json) -> str:
     notes += ["tools as text"] if row["tools"] == "text" else []
     size = short_window(row["window"]) if row["window"] else "?"
     words = [word if row[word] else " " * len(word) for word in ("images", "thinking")]
-    line = f"{harmless(row['id']):46} {size:>6} {' '.join(words)}"
+    line = f"{row['id']:46} {size:>6} {' '.join(words)}"
     end = ", ".join(notes)
     if len(line) + 1 + len(end) <= COLUMNS:
         return f"{line} {end}".rstrip()
@@ -12766,7 +12770,7 @@ def status_lines(status: Json, url: str) -> List[str]:
 def request_line(row: Json) -> str:
     """`  12:00:07 200 z-ai/glm-5.3    1.8   9.2   24k   512`: seconds, then tokens."""
     clock = time.strftime("%H:%M:%S", time.localtime(row["at"]))
-    name = harmless(row["model"])
+    name = row["model"]
     name = name if len(name) <= 41 else name[:39] + ".."
     first = f"{row['ttft']:.1f}" if "ttft" in row else ""
     read, wrote = (short_count(row.get(key, 0)) for key in ("input_tokens",
@@ -12896,7 +12900,6 @@ def usage_lines(usage: Usage, columns: int, mark: str) -> List[str]:
 
 
 def usage_line(name: str, figures: List[str], marks: str = "") -> str:
-    name = printable(name)
     name = name if len(name) <= NAME_COLUMNS else name[:NAME_COLUMNS - 3] + "..."
     answers, taken, given = figures
     line = f"{name:{NAME_COLUMNS}} {answers:>7} {taken:>13} {given:>11}"
@@ -13070,6 +13073,9 @@ def start_log(context: Context, quiet: bool) -> None:
     log.setLevel(level)
 
 
+MAX_LOG_CHARS = 1000        # of a line; upstream's own words may have twice as many
+
+
 class LogLines:
     """Formats log records, as logging wants it: one line each, nothing that could forge
     another, no secret; tracebacks are indented, or a field of the JSON."""
@@ -13085,7 +13091,7 @@ class LogLines:
         trace = ""
         if record.exc_info:
             trace = logging.Formatter().formatException(record.exc_info)
-        words = self.clean(record.getMessage())
+        words = self.clean(record.getMessage())[:MAX_LOG_CHARS]
         trace = "".join("\n    " + self.clean(line) for line in trace.splitlines())
         if not self.json:
             clock = time.strftime("%H:%M:%S", time.localtime(record.created))
@@ -13099,8 +13105,7 @@ class LogLines:
     def clean(self, text: str) -> str:
         for secret in self.secrets:
             text = redacted(text, secret)
-        text = masked(text)
-        return re.sub(r"[^ -~]", lambda match: ascii(match[0])[1:-1], text)
+        return printable(masked(text))
 
 
 # ---- 38. Running: the server, and clients on it ------------------------------
@@ -13285,8 +13290,7 @@ def run_client(context: Context, config: Config, url: str, command: List[str]) -
     config = config._replace(context_window=window)
     added = client_environment(config, url, asks_one_model(context), context.environ)
     name = os.path.basename(command[0])
-    print(f"nimproxy: {name} on {described_upstream(config)}, by way of {url}",
-          file=sys.stderr, flush=True)
+    complain(f"{name} on {described_upstream(config)}, by way of {url}")
     piped = sys.argv[:1] == ["-"]       # python3 - code < nimproxy.py
     try:
         with settings_over(context, command[0], added) as flags:
@@ -13541,14 +13545,14 @@ def run_doctor(context: Context) -> int:
         found.append(finding)
         if not context.options.json:
             lines, state = finding_lines(finding), finding.state
-            say(f"\x1b[{STATE_COLOURS[state]}m{state}\x1b[0m{lines[len(state):]}"
-                if colour else lines)
+            say(state, end="", style=STATE_COLOURS[state] if colour else "")
+            say(lines[len(state):])
     say(json.dumps(findings_json(found), indent=1) if context.options.json
         else "\n" + verdict(found))
     return int(any(finding.state == BROKEN for finding in found))
 
 
-STATE_COLOURS = {OK: 32, NOTE: 33, BROKEN: 31}
+STATE_COLOURS = {OK: "32", NOTE: "33", BROKEN: "31"}
 
 
 def examined(context: Context) -> Patient:
@@ -13841,15 +13845,14 @@ def show_answer(context: Context, config: Config, body: Json) -> int:
             kind = (data.get("content_block") or {}).get("type", kind)
             if name == "content_block_delta":
                 times.append(time.monotonic() - began)
-            say(shown_event(name, data, kind, shade), end="")
+            say(shown_event(name, data, kind, shade), end="",
+                style="2" if shade and kind == "thinking" else "")
             events.append((name, data))
     except (ProxyError, OSError) as error:
         say(end="\n" if events else "")
         complain(str(error))
         complain(f"`{program()} doctor` looks for the cause")
         return 1
-    finally:
-        say("\x1b[0m" if shade else "", end="")     # also after Ctrl-C
     message = fold(events)
     say("\n\n" + figures_line(message, times or [time.monotonic() - began]))
     say(folded(answerer(config, response.headers["request-id"], message), "  "))
@@ -13860,15 +13863,14 @@ def shown_event(name: str, data: Json, kind: str, shade: bool) -> str:
     """What an event of a block of some kind adds to the terminal: thinking is dim, or
     has a title; a call stands in brackets."""
     if name == "content_block_start" and kind == "thinking":
-        return "\x1b[2m" if shade else "thinking: "
+        return "" if shade else "thinking: "
     if name == "content_block_start" and kind == "tool_use":
-        return f"\n[calls {harmless(data['content_block']['name'])} "
+        return f"\n[calls {data['content_block']['name']} "
     if name == "content_block_stop":
-        ends = {"thinking": "\x1b[0m\n\n" if shade else "\n\n", "tool_use": "]"}
-        return ends.get(kind, "")
+        return {"thinking": "\n\n", "tool_use": "]"}.get(kind, "")
     delta = data.get("delta") or {}
     words = (delta.get(key) for key in ("text", "thinking", "partial_json"))
-    return harmless(next(filter(None, words), ""))
+    return next(filter(None, words), "")
 
 
 def answerer(config: Config, request_id: str, message: Json) -> str:
@@ -13900,13 +13902,12 @@ def run_models(context: Context) -> int:
         return 0
     label = PROVIDERS[config.provider].label
     say(f"{label}, from the catalog; --live asks it" if live is None
-        else f"{label} at {harmless(config.base_url)}")
+        else f"{label} at {config.base_url}")
     say(f"{'model':46} window abilities, beside tools")
     bold = takes_colour(sys.stdout, context.environ)
     for row in rows:
         if not row["retired"]:
-            line = model_line(row)
-            say(f"\x1b[1m{line}\x1b[0m" if bold and row["tiers"] else line)
+            say(model_line(row), style="1" if bold and row["tiers"] else "")
     retired = [row for row in rows if row["retired"]]
     if retired:
         say(f"\n{'retired':39}  use instead")
@@ -13916,7 +13917,7 @@ def run_models(context: Context) -> int:
 
 
 async def live_list(config: Config) -> List[str]:
-    spinner = asyncio.ensure_future(spin(f"asking {harmless(config.base_url)}"))
+    spinner = asyncio.ensure_future(spin(f"asking {config.base_url}"))
     proxy = Proxy(config)
     try:
         return sorted(set(await proxy.live_models()))

@@ -367,13 +367,14 @@ USES = {            # part: the other parts it may use
     "Asking": " ".join(PARTS[:PARTS.index("Asking")]),
     "Page": "",
     "Proxy": " ".join(PARTS[:PARTS.index("Proxy")]),
-    "Server": "Numbers Errors Configuration HTTP/1.1 Upstream Journal Proxy",
+    "Server": "Numbers Errors Configuration HTTP/1.1 Upstream Memory Journal "
+              "Proxy",
     "Client": "Models Values Configuration Journal",
     "Neighbours": "Numbers Errors Configuration Refusals Arguments Streams Event "
-                  "Journal Asking Server",
+                  "Memory Asking Proxy Server",
     "Saved": "Errors Models Files Values Configuration Memory",
-    "Settings": "Numbers Errors Splices Memory",
-    "Terminal": "Errors Journal",
+    "Settings": "Numbers Errors Splices Memory Neighbours",
+    "Terminal": "Errors",
     "Setup": "Errors Models Files Values Configuration Saved Terminal",
     "Doctor": " ".join(PARTS[:PARTS.index("Setup")]),
     "Reports": "Models Configuration Memory Journal Neighbours Terminal",
@@ -386,12 +387,13 @@ WAIT = ["Upstream", "Memory", "Journal", "Asking", "Page", "Proxy", "Server", "C
         "Neighbours", "Saved", "Settings", "Terminal", "Setup", "Doctor", "Reports",
         "Context", "Running", "Commands", "Command"]
 KEPT = {            # names that only some parts may use
-    "asyncio": WAIT, "time": WAIT, "socket": ["Upstream", "Server", "Doctor"],
+    "asyncio": WAIT, "time": WAIT,
+    "socket": ["Upstream", "Server", "Neighbours", "Doctor"],
     "open": ["Memory", "Client", "Neighbours", "Saved", "Settings", "Doctor", "Reports",
              "Context", "Running"],
     "subprocess": ["Client", "Settings"], "os": WAIT,
     "sys": ["Neighbours", "Terminal", "Running", "Commands", "Command"],
-    "print": ["Terminal", "Running", "Command"], "input": ["Terminal"],
+    "print": ["Terminal", "Command"], "input": ["Terminal"],
     "threading": ["Server", "Doctor"], "logging": ["Memory", "Context"],
 }
 
@@ -6970,7 +6972,9 @@ def test_log_lines_cannot_be_forged(caplog):
     with both(completes("ok")) as (nim, client):
         caplog.set_level("INFO", "nimproxy")
         client.ask(model="evil\n12:00:00 INFO forged\u2028")
-    assert len(caplog.records) == 1 and "\n" not in caplog.records[0].getMessage()
+    record, = caplog.records
+    line = np.LogLines(np.Config()).format(record)
+    assert r"evil\n12:00:00 INFO forged\u2028 -> " in line and "\n" not in line
 
 
 def test_retired_models_are_replaced_on_nvidias_own_endpoint_only(caplog):
@@ -9489,7 +9493,7 @@ def test_requests_cannot_forge_lines_of_the_log(caplog, data):
         raw = client.raw(data, NEXT)
     assert answers_in(raw)[0][0] in (400, 403, 404)
     [record] = caplog.records
-    assert re.fullmatch(r"[ -~]{1,1000}", record.getMessage())
+    assert re.fullmatch(r"[ -~]{1,1000}", np.LogLines(np.Config()).format(record))
 
 
 # ---- 29. Client programs -----------------------------------------------------
@@ -12126,7 +12130,7 @@ def test_test_asks_and_measures(shell, capsys):
     assert code == 0 and "in 14, out 4" in out
     with FakeNim(refuses(401, {"detail": "Authentication \x1b[2Jfailed"})) as nim:
         code, _, err = run(capsys, "test", "--base-url", nim.url, "--port", "1")
-    assert code == 1 and "Authentication ?[2Jfailed" in err     # no screen is cleared
+    assert code == 1 and "Authentication \\x1b[2Jfailed" in err    # nothing is cleared
     assert err.endswith(" doctor` looks for the cause\n") and err.count("\n") == 2
 
 
@@ -12144,9 +12148,29 @@ def test_test_shows_calls_and_nothing_that_steers_the_terminal(shell, capsys):
               *calls(("ls\x1b[1m", {"path": "/"})), used()]
     with FakeNim(streams(*chunks)) as nim:
         code, out, _ = run(capsys, "test", "--base-url", nim.url, "--port", "1")
-    assert code == 0 and out.startswith("?]0;x??2Jhi\n")
-    assert re.search(r'\n\[calls ls\?\[1m \{"path": ?"/"\}\]\n', out), out
+    assert code == 0 and out.startswith("\\x1b]0;x\\x07\\x9b2Jhi\n")
+    assert re.search(r'\n\[calls ls\\x1b\[1m \{"path": ?"/"\}\]\n', out), out
     assert "tool_use" in out and "\x1b" not in out
+
+
+STEERS = [      # what others may want to print, as it is shown
+    ("an escape", "\x1b]0;x\x07", "\\x1b]0;x\\x07"), ("C1", "\x9b2J", "\\x9b2J"),
+    ("delete and back", "a\x7f\b\r", "a\\x7f\\x08\\r"), ("a line", "a\n\tb", "a\n\tb"),
+    ("directions", "\u202ea\u2066b\u200f\u061c", "\\u202ea\\u2066b\\u200f\\u061c"),
+    ("no width", "\u200ba\u2060\ufeff", "\\u200ba\\u2060\\ufeff"),
+    ("other lines", "\u2028\u2029", "\\u2028\\u2029"), ("half", "\ud800", "\\ud800"),
+    ("other languages", "\xe9\u4f60\xa0\U0001f600", "\xe9\u4f60\xa0\U0001f600"),
+]
+
+
+@pytest.mark.parametrize("text, words", named(STEERS))
+def test_what_is_said_steers_no_terminal(capsys, text, words):
+    np.say(text, end="")
+    np.say(text, end="", style="1")
+    assert capsys.readouterr().out == f"{words}\x1b[1m{words}\x1b[0m"
+    np.complain(text)
+    assert capsys.readouterr().err == "nimproxy: " + words.encode(
+        "ascii", "backslashreplace").decode() + "\n"
 
 
 def test_the_rate_is_that_of_the_time_after_the_first_token():
@@ -12181,8 +12205,8 @@ def test_a_test_that_breaks_off_leaves_the_terminal_as_it_was(shell, monkeypatch
     told = sse(says(reasoning_content="Hm."), *more, done=False)
     with FakeNim([EVENT_STREAM + told, FakeNim.CLOSE]) as nim:
         assert np.main(["test", "--base-url", nim.url, "--port", "1"]) == 1
-    assert "\x1b[2mHm." in screen.getvalue()
-    assert screen.getvalue().endswith("\n\x1b[0m")
+    assert screen.getvalue().startswith("\x1b[2mHm.\x1b[0m")
+    assert screen.getvalue().count("\x1b") == 2 and screen.getvalue()[-1] == "\n"
     assert errors.getvalue().startswith(words) and errors.getvalue().count("\n") == 2
 
 
@@ -12252,7 +12276,8 @@ def test_a_status_fits_the_screen_whatever_happened(shell, capsys):
     long = "x/" + "y" * 200
     slow = refuses(500, {"title": "\x1b[2J" + "Bad " * 200})
     script = [completes("ok"), slow, completes("ok")]
-    with both(*script, fallbacks={long: ("n" * 90,)}, opus=long) as (nim, client):
+    with both(*script, fallbacks={long: ("n" * 90,)}, opus=long,
+              home=shell / ".nimproxy") as (nim, client):
         for name in (long, "m", "z-ai/glm-5.3"):
             client.ask(model=name)
         code, out, _ = run(capsys, "status", "--port", str(client.address[1]))
@@ -12304,6 +12329,7 @@ RECORDS = [     # message, arguments, as text
     ("%s", ("bnZhcGktc2VjcmV0",), "***"),       # in base64
     ("%s", ("http://u:pa%25ss@proxy",), "http://***@proxy"),
     ("%s", ("basic pa%ssword",), "basic ***"),
+    ("%s", ("x" * 990 + "nvapi-secret" + "x" * 99,), "x" * 990 + "***" + "x" * 7),
 ]
 SECRETS = {"api_key": "nvapi-secret", "proxy_key": "mine",
            "https_proxy": "http://u:pa%25ssword@proxy"}
