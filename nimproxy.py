@@ -9046,6 +9046,7 @@ class Proxy:
         self.listed: Tuple[float, List[str]] = (0.0, [])
         self.traffic: Callable[[], Json] = dict     # what a server adds to the status
         self.began = time.time()
+        self.secret = os.urandom(32).hex()      # proves to this user that it is us
         self.stopping = False               # the server cuts answers off, and says so
 
     # every path
@@ -9409,8 +9410,12 @@ class Proxy:
         return Response(200, page_headers(), LIVE_PAGE.encode("ascii"))
 
     async def health(self, request: Request) -> Response:
-        return json_response({"status": "ok", "service": "nimproxy",
-                              "version": __version__})
+        """That we are up; with `?nonce=` and 64 hex digits, the proof that it is us."""
+        facts = {"status": "ok", "service": "nimproxy", "version": __version__}
+        nonce = re.search(r"\?nonce=([0-9a-f]{64})$", request.target)
+        if nonce:
+            facts["proof"] = proof(self.secret, nonce[1])
+        return json_response(facts)
 
     async def status(self, request: Request) -> Response:
         config, pacer = self.config, self.asker.gate.pacer
@@ -9492,6 +9497,11 @@ def last_words(question: Question, error: ProxyError) -> bytes:
         return message.ahead + failed_event(course, error)
     return b"".join(encoded(message.broken_off(error.body(course.id),
                                                not course.raises)))
+
+
+def proof(secret: str, nonce: str) -> str:
+    import hmac
+    return hmac.new(secret.encode(), nonce.encode(), "sha256").hexdigest()
 
 
 def exposure(config: Config) -> str:
@@ -9588,6 +9598,22 @@ def model_row(name: str, window: int, prefix: str = "") -> Json:
 # Bytes to Request, Response to bytes, until the connection ends.  It knows nothing
 # of what the paths mean.
 
+RUN_FILES = "run"           # the folder's name
+
+
+class LocalProxy(NamedTuple):
+    """A proxy of this user's, as its run file tells: ~/.nimproxy/run/<pid>.json."""
+    url: str = ""
+    key: str = ""           # what it asks of clients, or ""
+    command: str = ""       # what it is up for: `serve`, or a client's name
+    upstream: str = ""
+    start: float = 0.0      # seconds since the epoch
+    version: str = ""
+    secret: str = ""        # by which whoever answers at the URL proves to be it
+    machine: str = ""       # of several that may share a home
+    pid: int = 0
+
+
 class Server:
     """Connections and the tasks that serve them; `serve` makes one that listens."""
 
@@ -9602,6 +9628,7 @@ class Server:
         self.cutting = False                # an answer that is cancelled says so
         self.troubled = 0.0                 # when trouble was last logged
         self.other: Any = None              # the loop's exception handler before ours
+        self.run_file = ""                  # by which this user's commands know us
         proxy.traffic = self.traffic
 
     @property
@@ -9612,6 +9639,24 @@ class Server:
     def traffic(self) -> Json:
         """For the status, whose own answer is not counted among the running ones."""
         return {"connections": len(self.tasks), "running": len(self.running) - 1}
+
+    def announce(self, command: str) -> None:
+        """Write the run file.  Without a home, or where it cannot be written, the proxy
+        runs, and other commands take it for a stranger."""
+        config, pid = self.proxy.config, os.getpid()
+        if not config.home:
+            return
+        path = os.path.join(config.home, RUN_FILES, f"{pid}.json")
+        facts = LocalProxy(self.url, config.proxy_key, command, upstream_place(config),
+                           time.time(), __version__, self.proxy.secret,
+                           socket.gethostname(), pid)
+        try:
+            os.makedirs(config.home, 0o700, exist_ok=True)
+            replace_file(path, encode_json(facts._asdict()) + "\n")
+            self.run_file = path
+        except OSError as error:
+            log.warning("cannot write %s: %s; other commands will not know this proxy",
+                        path, error.strerror)
 
     def connected(self, reader: asyncio.StreamReader,
                   writer: asyncio.StreamWriter) -> None:
@@ -9855,6 +9900,8 @@ class Server:
     def drain(self) -> int:
         """Take no new request, close what is idle; how many answers are under way."""
         self.draining = True
+        with contextlib.suppress(OSError):
+            os.unlink(self.run_file)
         for listener in self.listeners:
             listener.close()
         for wire in list(self.tasks.values()):
@@ -9903,9 +9950,10 @@ def http_url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def serve(config: Config, ports: Iterable[int] = ()) -> Server:
-    """Listen as the config says, or at the first of `ports` that is free.  Raises
-    OSError if the address is taken, or all of them are."""
+async def serve(config: Config, ports: Iterable[int] = (), command: str = "serve"
+                ) -> Server:
+    """Listen as the config says, or at the first of `ports` that is free, for a command
+    that the run file names.  Raises OSError if the address is taken, or all are."""
     socks = free_sockets(config.host, ports or [config.port])
     server, loop = Server(Proxy(config)), asyncio.get_running_loop()
     for sock in socks:
@@ -9913,6 +9961,7 @@ async def serve(config: Config, ports: Iterable[int] = ()) -> Server:
             server.connected, sock=sock, limit=READ_BYTES))
     server.other = loop.get_exception_handler()
     loop.set_exception_handler(server.hear)
+    server.announce(command)
     return server
 
 
@@ -9982,8 +10031,9 @@ class Background:
         with Background(config) as url: ...
     """
 
-    def __init__(self, config: Config, ports: Iterable[int] = ()) -> None:
-        self.config, self.ports = config, ports
+    def __init__(self, config: Config, ports: Iterable[int] = (),
+                 command: str = "serve") -> None:
+        self.config, self.ports, self.command = config, ports, command
         self.ready = threading.Event()
         self.failed: Optional[BaseException] = None
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -10006,7 +10056,7 @@ class Background:
     async def main(self) -> None:
         self.loop, self.stopping = asyncio.get_running_loop(), asyncio.Event()
         try:
-            server = await serve(self.config, self.ports)
+            server = await serve(self.config, self.ports, self.command)
             self.url = server.url
         except (OSError, OverflowError) as error:
             self.failed = error
@@ -10209,7 +10259,7 @@ def openclaw_model(config: Config, name: str) -> Json:
 
 
 # ---- 30. Neighbours: proxies that are up here --------------------------------
-# How one is found, by the ports that it may have, and asked; who else has its port.
+# How one is known, by its run file and a proof, and asked; who else has its port.
 
 def streamed_answer(config: Config, url: str, body: Json) -> Tuple[Any, Any]:
     """Connection and response of a Messages request; ProxyError if it was refused."""
@@ -10238,8 +10288,7 @@ def streamed_events(connection: Any, response: Any) -> Iterator[Event]:
                 yield frame.event, event
 
 
-PROBE_SECONDS = {"/status": 1.0, "/health": 1.0}   # strangers may say nothing
-LOOKUP_SECONDS = 2.0        # for a model: our own proxy may ask its server for it
+LOOKUP_SECONDS = 2.0        # for what a proxy knows; of a model, it may ask its server
 ANSWER_SECONDS = 600.0      # of silence in an answer; pings come long before
 MAX_STATUS_BYTES = 1 << 20  # forty requests and errors and some hundred counts
 
@@ -10248,7 +10297,7 @@ def ask_proxy(config: Config, url: str, method: str, path: str,
               body: Optional[Json] = None) -> Tuple[Any, Any]:
     """http.client's connection and response; OSError for whatever fails."""
     from http.client import HTTPConnection, HTTPException
-    seconds = ANSWER_SECONDS if body else PROBE_SECONDS.get(path, LOOKUP_SECONDS)
+    seconds = ANSWER_SECONDS if body else LOOKUP_SECONDS
     connection = HTTPConnection(urlsplit(url).netloc, timeout=seconds)
     headers = {"x-api-key": config.proxy_key} if config.proxy_key else {}
     payload = json.dumps(body) if body else None
@@ -10258,16 +10307,6 @@ def ask_proxy(config: Config, url: str, method: str, path: str,
     except (OSError, HTTPException) as error:
         connection.close()
         raise OSError(f"{url} does not answer: {error}") from None
-
-
-def running_status(config: Config) -> Json:
-    """The status of a proxy of ours at the configured address; {} if there is none."""
-    return status_at(config, config_url(config), "/status")
-
-
-def status_at(config: Config, url: str, path: str) -> Json:
-    status = proxy_json(config, url, path)
-    return status if status.get("service") == "nimproxy" else {}
 
 
 def proxy_json(config: Config, url: str, path: str) -> Json:
@@ -10283,28 +10322,67 @@ def proxy_json(config: Config, url: str, path: str) -> Json:
         return {}
 
 
-def running_proxy(config: Config) -> Tuple[Config, Json]:
-    """Where a proxy of ours for the same upstream is up, from the configured port on,
-    and its status; else whichever is at that port itself, {} if none is."""
-    from concurrent.futures import ThreadPoolExecutor
-    own, place = neighbour_status(config), upstream_place(config)
-    others = [config._replace(port=port) for port in near_ports(config)[1:]]
-    if own.get("base_url") == place or not others:
-        return config, own
-    with ThreadPoolExecutor(PORTS) as pool:     # Windows refuses after two seconds
-        found = zip(others, pool.map(neighbour_status, others))
-        return next(((near, status) for near, status in found
-                     if status.get("base_url") == place), (config, own))
+def running_proxy(config: Config, command: str = "") -> Optional[LocalProxy]:
+    """A proxy that asks the same upstream, from the configured port on; else whichever
+    is at that port itself.  `command`: only one that is up for it."""
+    own = None
+    for port in near_ports(config):
+        proxy = proved(config, http_url(config.host, port))
+        if proxy and command in ("", proxy.command):
+            if proxy.upstream == upstream_place(config):
+                return proxy
+            own = proxy if port == config.port else own
+    return own
 
 
-def neighbour_status(config: Config) -> Json:
-    """The status; no key goes to whoever does not even say that it is a nimproxy."""
-    return running_status(config) if answers(config, config_url(config)) else {}
+def proved(config: Config, url: str) -> Optional[LocalProxy]:
+    """The proxy of this user's that is up at a URL.
+
+    Nobody is asked there without a run file that names the place, and nobody believed
+    who does not prove to know its secret, which stays here: strangers get no key.
+    """
+    import hmac
+    nonce, place = os.urandom(32).hex(), urlsplit(url)
+    hosts = ["127.0.0.1", "::1"] if place.hostname == "localhost" else [place.hostname]
+    urls = [http_url(host or "", place.port or 80) for host in hosts]
+    for proxy in local_proxies(config.home):
+        if proxy.url in urls:
+            answer = proxy_json(Config(), proxy.url, f"/healthz?nonce={nonce}")
+            if hmac.compare_digest(ascii(answer.get("proof")),
+                                   ascii(proof(proxy.secret, nonce))):
+                return proxy
+    return None
 
 
-def answers(config: Config, url: str) -> bool:
-    """Whether a nimproxy is up at a URL; it is asked without the key."""
-    return bool(status_at(config._replace(proxy_key=""), url, "/health"))
+MAX_RUN_FILE_BYTES = 64 * 1024      # of a run file, which has some 500
+
+
+def local_proxies(home: str) -> Iterator[LocalProxy]:
+    """What this user's run files tell; those that a crash has left are taken away."""
+    folder, names = os.path.join(home, RUN_FILES), []
+    with contextlib.suppress(OSError):
+        names = os.listdir(folder) if home else []
+    for path in [os.path.join(folder, name) for name in names]:
+        try:
+            with plain_file(path) as file:
+                ours = os.fstat(file.fileno()).st_uid == getattr(os, "geteuid", int)()
+                row = decode_json(file.read(MAX_RUN_FILE_BYTES))
+            proxy = LocalProxy(*[row[field] for field in LocalProxy._fields])
+        except (OSError, LookupError, TypeError, ValueError, RecursionError):
+            continue                    # it has just ended, or is of another version
+        sound = list(map(type, proxy)) == list(map(type, LocalProxy()))
+        if ours and sound and proxy.machine == socket.gethostname():
+            if process_lives(proxy.pid):
+                yield proxy
+                continue
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def met(config: Config, proxy: LocalProxy) -> Config:
+    """Settings that lead to a proxy that has proved to be ours."""
+    place = urlsplit(proxy.url)
+    return config._replace(host=place.hostname, port=place.port, proxy_key=proxy.key)
 
 
 ONCE_SECONDS = 0.05         # what comes within them has come at once, at no rate
@@ -10334,22 +10412,33 @@ def near_ports(config: Config) -> range:
     return range(config.port, min(config.port + (PORTS if config.port else 1), 65536))
 
 
+def in_the_way(config: Config) -> str:
+    """Who has our port, in a sentence; "" if nobody has."""
+    try:
+        for sock in listening_sockets(config.host, config.port):
+            sock.close()
+    except OSError as error:
+        if error.errno in TAKEN:
+            return (f"{config_url(config)} is in use by {port_user(config)}, which has "
+                    "not proved to be a `serve` of yours")
+    return ""
+
+
 def port_user(config: Config) -> str:
     """Who listens where we would: `python3 (pid 7)`, `nimproxy already`."""
-    name, pid = port_owner(config)
-    if answers(config, config_url(config)):
-        name = "nimproxy already"
+    proxy = proved(config, config_url(config))
+    name, pid = ("nimproxy already", proxy.pid) if proxy else port_owner(config.port)
     return name + (f" (pid {pid})" if pid else "")
 
 
-def port_owner(config: Config) -> Tuple[str, str]:
-    """Name and process id of who listens where we would, if the system tells (Linux:
-    of one's own processes)."""
+def port_owner(port: int) -> Tuple[str, str]:
+    """Name and process id of who listens at a port, if the system tells (Linux: of
+    one's own processes)."""
     found: Set[str] = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError), open(table, encoding="ascii") as rows:
-            found.update(f"socket:[{row.split()[9]}]" for row in list(rows)[1:]
-                         if conflicts(row.split(), config))
+            found.update(f"socket:[{row.split()[9]}]" for row in rows
+                         if re.match(rf" *\d+: \w+:{port:04X} \w+:\w+ 0A ", row))
     for pid in os.listdir("/proc") if found else ():
         with contextlib.suppress(OSError):      # another user's, or just ended
             places = f"/proc/{pid}/fd"
@@ -10360,25 +10449,49 @@ def port_owner(config: Config) -> Tuple[str, str]:
     return "another program", ""
 
 
-LISTENING = "0A"            # the state, in /proc/net/tcp
+def start_mark(pid: int) -> str:
+    """When a process began, in the system's words; "" if it has ended or none tells.
 
-
-def conflicts(row: List[str], config: Config) -> bool:
-    """Whether a row of /proc/net/tcp is a listener at our port, and not at another
-    address of this machine: its fields are, from the second on,
-    0100007F:2253 00000000:0000 0A (in words of the machine's own byte order)."""
-    host, _, port = row[1].partition(":")
-    if row[3] != LISTENING or int(port, 16) != config.port:
-        return False
-    raw = bytes.fromhex(host)
-    words = [raw[at:at + 4] for at in range(0, len(raw), 4)]
-    turn = -1 if sys.byteorder == "little" else 1
-    there = ipaddress.ip_address(b"".join(word[::turn] for word in words))
+    Process ids are used again, above all after the machine was started anew.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    if os.name == "nt" or os.path.exists("/proc/self/stat"):
+        return ""
+    environ = {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}
     try:
-        ours = ipaddress.ip_address(config.host)
-    except ValueError:
-        return True                         # a name: any of its addresses
-    return ours.is_unspecified or there.is_unspecified or there == ours
+        done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], env=environ,
+                              stdin=subprocess.DEVNULL, capture_output=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.decode("ascii", "replace").strip()
+
+
+PROCESS_SYNCHRONIZE = 0x100000      # Windows: the right to wait for a process
+WAIT_TIMEOUT = 0x102                # Windows: it has not ended yet
+
+
+def process_lives(pid: int) -> bool:
+    if os.path.exists("/proc/self/stat"):
+        return bool(start_mark(pid))
+    if os.name != "nt":
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:
+            return True             # another user's
+        return True
+    import ctypes
+    kernel = getattr(ctypes, "windll").kernel32     # os.kill would end it there
+    handle = kernel.OpenProcess(PROCESS_SYNCHRONIZE, False, pid)
+    if not handle:
+        return False
+    lives = kernel.WaitForSingleObject(handle, 0) == WAIT_TIMEOUT
+    kernel.CloseHandle(handle)
+    return lives
 
 
 # ---- 31. Saved: providers as they were set up --------------------------------
@@ -11042,51 +11155,6 @@ def is_holding(row: Json) -> bool:
     if row["kind"] == "install" or mark and row["mark"]:
         return row["kind"] == "install" or mark == row["mark"]
     return process_lives(row["pid"])
-
-
-def start_mark(pid: int) -> str:
-    """When a process began, in the system's words; "" if it has ended or none tells.
-
-    Process ids are used again, above all after the machine was started anew.
-    """
-    with contextlib.suppress(OSError, ValueError):
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()
-        return "" if fields[0] in "ZX" else fields[19]
-    if os.name == "nt" or os.path.exists("/proc/self/stat"):
-        return ""
-    environ = {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}
-    try:
-        done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], env=environ,
-                              stdin=subprocess.DEVNULL, capture_output=True, timeout=5)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.decode("ascii", "replace").strip()
-
-
-PROCESS_SYNCHRONIZE = 0x100000      # Windows: the right to wait for a process
-WAIT_TIMEOUT = 0x102                # Windows: it has not ended yet
-
-
-def process_lives(pid: int) -> bool:
-    if os.path.exists("/proc/self/stat"):
-        return bool(start_mark(pid))
-    if os.name != "nt":
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        except OSError:
-            return True             # another user's
-        return True
-    import ctypes
-    kernel = getattr(ctypes, "windll").kernel32     # os.kill would end it there
-    handle = kernel.OpenProcess(PROCESS_SYNCHRONIZE, False, pid)
-    if not handle:
-        return False
-    lives = kernel.WaitForSingleObject(handle, 0) == WAIT_TIMEOUT
-    kernel.CloseHandle(handle)
-    return lives
 
 
 # ---- what is set in a text, and undone
@@ -12440,14 +12508,11 @@ def answered(config: Config, url: str, body: Json) -> Tuple[Json, List[float]]:
 def check_port(patient: Patient) -> Said:
     """Who listens where we would, and how it goes if that is one of us."""
     config = patient.config
-    near, status = running_proxy(config) if config.port else (config, {})
-    if status:
-        yield from running_said(patient, config_url(near), status)
+    proxy = running_proxy(config)
+    if proxy:
+        yield from running_said(config, proxy)
     elif not config.port:
         yield OK, "any that is free", ""
-    elif answers(config, config_url(config)):
-        yield NOTE, f"a nimproxy is up at {config_url(config)}, with another key", (
-            "export PROXY_API_KEY with its key")
     else:
         try:
             for sock in listening_sockets(config.host, config.port):
@@ -12463,18 +12528,19 @@ def check_port(patient: Patient) -> Said:
                     "--host and --port name another place")
 
 
-def running_said(patient: Patient, url: str, status: Json) -> Said:
-    place, base = upstream_place(patient.config), str(status.get("base_url"))
+def running_said(config: Config, proxy: LocalProxy) -> Said:
+    status = proxy_json(met(config, proxy), proxy.url, "/status")
+    place, url = upstream_place(config), proxy.url
     counts, limits = (shaped(status.get(key), dict) for key in ("counts", "limits"))
-    if base != place:
-        yield NOTE, f"the nimproxy at {url} asks {base}, not {place}", (
+    if proxy.upstream != place:
+        yield NOTE, f"the nimproxy at {url} asks {proxy.upstream}, not {place}", (
             "end it, or take another --port here")
     else:
-        yield OK, f"nimproxy at {url} (pid {status.get('pid')}): " \
+        yield OK, f"nimproxy at {url} (pid {proxy.pid}): " \
             f"{counts.get('requests', 0)} requests, {counts.get('answers', 0)} " \
             "answers", ""
-    if status.get("version") != __version__:
-        yield NOTE, f"it is version {status.get('version')}, this is {__version__}", (
+    if proxy.version != __version__:
+        yield NOTE, f"it is version {proxy.version}, this is {__version__}", (
             "start it anew")
     if whole(limits.get("waiting")):
         yield NOTE, f"{limits.get('sent_this_minute')} of " \
@@ -12587,7 +12653,7 @@ def base_said(patient: Patient, url: Any, where: str, undo: str
         return NOTE, f"{words}: plain claude goes there", f"{undo}; `code` goes here"
     if target.secure:
         return BROKEN, f"{words}, and http:// is spoken here", undo
-    if answers(patient.config, url):
+    if proved(patient.config, url):
         return OK, f"{words}, where a nimproxy answers", ""
     port = "" if target.port == patient.config.port else f" --port {target.port}"
     return BROKEN, f"{words}, where no nimproxy answers", (
@@ -13272,12 +13338,13 @@ def launch(context: Context, command: List[str]) -> int:
         config = config._replace(proxy_key=os.urandom(24).hex())
     if not {"--help", "-h", "--version", "-v"}.intersection(context.arguments):
         check_config(config)
-    near, status = running_proxy(context.config) if config.port else (config, {})
-    if status.get("base_url") == upstream_place(config):
-        return run_client(context, context.config, config_url(near), command)
+    proxy = running_proxy(config, "serve")
+    if proxy and proxy.upstream == upstream_place(config):
+        return run_client(context, met(config, proxy), proxy.url, command)
     with contextlib.ExitStack() as stack:
         try:
-            url = stack.enter_context(Background(config, near_ports(config)))
+            url = stack.enter_context(Background(config, near_ports(config),
+                                                 os.path.basename(command[0])))
         except OSError as error:
             complain(address_trouble(config, error))
             return 1
@@ -13310,7 +13377,7 @@ def asks_one_model(context: Context) -> bool:
 
 def tell_failure(config: Config, url: str) -> None:
     """Say what upstream has refused, if a client got nothing else all the time."""
-    status = running_status(config._replace(port=urlsplit(url).port))
+    status = proxy_json(config, url, "/status")
     counts, errors = status.get("counts") or {}, status.get("last_errors")
     if errors and not counts.get("answers") and errors[-1]["status"] in PUZZLES:
         complain(f"{errors[-1]['message']}; `{program()} doctor` looks for the cause")
@@ -13391,7 +13458,7 @@ def led_by_settings(context: Context, url: str) -> ContextManager:
     installed = installed_env(paths) or {}
     wished = context.store.settings.get("claude_settings") is True
     there = installed.get("ANTHROPIC_BASE_URL", "" if wished else url)
-    if there == url or there and answers(context.config, there):
+    if there == url or there and proved(context.config, there):
         return contextlib.nullcontext()
     return claude_settings(paths, settings_wish(context, paths, url), warn)
 
@@ -13706,6 +13773,7 @@ def run_install(context: Context) -> int:
     if not config.port:
         raise ProxyError(400, "install: expected the port that `serve` will listen at")
     url = config_url(config)
+    refuse_strangers(config, proved(config, url))
     mend_claude(context)
     paths = claude_paths(context.environ)
     try:
@@ -13756,13 +13824,24 @@ def run_uninstall(context: Context) -> int:
     return 0
 
 
+def refuse_strangers(config: Config, proxy: Optional[LocalProxy]) -> None:
+    """ProxyError if a client would be led to somebody else at our port."""
+    words = "" if proxy and proxy.command == "serve" else in_the_way(config)
+    if words:
+        raise ProxyError(400, f"{words}: nothing leads there. Start `{program()}`, and "
+                              "give --port where it says that it listens")
+
+
 def run_env(context: Context) -> int:
     shell = context.options.shell or "sh"
     if shell not in EXPORTS:
         raise ProxyError(400, f"--shell: expected one of {', '.join(EXPORTS)}, "
                               f"found {shell!r}{nearest(shell, EXPORTS)}")
     config = context.config
-    url = config_url(running_proxy(config)[0])
+    proxy = running_proxy(config, "serve")
+    refuse_strangers(config, proxy)
+    config = met(config, proxy) if proxy else config
+    url = config_url(config)
     added = client_environment(config, url, asks_one_model(context), context.environ)
     say("\n".join(export_lines(added, shell)))
     return 0
@@ -13826,11 +13905,11 @@ def run_test(context: Context) -> int:
             raise ProxyError(400, "test -: expected a prompt on standard input")
     body = {"model": context.options.model or config.default_model, "max_tokens": 512,
             "stream": True, "messages": [{"role": "user", "content": prompt}]}
-    near, status = running_proxy(config)
-    if status:
-        return show_answer(context, near, body)
+    proxy = running_proxy(config)
+    if proxy:
+        return show_answer(context, met(config, proxy), body)
     check_config(config)
-    with Background(config._replace(port=0)) as url:
+    with Background(config._replace(port=0), command="test") as url:
         return show_answer(context, config._replace(port=urlsplit(url).port), body)
 
 
@@ -13875,7 +13954,7 @@ def shown_event(name: str, data: Json, kind: str, shade: bool) -> str:
 
 def answerer(config: Config, request_id: str, message: Json) -> str:
     """Which model answered a request, where, and why not the one that was asked."""
-    status = running_status(config)
+    status = proxy_json(config, config_url(config), "/status")
     row = next((row for row in status.get("last_requests", [])
                 if request_id.endswith(row["id"])), {})
     why = row.get("fallback", "")
@@ -13928,19 +14007,18 @@ async def live_list(config: Config) -> List[str]:
 
 
 def run_status(context: Context) -> int:
-    config, status = running_proxy(context.config)
-    if not status:
-        url = config_url(config)
-        locked = answers(config, url)
-        complain(f"a nimproxy is up at {url}; set PROXY_API_KEY to its key" if locked
-                 else f"no nimproxy answers at {url}; start one with `{program()}`")
+    config, proxy = context.config, running_proxy(context.config)
+    status = proxy_json(met(config, proxy), proxy.url, "/status") if proxy else {}
+    if not proxy or not status:
+        complain(in_the_way(config) or f"no nimproxy answers at {config_url(config)}; "
+                                       f"start one with `{program()}`")
         if context.options.json:
-            say(json.dumps({"running": locked}))
+            say(json.dumps({"running": False}))
         return 1
     if context.options.json:
         say(json.dumps(status, indent=1))
         return 0
-    for line in status_lines(status, config_url(config)):
+    for line in status_lines(status, proxy.url):
         say(line)
     return 0
 

@@ -22,6 +22,7 @@ import functools
 import gc
 import hashlib
 import heapq
+import hmac
 import html
 import http.client
 import inspect
@@ -377,7 +378,7 @@ USES = {            # part: the other parts it may use
     "Terminal": "Errors",
     "Setup": "Errors Models Files Values Configuration Saved Terminal",
     "Doctor": " ".join(PARTS[:PARTS.index("Setup")]),
-    "Reports": "Models Configuration Memory Journal Neighbours Terminal",
+    "Reports": "Models Configuration Memory Journal Terminal",
     "Context": " ".join(PARTS[:PARTS.index("Setup")]),
     "Running": " ".join(PARTS[:PARTS.index("Setup")] + ["Context"]),
     "Commands": " ".join(PARTS[:PARTS.index("Commands")]),
@@ -391,7 +392,7 @@ KEPT = {            # names that only some parts may use
     "socket": ["Upstream", "Server", "Neighbours", "Doctor"],
     "open": ["Memory", "Client", "Neighbours", "Saved", "Settings", "Doctor", "Reports",
              "Context", "Running"],
-    "subprocess": ["Client", "Settings"], "os": WAIT,
+    "subprocess": ["Client", "Neighbours"], "os": WAIT,
     "sys": ["Neighbours", "Terminal", "Running", "Commands", "Command"],
     "print": ["Terminal", "Command"], "input": ["Terminal"],
     "threading": ["Server", "Doctor"], "logging": ["Memory", "Context"],
@@ -6834,10 +6835,20 @@ def test_messages_at_any_prefix():
             assert client.request("POST", path, ASK)[0] == 200
 
 
-def test_health_has_no_secret():
+NONCE = "0a" * 32
+
+
+def test_health_has_no_secret_and_proves_whose_it_is():
+    plain = {"status": "ok", "service": "nimproxy", "version": np.__version__}
     with both(completes("ok"), proxy_key="k" * 16) as (nim, client):
-        assert client.request("GET", "/health")[2] == {
-            "status": "ok", "service": "nimproxy", "version": np.__version__}
+        for query in ("", "?nonce=", "?nonce=" + NONCE[1:], "?nonce=" + NONCE + "00",
+                      "?nonce=" + NONCE.upper(), "?nonce=" + NONCE + "&a=b"):
+            assert client.request("GET", "/health" + query)[2] == plain
+        proofs = [client.request("GET", "/healthz?nonce=" + nonce)[2].pop("proof")
+                  for nonce in (NONCE, NONCE, "0b" * 32)]
+    assert proofs[0] == proofs[1] != proofs[2]
+    assert np.proof("secret", NONCE) == hmac.new(
+        b"secret", NONCE.encode(), hashlib.sha256).hexdigest()
 
 
 def test_models_in_the_shape_of_both_sdks():
@@ -10678,7 +10689,7 @@ def test_serve_at_another_port_leads_there_while_it_runs(shell, capsys):
     before = tree(shell)
     with serving("--demo", "--no-claude-settings") as (child, url):
         assert Client(url).ask()[0] == 200 and tree(shell) == before
-    with proxy_for("http://127.0.0.1:1") as up:
+    with proxy_for("http://127.0.0.1:1", home=shell / ".nimproxy") as up:
         run(capsys, "install", "-y", "--demo", "--port", up.url.split(":")[-1])
         with serving("--demo") as (child, url):     # the one that is up goes before
             assert Client(url).ask()[0] == 200
@@ -11420,7 +11431,8 @@ def a_port_of(it, answer):
 def a_proxy_at(it, **settings):
     """A nimproxy at our port, for our upstream."""
     base = {"port": it.port, "base_url": it.nim.url, "default_model": "m", "retries": 0,
-            "context_window": 65536, "opus": "m", "sonnet": "m", "haiku": "m"}
+            "context_window": 65536, "opus": "m", "sonnet": "m", "haiku": "m",
+            "home": it.place / ".nimproxy"}
     return Client(it.enter(np.Background(np.Config(**{**base, **settings}))))
 
 
@@ -11634,8 +11646,8 @@ SICK = [    # (case, what breaks it, check, state, words, mend)
     ("a nimproxy for another server", lambda it: a_proxy_at(
         it, base_url="http://127.0.0.1:9/v1"),
      "port", "note", "asks http://127.0.0.1:9/v1, not http", "--port"),
-    ("a nimproxy with a key", lambda it: a_proxy_at(it, proxy_key="k" * 16),
-     "port", "note", "with another key", "PROXY_API_KEY"),
+    ("a nimproxy without a home", lambda it: a_proxy_at(it, home=""),
+     "port", "note", "in use by", "--port"),
     ("a nimproxy that was refused", failed_once,
      "port", "note", "it answered 404", "status"),
     ("a nimproxy that was throttled", paused, "port", "note", "m pauses", "fallbacks"),
@@ -11715,27 +11727,6 @@ def test_each_sickness_is_named_with_what_mends_it(clinic, capsys, breaks, check
     assert out.isascii() and max(map(len, out.splitlines())) <= 80
     assert re.search(rf"^{'BROKEN' if state == 'broken' else state} +{check}( |$)",
                      out, re.M) and "SECRET" not in out
-
-
-def test_no_key_goes_to_a_stranger_nor_does_its_status_do_harm(clinic):
-    """Somebody at our port, to whom settings lead, who says that it is nimproxy."""
-    status = {"service": "nimproxy", "base_url": clinic.nim.url, "counts": [],
-              "version": None, "limits": {"pauses": {"m": "x"}, "ceilings": {"m": "y"},
-                                          "waiting": "z"},
-              "last_errors": [1, {"at": "x"}, {"at": time.time(), "message": [2]}]}
-    told = {"/health": response(b'{"service": "nimproxy"}')}
-    with FakeNim(None) as stranger:
-        stranger.script[:] = [lambda _: told.get(
-            stranger.requests[-1][1], response(json.dumps(status).encode()))]
-        url = stranger.url[:-3]
-        clinic.env(PROXY_PORT=url.rpartition(":")[2], ANTHROPIC_BASE_URL=url)
-        code, found = clinic.findings()
-        assert code == 0 and "m pauses x s" in str(found), found
-        told["/health"] = told["/status"] = response(b"{}")
-        clinic.env(PROXY_PORT=clinic.port, PROXY_API_KEY="mine-alone-SECRET")
-        del stranger.requests[:]
-        assert clinic.findings()[0] == 1
-        assert stranger.requests and "mine-alone" not in str(stranger.requests)
 
 
 def test_certificates_that_are_not_taken(clinic, certificates, tmp_path):
@@ -12136,7 +12127,8 @@ def test_test_asks_and_measures(shell, capsys):
 
 def test_test_says_who_answered_instead(shell, capsys):
     gone = refuses(410, {"title": "Gone"})
-    with both(gone, streams(*HELLO), fallbacks={"m": ("n",)}) as (nim, client):
+    with both(gone, streams(*HELLO), fallbacks={"m": ("n",)},
+              home=shell / ".nimproxy") as (nim, client):
         code, out, _ = run(capsys, "test", "--port", str(client.address[1]), "--model",
                            "m")
     said = " ".join(out.split())
@@ -12217,12 +12209,6 @@ def test_options_may_stand_before_the_prompt(shell, capsys):
         assert code == 0 and "built-in model" in out
 
 
-def test_a_proxy_with_a_key_is_told_from_none(shell, capsys):
-    with both(completes("ok"), proxy_key="k" * 16) as (nim, client):
-        code, _, err = run(capsys, "status", "--port", str(client.address[1]))
-    assert code == 1 and "set PROXY_API_KEY to its key" in err
-
-
 def test_there_is_no_catalog_for_every_provider(shell, capsys):
     code, _, err = run(capsys, "models", "--provider", "custom", "--base-url",
                        "http://h/v1")
@@ -12230,8 +12216,9 @@ def test_there_is_no_catalog_for_every_provider(shell, capsys):
 
 
 def test_status_of_a_running_proxy(shell, capsys):
-    with both(completes("ok")) as (nim, client):
-        client.ask()
+    with both(completes("ok"), proxy_key="k" * 16, home=shell / ".nimproxy") as (
+            nim, client):       # whose key is in the run file
+        client.ask({"x-api-key": "k" * 16})
         port = str(client.address[1])
         code, out, _ = run(capsys, "status", "--port", port)
         assert code == 0 and "requests 1" in out and nim.url in out
@@ -12243,7 +12230,7 @@ def test_status_of_a_running_proxy(shell, capsys):
 
 
 def test_status_says_what_was_mended(shell, capsys):
-    with both(TOP_K, streams(*text(LEAK))) as (nim, client):
+    with both(TOP_K, streams(*text(LEAK)), home=shell / ".nimproxy") as (nim, client):
         client.message(top_k=3, stream=True, tools=list(READ.values()))
         run(capsys, "status", "--port", str(client.address[1]))
         code, out, _ = run(capsys, "status", "--port", str(client.address[1]))
@@ -12253,7 +12240,7 @@ def test_status_says_what_was_mended(shell, capsys):
 def test_status_says_what_the_limits_leave(shell, capsys):
     hot = refuses(429, {"title": "x"}, "Retry-After: 20")
     with both(hot, completes("ok"), fallbacks={"hot": ("cool",)}, concurrency=2,
-              requests_per_minute=9) as (nim, client):
+              requests_per_minute=9, home=shell / ".nimproxy") as (nim, client):
         client.ask(SESSION, model="hot")
         code, out, _ = run(capsys, "status", "--port", str(client.address[1]))
     assert "2 of 9 requests this minute, 0 of 2 running, 0 waiting, hot pauses" in out
@@ -12263,7 +12250,7 @@ def test_status_says_what_the_limits_leave(shell, capsys):
 def test_status_says_a_fallback_once_and_when_an_error_was(shell, capsys):
     gone = refuses(410, {"title": "Gone"})
     with both(gone, completes("a"), gone, completes("b"), refuses(401, {"title": "x"}),
-              fallbacks={"m": ("n",)}) as (nim, client):
+              fallbacks={"m": ("n",)}, home=shell / ".nimproxy") as (nim, client):
         for name in "12":
             client.ask(headers={"x-claude-code-session-id": name})
         client.ask(model="other")
@@ -12426,7 +12413,8 @@ def test_an_unknown_window_is_no_window():
 
 
 def test_run_reuses_a_proxy_that_answers(shell):
-    with both(completes("from the running one")) as (nim, client):
+    with both(completes("from the running one"), proxy_key="k" * 16,
+              home=shell / ".nimproxy") as (nim, client):
         done = program("run", "--base-url", nim.url, "--port", str(client.address[1]),
                        "--", sys.executable, "-c", CHILD)
         assert done.returncode == 7 and "from the running one" in done.stdout
@@ -12650,22 +12638,24 @@ def test_the_last_ports_and_any_port():
 def test_a_proxy_is_found_where_it_went(shell, capsys):
     """Behind a stranger that says nothing and a proxy of another upstream."""
     port = free_ports()
-    with holding(port), both(completes("ok")) as (nim, client), \
-            proxy_for("http://127.0.0.1:9/v1", port=port + 1), \
-            proxy_for(nim, port=port + 2) as ours, proxy_for(nim, port=port + 3):
+    with holding(port), FakeNim(completes("ok")) as nim, serving(
+            "--demo", "--port", str(port + 1)), serving(
+            "--base-url", nim.url, "--port", str(port + 2)) as (_, url), serving(
+            "--base-url", nim.url, "--port", str(port + 3)):
         argv = ["--port", str(port), "--base-url", nim.url]
         code, out, _ = run(capsys, "status", *argv)
-        assert code == 0 and ours.url.rpartition("/")[2] in out
-        assert f"_BASE_URL='{ours.url}'\n" in run(capsys, "env", *argv)[1]
+        assert code == 0 and url.rpartition("/")[2] in out
+        assert f"_BASE_URL='{url}'\n" in run(capsys, "env", *argv)[1]
         assert run(capsys, "test", *argv)[0] == 0
-        assert ours.request("GET", "/status")[2]["counts"]["requests"] == 1
+        assert Client(url).request("GET", "/status")[2]["counts"]["requests"] == 1
         done = program("run", *argv, "--", sys.executable, "-c", CHILD)
-        assert done.returncode == 7 and "by way of " + ours.url in done.stderr
+        assert done.returncode == 7 and "by way of " + url in done.stderr
         argv[1] = str(port + 1)             # what is there, is it for another upstream
         code, out, _ = run(capsys, "status", *argv[:2])
-        assert code == 0 and "http://127.0.0.1:9/v1" in out
+        assert code == 0 and "upstream built in" in out
+        assert f":{port + 1}'\n" in run(capsys, "env", *argv[:2])[1]
     code, out, _ = run(capsys, "env", *argv)        # nobody is up
-    assert code == 0 and "http://127.0.0.1:%d'\n" % (port + 1) in out
+    assert code == 0 and f":{port + 1}'\n" in out
 
 
 def test_run_gives_way_to_a_stranger_at_its_port(shell):
@@ -12678,11 +12668,28 @@ def test_run_gives_way_to_a_stranger_at_its_port(shell):
     assert re.match(said % (port, port + 1, port + 1), done.stderr)
 
 
-STRANGERS = [       # what a stranger at the next port answers to everything
+@contextlib.contextmanager
+def run_file(shell, url, name="", **changes):
+    """A run file for a place where somebody may listen: its path."""
+    facts = np.LocalProxy(url, "k" * 16, "serve", "built in", 1.5, np.__version__,
+                          "5ec4e7" * 9, socket.gethostname(), os.getpid())._asdict()
+    path = shell / ".nimproxy" / "run" / (name or "%d.json" % os.getpid())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**facts, **changes}))
+    yield path
+
+
+def claims(**facts):
+    return response(json.dumps({"service": "nimproxy", **facts}).encode())
+
+
+STRANGERS = [       # what a stranger answers to everything at a place of a run file
     ("not JSON", response(b"hello", 200, "text/plain")),
-    ("other JSON", response(b'{"service": "other"}')),
-    ("a list", response(b"[1]")),
-    ("nested", response(b"[" * 100000)),
+    ("no proof", claims()), ("an empty one", claims(proof="")),
+    ("one that is no text", claims(proof=[1])),
+    ("half a letter", claims(proof="\ud800")), ("another's", claims(proof="0" * 64)),
+    ("one of another nonce", claims(proof=np.proof("5ec4e7" * 9, NONCE))),
+    ("a list", response(b"[1]")), ("nested", response(b"[" * 100000)),
     ("without an end", [EVENT_STREAM + b"data: 1\n\n", FakeNim.LEFT]),
     ("too much", response(b'{"service": "nimproxy"}' + b" " * (2 << 20))),
     ("of no known length", [b'HTTP/1.1 200 OK\r\n\r\n{"service": "nimproxy"}',
@@ -12693,14 +12700,99 @@ STRANGERS = [       # what a stranger at the next port answers to everything
 
 
 @pytest.mark.parametrize("answer", named(STRANGERS))
-def test_a_stranger_is_no_proxy_and_gets_no_key(shell, capsys, monkeypatch, answer):
+def test_a_stranger_gets_a_nonce_and_nothing_else(shell, capsys, monkeypatch, answer):
     monkeypatch.setenv("PROXY_API_KEY", "k" * 16)
-    with FakeNim(answer) as stranger:
-        port = stranger.server.server_address[1] - 1
-        code, _, err = run(capsys, "status", "--port", str(port))
-        assert code == 1 and "no nimproxy answers" in err
-        assert stranger.requests
-        assert "k" * 16 not in json.dumps(stranger.requests)
+    with FakeNim(answer) as stranger, run_file(shell, stranger.url[:-3]):
+        argv = ["--demo", "--port", stranger.url[:-3].rpartition(":")[2]]
+        for command, code in (("env", 2), ("status", 1), ("install", 2)):
+            got, out, err = run(capsys, command, *argv)
+            assert (got, out) == (code, "") and err.count("nimproxy: ") == 1
+            assert re.search(r" is in use by .*, which has not proved to be ", err)
+        assert run(capsys, "test", "private", *argv)[0] == 0     # by a proxy of its own
+    assert {re.sub("[0-9a-f]{64}$", "", path) for _, path, _ in stranger.requests} == {
+        "/healthz?nonce="}
+    assert not stranger.asked and "kkkk" not in str(stranger.requests)
+    assert not re.search("5ec4e7|kkkk|private", str(stranger.requests))
+
+
+def test_a_stranger_without_a_run_file_is_asked_nothing(shell, capsys, monkeypatch):
+    monkeypatch.setenv("PROXY_API_KEY", "k" * 16)
+    with FakeNim(claims()) as stranger, both(
+            completes("ok"), home=shell / ".nimproxy") as (nim, client):
+        stranger.script = [lambda _: claims(**client.request(     # hands all on to ours
+            "GET", stranger.requests[-1][1])[2])]
+        url = stranger.url[:-3]
+        for command in ("env", "status", "install", "doctor"):
+            run(capsys, command, "--demo", "--port", url.rpartition(":")[2])
+        code, out, _ = run(capsys, "env", "--port", "%d" % client.address[1])
+        assert code == 0 and client.url in out
+    assert not stranger.requests
+
+
+RUN_FILES = [       # what is special about a run file, is it used, is it there then
+    ("nothing", {}, True, True), ("another machine", {"machine": "far"}, False, True),
+    ("a process that has ended", {"pid": 1 << 22}, False, False),
+    ("no process", {"pid": "x"}, False, True), ("no text", {"url": 5}, False, True),
+    ("no address", {"url": "http://h:x"}, False, True),
+    ("another secret", {"secret": "0"}, False, True),
+]
+
+
+@pytest.mark.parametrize("changes, used, stays", named(RUN_FILES))
+def test_run_files(shell, changes, used, stays):
+    with both(completes("ok"), home=shell / ".nimproxy") as (nim, client):
+        config = np.Config(home=str(shell / ".nimproxy"))
+        path, = (shell / ".nimproxy" / "run").iterdir()
+        assert path.name == "%d.json" % os.getpid()
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        (path.parent / "9.json").write_text("[")            # another one that is torn
+        for url in (client.url, client.url.replace("127.0.0.1", "localhost")):
+            found = np.proved(config, url)
+            assert bool(found) is used and path.exists() is stays
+        assert not np.proved(config, "http://127.0.0.2:%d" % client.address[1])
+        assert not np.proved(config._replace(home=""), client.url)
+    assert not path.exists() and np.proved(config, client.url) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs owners of files")
+def test_a_run_file_of_another_user_is_none(shell, monkeypatch):
+    with both(completes("ok"), home=shell / ".nimproxy") as (nim, client):
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        assert not np.proved(np.Config(home=str(shell / ".nimproxy")), client.url)
+
+
+def test_a_home_that_cannot_be_written_is_said_once(shell, capsys):
+    (shell / ".nimproxy").write_text("a file")
+    with serving("--demo") as (child, url):
+        assert Client(url).ask()[0] == 200
+        code, _, err = run(capsys, "status", "--port", url.rpartition(":")[2])
+        assert code == 1 and "has not proved to be" in err
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(5) == 0
+        words = child.stderr.read().decode()
+    assert words.count("other commands will not know this proxy") == 1
+
+
+def test_a_proxy_that_lives_with_its_client_is_led_to_by_no_other(shell, capsys):
+    """`code` and `run` have a key of their own, and end."""
+    script = "import os, sys; print(os.environ['ANTHROPIC_BASE_URL'], flush=True)" \
+             "; sys.stdin.read()"
+    port = str(free_port())
+    argv = ["run", "--demo", "--port", port, "--", sys.executable, "-c"]
+    command = [sys.executable, str(HERE / "nimproxy.py"), *argv, script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL) as child:
+        assert child.stdout.readline().decode().strip().endswith(":" + port)
+        assert run(capsys, "status", "--port", port)[0] == 0
+        assert run(capsys, "test", "--demo", "--port", port)[0] == 0
+        assert run(capsys, "env", "--demo", "--port", port)[0] == 2
+        done = program(*argv, CHILD)
+        assert done.returncode == 7 and "by way of http://127.0.0.1:" + port not in (
+            done.stderr)
+        child.communicate(b"")
+    assert not list((shell / ".nimproxy" / "run").iterdir())
 
 
 @pytest.mark.parametrize("coding", ["utf-8", "ascii", "latin-1"])
@@ -12767,32 +12859,10 @@ def test_version_and_demo_need_no_sound_configuration(shell, capsys, monkeypatch
     assert run(capsys, "status")[0] == 2
 
 
-def listener_row(address, port, state="0A"):
-    return ["0:", "%s:%04X" % (address, port), "00000000:0000", state]
-
-
-LISTENERS = [       # a row of /proc/net/tcp, our host, whether it is in our way
-    ("ours", ("0100007F", 9), "127.0.0.1", True),
-    ("any address", ("00000000", 9), "127.0.0.1", True),
-    ("we want any address", ("0200007F", 9), "0.0.0.0", True),
-    ("another address", ("0200007F", 9), "127.0.0.1", False),
-    ("another port", ("0100007F", 10), "127.0.0.1", False),
-    ("a connection", ("0100007F", 9, "01"), "127.0.0.1", False),
-    ("a name", ("0100007F", 9), "localhost", True),
-    ("IPv6", ("00000000000000000000000001000000", 9), "::1", True),
-]
-
-
-@pytest.mark.skipif(sys.byteorder == "big", reason="the rows are in this order")
-@pytest.mark.parametrize("row, host, found", named(LISTENERS))
-def test_who_is_in_the_way(row, host, found):
-    assert np.conflicts(listener_row(*row), np.Config(host=host, port=9)) is found
-
-
 def test_without_proc_a_port_is_in_use_by_another_program(monkeypatch):
     monkeypatch.setattr(np, "open", lambda *_, **__: (_ for _ in ()).throw(
         FileNotFoundError()), raising=False)
-    assert np.port_owner(np.Config(port=9)) == ("another program", "")
+    assert np.port_owner(9) == ("another program", "")
 
 
 # Runs `serve` as with a changed library; nothing is listened to before.
