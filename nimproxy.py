@@ -10580,6 +10580,22 @@ class Store:
         usable = [*self.records, *KEYLESS]
         self.active = active if active in usable else ""
 
+    def keep_private(self) -> None:
+        """Take from others what they may do in our folders."""
+        for name in ("", "providers", RUN_FILES, ERROR_LOG, USAGE_LOG):
+            folder = os.path.join(self.home, name)
+            try:
+                mode = os.stat(folder).st_mode if self.home and os.name != "nt" else 0
+                if mode & stat.S_ISVTX:
+                    raise OSError(errno.EPERM, "it is shared, as /tmp is")
+                if mode & 0o077:
+                    os.chmod(folder, 0o700)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                self.troubles.append((folder, "others have access to it, which cannot "
+                                              f"be changed: {error.strerror}"))
+
     def take(self, name: str, path: str) -> None:
         record = self.read(path) if name not in self.records else {}
         if record:
@@ -11988,7 +12004,7 @@ def check_program(patient: Patient) -> Said:
 
 
 def check_home(patient: Patient) -> Said:
-    """The folder of what is kept: there, writable, whole, and nobody else's to read."""
+    """The folder of what is kept: there, writable, and whole."""
     store, home = patient.store, patient.store.home
     if not home:
         yield BROKEN, "there is no home: nothing is kept", "set NIMPROXY_HOME"
@@ -12012,7 +12028,6 @@ def check_home(patient: Patient) -> Said:
         yield BROKEN, f"{place} cannot be written: nothing is kept", (
             "NIMPROXY_HOME names another folder")
         return
-    yield from loose_modes(store, home)
     import shutil
     free = shutil.disk_usage(place).free
     if free < LEAST_DISK_BYTES:
@@ -12020,17 +12035,6 @@ def check_home(patient: Patient) -> Said:
     if not damaged:
         saved = ", ".join(store.records) or "no provider"
         yield OK, f"{home}, {saved} set up", ""
-
-
-def loose_modes(store: Store, home: str) -> Said:
-    if os.name == "nt" or not os.path.isdir(home):
-        return
-    for path in [home, *store.paths.values()]:
-        with contextlib.suppress(OSError):
-            if path.startswith(home) and os.stat(path).st_mode & 0o077:
-                yield NOTE, f"others on this machine may look into {path}", (
-                    f"chmod -R go= {shlex.quote(home)}")
-                return
 
 
 # ---- what is set
@@ -14154,8 +14158,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         if options.reconfigure and command == "serve":
             command = "setup"
         arguments, store = rest or options.arguments, Store(*home_folders(os.environ))
-        for path, words in store.troubles if command != "doctor" else ():
-            complain(f"{path}: {words}")
+        if command != "doctor":             # which changes nothing, and tells itself
+            store.keep_private()
+            for path, words in store.troubles:
+                complain(f"{path}: {words}")
         if command in STORE_COMMANDS:
             context = Context(options, Config(), {}, arguments, dict(os.environ), store)
             return globals()[COMMANDS[command].run](context)

@@ -373,7 +373,7 @@ USES = {            # part: the other parts it may use
     "Client": "Models Values Configuration Journal",
     "Neighbours": "Numbers Errors Configuration Refusals Arguments Streams Event "
                   "Memory Asking Proxy Server",
-    "Saved": "Errors Models Files Values Configuration Memory",
+    "Saved": "Errors Models Files Values Configuration Memory Journal Server",
     "Settings": "Numbers Errors Splices Memory Neighbours",
     "Terminal": "Errors",
     "Setup": "Errors Models Files Values Configuration Saved Terminal",
@@ -9982,6 +9982,26 @@ def test_files_beside_the_program_are_ones_own(shell, capsys):
         assert done.returncode == 2 and words in done.stderr
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs modes")
+def test_the_folders_are_made_private(shell, capsys, monkeypatch):
+    def modes():
+        return [path.stat().st_mode & 0o1777 for path in (home, home / "providers")]
+    home = shell / ".nimproxy"
+    (home / "providers").mkdir(parents=True)
+    for before, command, after, words in (
+            ((0o777, 0o755), "doctor", [0o777, 0o755], ""),     # it changes nothing
+            ((0o777, 0o755), "ls", [0o700, 0o700], ""),
+            ((0o1777, 0o700), "ls", [0o1777, 0o700], "it is shared"),
+            ((0o770, 0o700), "status", [0o770, 0o700], "cannot be changed: Not yours")):
+        home.chmod(before[0]), (home / "providers").chmod(before[1])
+        if "Not" in words:
+            monkeypatch.setattr(os, "chmod", lambda *_: (_ for _ in ()).throw(
+                PermissionError(1, "Not yours")))
+        err = run(capsys, command, "--port", "1")[2]
+        assert modes() == after
+        assert err.count("others have access") == bool(words) and words in err
+
+
 # ---- ls, use, rm
 
 def with_two(folder):
@@ -11498,9 +11518,6 @@ SICK = [    # (case, what breaks it, check, state, words, mend)
         ".nimproxy/settings.json", "[]"), "home", "broken", "no JSON object", "rm "),
     ("a damaged memory", lambda it: it.file(".nimproxy/learned.json", '{"u": [1]}'),
      "home", "broken", "learned.json: cannot be read", "rm "),
-    ("a key that others may read", lambda it: kimi_saved(it, "{}\n", 0o644)
-     or kimi_saved(it, '{"base_url": "https://x/v1"}', 0o644),
-     "home", "note", "others on this machine", "chmod -R go="),
     ("a full disk", lambda it: it.patch.setattr(
         shutil, "disk_usage", lambda _: argparse.Namespace(free=7 << 20)),
      "home", "note", "only 7 MB", "make room"),
