@@ -1212,28 +1212,24 @@ def convert(kind: str, raw: Any, source: str) -> Any:
 
 
 def as_text(raw: Any) -> str:
+    """Text that neither ends a line nor steers a terminal, without blanks around it."""
     if not isinstance(raw, str):
         raise TypeError
-    return raw
-
-
-def as_line(raw: Any) -> str:
-    """Text that neither ends a line nor steers a terminal."""
-    if not as_text(raw).isprintable():
+    if not raw.strip().isprintable():
         raise ValueError
-    return raw
+    return raw.strip()
 
 
 def as_secret(raw: Any) -> str:
     """A key: printable ASCII, so that it can stand in a header line, and without the
     quotes that are pasted around some."""
-    if not re.fullmatch(r"[!#-&(-~]+", as_text(raw).strip()):
+    if not re.fullmatch(r"[!#-&(-~]+", as_text(raw)):
         raise ValueError
-    return raw.strip()
+    return as_text(raw)
 
 
 def as_url(raw: Any) -> str:
-    url = urlsplit(as_text(raw).strip())
+    url = urlsplit(as_text(raw))
     if url.scheme not in ("http", "https") or not url.hostname or url.query:
         raise ValueError
     if not re.fullmatch(r"[!-~]+", raw.strip()) or url.port == 0 or url.username:
@@ -1332,7 +1328,7 @@ def as_window(raw: Any) -> int:
 
 
 KINDS = {
-    "text": ("printable characters", as_line),
+    "text": ("printable characters", as_text),
     "secret": ("a key of printable ASCII without spaces or quotes", as_secret),
     "url": ("a base URL such as https://host/v1 (http:// is for servers of your own)",
             as_url),
@@ -3625,18 +3621,15 @@ def traces(secret: str) -> List[Tuple[re.Pattern, re.Pattern]]:
 
 def uncoded(text: str, reading: re.Pattern) -> str:
     """A text without its codes, whatever these are written in."""
+    def letter(code: re.Match) -> str:
+        import html
+        return (chr(int(code[1], 16)) if code[1] else
+                html.unescape(code[0]) if code[0][0] == "&" else "")
     for _ in range(MOST_READINGS):
-        before, text = text, reading.sub(uncoded_letter, text)
+        before, text = text, reading.sub(letter, text)
         if text == before:
             break
     return text
-
-
-def uncoded_letter(code: re.Match) -> str:
-    import html
-    if code[1]:
-        return chr(int(code[1], 16))
-    return html.unescape(code[0]) if code[0][0] == "&" else ""
 
 
 def error_words(raw: bytes, status: int, secret: str = "") -> Tuple[str, int]:
@@ -10359,10 +10352,9 @@ MAX_RUN_FILE_BYTES = 64 * 1024      # of a run file, which has some 500
 
 def local_proxies(home: str) -> Iterator[LocalProxy]:
     """What this user's run files tell; those that a crash has left are taken away."""
-    folder, names = os.path.join(home, RUN_FILES), []
-    with contextlib.suppress(OSError):
-        names = os.listdir(folder) if home else []
-    for path in [os.path.join(folder, name) for name in names]:
+    folder = os.path.join(home, RUN_FILES) if home else ""
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        path = os.path.join(folder, name)
         try:
             with plain_file(path) as file:
                 ours = os.fstat(file.fileno()).st_uid == getattr(os, "geteuid", int)()
@@ -10413,15 +10405,19 @@ def near_ports(config: Config) -> range:
 
 
 def in_the_way(config: Config) -> str:
-    """Who has our port, in a sentence; "" if nobody has."""
+    """Who has our port, in a sentence; "" if nobody has.  ProxyError if it is not ours
+    to have."""
     try:
         for sock in listening_sockets(config.host, config.port):
             sock.close()
+        return ""
     except OSError as error:
+        where = f"{config.host}:{config.port}"
         if error.errno in TAKEN:
-            return (f"{config_url(config)} is in use by {port_user(config)}, which has "
-                    "not proved to be a `serve` of yours")
-    return ""
+            return (f"{where} is in use by {port_user(config)}, which has not proved "
+                    "to be a `serve` of yours")
+        raise ProxyError(400, f"cannot listen at {where}: {error.strerror or error}; "
+                              "--host and --port name another place") from None
 
 
 def port_user(config: Config) -> str:
@@ -10499,7 +10495,7 @@ def process_lives(pid: int) -> bool:
 # there are none of ours:
 #
 #     settings.json           which provider is active
-#     metadata.json           when, where and by which version this folder was begun
+#     metadata.json           when and by which version this folder was begun
 #     providers/<name>.json   one provider as it was set up, with its key
 #     trusted.json            files of other folders that got a yes: path and content
 
@@ -10636,7 +10632,8 @@ class Store:
         replace_file(self.paths[name], indented(self.records[name]))
         about = os.path.join(self.home, "metadata.json")
         if not os.path.exists(about):
-            replace_file(about, indented(metadata(now)))
+            replace_file(about, indented(
+                {"current_version": __version__, "created_at": now}))
         self.activate(name)
 
     def activate(self, name: str) -> None:
@@ -10680,16 +10677,6 @@ def saved_entries(record: Json, path: str, old_home: str) -> Entries:
         value = value or record.get(tier + "_model")    # in files of its first version
         entries[("models", tier)] = value, f"{path}: {tier}"
     return entries
-
-
-def metadata(now: str) -> Json:
-    """About this folder.  The id is random and never sent to anybody."""
-    system = os.uname() if hasattr(os, "uname") else None
-    return {"user_id": os.urandom(16).hex(),
-            "platform": system.sysname if system else "Windows",
-            "platform_release": system.release if system else "",
-            "current_version": __version__, "latest_version": None,
-            "latest_version_timestamp": None, "created_at": now}
 
 
 def indented(value: Json) -> str:
@@ -11510,34 +11497,16 @@ def single_keys() -> Iterator[Callable[[], bytes]]:
 
 @contextlib.contextmanager
 def kept_terminal() -> Iterator[None]:
-    """While somebody is asked: Ctrl-Z and whatever ends us leave the terminal as it
-    was, as not every shell would; after Ctrl-Z it is again as it has been here."""
-    try:
-        import termios
-        place = sys.stdin.fileno()
-        before = termios.tcgetattr(place)
-    except (ImportError, OSError, ValueError, termios.error):
-        yield                               # Windows, or no terminal
-        return
-
-    def pause(number: int, frame: Any) -> None:
-        now = termios.tcgetattr(place)
-        termios.tcsetattr(place, termios.TCSANOW, before)
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)        # here it stops, and goes on
-        signal.signal(number, pause)
-        termios.tcsetattr(place, termios.TCSANOW, now)
-
-    handlers = {signal.SIGTSTP: pause, signal.SIGTERM: signal.default_int_handler,
-                signal.SIGQUIT: signal.default_int_handler}
-    handlers = {number: handler for number, handler in handlers.items()
-                if signal.getsignal(number) == signal.SIG_DFL}     # else ignored
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    """While somebody is asked: what ends us leaves the terminal as it was."""
+    numbers = [getattr(signal, name, 0) for name in ("SIGTERM", "SIGQUIT")]
+    numbers = [number for number in numbers             # else it is ignored
+               if number and signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        for number in handlers:
+        for number in numbers:
             signal.signal(number, signal.SIG_DFL)
 
 
@@ -12515,21 +12484,12 @@ def check_port(patient: Patient) -> Said:
     proxy = running_proxy(config)
     if proxy:
         yield from running_said(config, proxy)
-    elif not config.port:
-        yield OK, "any that is free", ""
+    elif in_the_way(config):
+        yield NOTE, f"{in_the_way(config)}: a start here takes the next free one", (
+            "--port, or end that program")
     else:
-        try:
-            for sock in listening_sockets(config.host, config.port):
-                sock.close()
-            yield OK, f"{config_url(config)} is free", ""
-        except OSError as error:
-            where = f"{config.host}:{config.port}"
-            if error.errno in TAKEN:
-                yield NOTE, f"{where} is in use by {port_user(config)}: a start " \
-                    "here takes the next free one", "--port, or end that program"
-            else:
-                yield BROKEN, f"cannot listen at {where}: {error.strerror or error}", (
-                    "--host and --port name another place")
+        yield OK, f"{config_url(config)} is free" if config.port else (
+            "any that is free"), ""
 
 
 def running_said(config: Config, proxy: LocalProxy) -> Said:
@@ -13152,10 +13112,9 @@ class LogLines:
 
     def __init__(self, config: Config) -> None:
         self.json = config.log_json
-        proxies = (urlsplit(url).password for url in (config.http_proxy,
-                                                      config.https_proxy) if url)
-        secrets = (config.api_key, config.proxy_key, *proxies)
-        self.secrets = [unquote(secret) for secret in secrets if secret]
+        proxies = map(urlsplit, (config.http_proxy, config.https_proxy))
+        self.secrets = [config.api_key, config.proxy_key,
+                        *(unquote(url.password or "") for url in proxies)]
 
     def format(self, record: logging.LogRecord) -> str:
         trace = ""

@@ -10896,9 +10896,7 @@ def test_the_wizard_saves_what_is_answered(tmp_path, typed, environ):
     assert list(saved_file(tmp_path, "providers/nvidia")) == list(record)
     assert saved_file(tmp_path, "settings")["active_provider"] == "nvidia"
     about = saved_file(tmp_path, "metadata")
-    assert re.fullmatch("[0-9a-f]{32}", about["user_id"]) and list(about) == [
-        "user_id", "platform", "platform_release", "current_version", "latest_version",
-        "latest_version_timestamp", "created_at"]
+    assert list(about) == ["current_version", "created_at"]
     for path, mode in ((".nimproxy", 0o700), (".nimproxy/providers", 0o700),
                        (".nimproxy/providers/nvidia.json", 0o600),
                        (".nimproxy/settings.json", 0o600)):
@@ -11255,11 +11253,10 @@ IN_A_SHELL = """
 stty -a > before; trap : QUIT; set -m
 {python} {file} setup --provider nvidia
 stty -a > after; echo ended $?.
-while fg 2> none; do :; done
 """
 STOPPING = named([(f"{name} at {question}", question, keys)
                   for question in ("menu", "key") for name, keys in
-                  (("Ctrl-Z", "\x1a"), ("Ctrl-backslash", "\x1c"), ("a kill", ""))])
+                  (("Ctrl-backslash", "\x1c"), ("a kill", ""))])
 
 
 @on_a_terminal
@@ -11278,9 +11275,6 @@ def test_the_terminal_is_as_it_was_however_one_leaves(tmp_path, question, keys):
             children = subprocess.check_output(["pgrep", "-P", str(person.pid)])
             os.kill(int(children), signal.SIGTERM)
         person.reads("ended ")
-        if keys == "\x1a":                      # then it goes on
-            until(lambda: not termios_flags(person.terminal))
-            person.types("\x03")
         assert person.ends() is not None
     assert (tmp_path / "after").read_text() == (tmp_path / "before").read_text() != ""
 
@@ -11670,7 +11664,7 @@ SICK = [    # (case, what breaks it, check, state, words, mend)
     ("a nimproxy that was throttled", paused, "port", "note", "m pauses", "fallbacks"),
     ("an address of another machine", lambda it: it.env(
         PROXY_HOST="192.0.2.1", PROXY_API_KEY="k" * 16),
-     "port", "broken", "cannot listen at 192.0.2.1", "--host"),
+     "port", "broken", "cannot listen at 192.0.2.1", ""),
     ("failures of today", lambda it: it.file(
         ".nimproxy/error_logs/%s.jsonl" % time.strftime("%Y-%m-%d"), json.dumps(
             {"provider": it.nim.url, "error": {"status": 529, "message": "Busy."}})),
