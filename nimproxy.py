@@ -10421,28 +10421,23 @@ def in_the_way(config: Config) -> str:
 
 
 def port_user(config: Config) -> str:
-    """Who listens where we would: `python3 (pid 7)`, `nimproxy already`."""
-    proxy = proved(config, config_url(config))
-    name, pid = ("nimproxy already", proxy.pid) if proxy else port_owner(config.port)
-    return name + (f" (pid {pid})" if pid else "")
-
-
-def port_owner(port: int) -> Tuple[str, str]:
-    """Name and process id of who listens at a port, if the system tells (Linux: of
+    """Who listens where we would: `python3 (pid 7)`, if the system tells (Linux: of
     one's own processes)."""
-    found: Set[str] = set()
+    proxy, found = proved(config, config_url(config)), set()
+    if proxy:
+        return f"nimproxy already (pid {proxy.pid})"
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError), open(table, encoding="ascii") as rows:
-            found.update(f"socket:[{row.split()[9]}]" for row in rows
-                         if re.match(rf" *\d+: \w+:{port:04X} \w+:\w+ 0A ", row))
+            found.update(f"socket:[{row.split()[9]}]" for row in rows if re.match(
+                rf" *\d+: \w+:{config.port:04X} \w+:\w+ 0A ", row))     # it listens
     for pid in os.listdir("/proc") if found else ():
         with contextlib.suppress(OSError):      # another user's, or just ended
             places = f"/proc/{pid}/fd"
             if any(os.readlink(f"{places}/{number}") in found
                    for number in (os.listdir(places) if pid.isdigit() else ())):
                 with open(f"/proc/{pid}/comm", encoding="utf-8") as name:
-                    return name.read().strip(), pid
-    return "another program", ""
+                    return f"{name.read().strip()} (pid {pid})"
+    return "another program"
 
 
 def start_mark(pid: int) -> str:

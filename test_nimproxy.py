@@ -12873,7 +12873,7 @@ def test_version_and_demo_need_no_sound_configuration(shell, capsys, monkeypatch
 def test_without_proc_a_port_is_in_use_by_another_program(monkeypatch):
     monkeypatch.setattr(np, "open", lambda *_, **__: (_ for _ in ()).throw(
         FileNotFoundError()), raising=False)
-    assert np.port_owner(9) == ("another program", "")
+    assert np.port_user(np.Config(port=9)) == "another program"
 
 
 # Runs `serve` as with a changed library; nothing is listened to before.
