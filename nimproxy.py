@@ -10435,7 +10435,7 @@ def port_user(config: Config) -> str:
             places = f"/proc/{pid}/fd"
             if any(os.readlink(f"{places}/{number}") in found
                    for number in (os.listdir(places) if pid.isdigit() else ())):
-                with open(f"/proc/{pid}/comm", encoding="utf-8") as name:
+                with open(f"/proc/{pid}/comm", errors="replace") as name:
                     return f"{name.read().strip()} (pid {pid})"
     return "another program"
 
@@ -11896,11 +11896,8 @@ def summary_rows(draft: Draft) -> List[Tuple[str, str]]:
 OK, NOTE, BROKEN = "ok", "note", "BROKEN"       # BROKEN: something cannot work so
 CHECK_SECONDS = 8.0         # for a name, a connection, an answer; a person waits
 MODEL_SECONDS = 90.0        # for one probe of a model; a cold start takes a minute
-LEAST_DISK_BYTES = 64 << 20     # two days of the largest logs
-LEAST_DESCRIPTORS = 256     # a hundred streams take two each
 LEAST_CLAUDE = (2, 1)       # what knows the variables for a model's window
 FRESH_ERROR_SECONDS = 3600  # an older error may have been mended long since
-MAX_TAIL_BYTES = 64 * 1024  # of today's error log: some hundred rows
 PROBE_TOKENS = 256          # enough to think a little and say ok
 Said = Iterator[Tuple[str, str, str]]           # state, what was found, what mends it
 
@@ -11959,12 +11956,6 @@ def public(patient: Patient, text: str) -> str:
 def check_program(patient: Patient) -> Said:
     import platform
     yield OK, f"nimproxy {__version__}, Python {platform.python_version()}", ""
-    with contextlib.suppress(ImportError):              # Windows
-        import resource
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        if 0 <= most < LEAST_DESCRIPTORS:
-            yield NOTE, f"only {most} files and sockets may be open at once", (
-                f"ulimit -Hn {MAX_DESCRIPTORS}, as root")
 
 
 def check_home(patient: Patient) -> Said:
@@ -11992,10 +11983,6 @@ def check_home(patient: Patient) -> Said:
         yield BROKEN, f"{place} cannot be written: nothing is kept", (
             "NIMPROXY_HOME names another folder")
         return
-    import shutil
-    free = shutil.disk_usage(place).free
-    if free < LEAST_DISK_BYTES:
-        yield NOTE, f"only {free >> 20} MB are free on the disk of {home}", "make room"
     if not damaged:
         saved = ", ".join(store.records) or "no provider"
         yield OK, f"{home}, {saved} set up", ""
@@ -12521,22 +12508,6 @@ def running_said(config: Config, proxy: LocalProxy) -> Said:
             f"`{program()} status` shows more")
 
 
-def check_log(patient: Patient) -> Said:
-    """Today's failed requests, of all proxies."""
-    path = day_file(os.path.join(patient.store.home, ERROR_LOG))
-    if not patient.store.home or not os.path.isfile(path):
-        return
-    with open(path, "rb") as file:
-        file.seek(max(os.path.getsize(path) - MAX_TAIL_BYTES, 0))
-        rows = [shaped(json_in(line), dict) for line in file.read().splitlines()]
-    errors = [shaped(row.get("error"), dict) for row in rows
-              if row.get("provider") == upstream_place(patient.config)]
-    if errors:
-        yield NOTE, f"{len(errors)} requests failed today, the last with " \
-            f"{errors[-1].get('status')}: {errors[-1].get('message')}", (
-                f"{path} has them all")
-
-
 # ---- Claude Code
 
 def check_claude_settings(patient: Patient) -> Said:
@@ -12657,7 +12628,7 @@ CHECKS: Dict[str, Callable[[Patient], Said]] = {
     "proxy": check_proxy, "authorities": check_authorities,
     "connection": check_connection, "upstream": check_upstream,
     "models": check_models, "probe": check_probe,
-    "port": check_port, "log": check_log,
+    "port": check_port,
     "clients": check_claude_settings, "claude": check_claude,
 }
 FOUND_COLUMN = 20           # of a line: after state and check

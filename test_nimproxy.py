@@ -11420,7 +11420,7 @@ def test_all_is_well(clinic, capsys):
     code, found = clinic.findings()
     assert code == 0 and {row["state"] for row in found} == {"ok"}, found
     assert [*dict.fromkeys(row["check"] for row in found)] == [
-        name for name in np.CHECKS if name not in ("authorities", "probe", "log")]
+        name for name in np.CHECKS if name not in ("authorities", "probe")]
     key, = [row for row in found if row["check"] == "key"]
     assert key["found"] == "***CRET, by environment NVIDIA_API_KEY"
     code, out, _ = run(capsys, "doctor")
@@ -11512,9 +11512,6 @@ SICK = [    # (case, what breaks it, check, state, words, mend)
         ".nimproxy/settings.json", "[]"), "home", "broken", "no JSON object", "rm "),
     ("a damaged memory", lambda it: it.file(".nimproxy/learned.json", '{"u": [1]}'),
      "home", "broken", "learned.json: cannot be read", "rm "),
-    ("a full disk", lambda it: it.patch.setattr(
-        shutil, "disk_usage", lambda _: argparse.Namespace(free=7 << 20)),
-     "home", "note", "only 7 MB", "make room"),
     ("a saved format that is none", lambda it: kimi_saved(
         it, '{"tool_format": "x"}') or it.argv.extend(["--provider", "kimi"]),
      "settings", "broken", "kimi.json: tool_format: expected native", "setup"),
@@ -11665,10 +11662,6 @@ SICK = [    # (case, what breaks it, check, state, words, mend)
     ("an address of another machine", lambda it: it.env(
         PROXY_HOST="192.0.2.1", PROXY_API_KEY="k" * 16),
      "port", "broken", "cannot listen at 192.0.2.1", ""),
-    ("failures of today", lambda it: it.file(
-        ".nimproxy/error_logs/%s.jsonl" % time.strftime("%Y-%m-%d"), json.dumps(
-            {"provider": it.nim.url, "error": {"status": 529, "message": "Busy."}})),
-     "log", "note", "1 requests failed today, the last with 529: Busy.", "has them"),
     ("settings that lead to nobody", lambda it: it.settings(
         {"ANTHROPIC_BASE_URL": nowhere()}),
      "clients", "broken", "where no nimproxy answers", "delete it from "),
