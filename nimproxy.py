@@ -12464,10 +12464,11 @@ def check_port(patient: Patient) -> Said:
     """Who listens where we would, and how it goes if that is one of us."""
     config = patient.config
     proxy = running_proxy(config)
+    words = "" if proxy else in_the_way(config)
     if proxy:
         yield from running_said(config, proxy)
-    elif in_the_way(config):
-        yield NOTE, f"{in_the_way(config)}: a start here takes the next free one", (
+    elif words:
+        yield NOTE, f"{words}: a start here takes the next free one", (
             "--port, or end that program")
     else:
         yield OK, f"{config_url(config)} is free" if config.port else (

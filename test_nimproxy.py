@@ -2432,7 +2432,7 @@ def b64(text):
     return base64.b64encode(text.encode()).decode()
 
 
-SECRET = "nvapi-aB/c+d&e=f_0123456789"
+SECRET = "nvapi-aB/c+d&e=f_???~~~0123456789"
 LEAKED = [      # what an upstream or a proxy on the way may make of a key
     ("plain", SECRET), ("in capitals", SECRET.upper()),
     ("HTML", html.escape(SECRET)), ("HTML twice", html.escape(html.escape(SECRET))),
@@ -2452,7 +2452,8 @@ LEAKED = [      # what an upstream or a proxy on the way may make of a key
     ("split by tags", SECRET[:9] + "<wbr>" + SECRET[9:12] + "</b><i>" + SECRET[12:]),
     *(("base64 after %d" % ahead, b64("x" * ahead + SECRET + "yz"[:more]).rstrip("="))
       for ahead in range(3) for more in range(3)),
-    ("base64 for URLs", b64(SECRET).replace("+", "-").replace("/", "_")),
+    *(("base64 for URLs after %d" % ahead, b64("x" * ahead + SECRET).translate(
+        str.maketrans("+/", "-_"))) for ahead in range(3)),
     ("base64 in lines", re.sub("(.{20})", r"\1\n", b64(SECRET))),
     ("base64, percent", urllib.parse.quote(b64("Bearer " + SECRET), safe="")),
 ]
@@ -6977,15 +6978,6 @@ def test_status_counts_and_shows_the_last_errors():
     assert status["counts"]["input_tokens"] == 7
     assert "Slow" in status["last_errors"][0]["message"]
     assert "nvapi-test" not in json.dumps(status)
-
-
-def test_log_lines_cannot_be_forged(caplog):
-    with both(completes("ok")) as (nim, client):
-        caplog.set_level("INFO", "nimproxy")
-        client.ask(model="evil\n12:00:00 INFO forged\u2028")
-    record, = caplog.records
-    line = np.LogLines(np.Config()).format(record)
-    assert r"evil\n12:00:00 INFO forged\u2028 -> " in line and "\n" not in line
 
 
 def test_retired_models_are_replaced_on_nvidias_own_endpoint_only(caplog):
@@ -12317,7 +12309,6 @@ def test_a_web_page_is_not_called_an_empty_answer():
 RECORDS = [     # message, arguments, as text
     ("%s", ("a\nb\x1b[31m\u2028\x7f",), "a\\nb\\x1b[31m\\u2028\\x7f"),
     ("key %s", ("nvapi-secret",), "key ***"),
-    ("%s", ("bnZhcGktc2VjcmV0",), "***"),       # in base64
     ("%s", ("http://u:pa%25ss@proxy",), "http://***@proxy"),
     ("%s", ("basic pa%ssword",), "basic ***"),
     ("%s", ("x" * 990 + "nvapi-secret" + "x" * 99,), "x" * 990 + "***" + "x" * 7),
@@ -12743,7 +12734,7 @@ RUN_FILES = [       # what is special about a run file, is it used, is it there 
 
 
 @pytest.mark.parametrize("changes, used, stays", named(RUN_FILES))
-def test_run_files(shell, changes, used, stays):
+def test_run_files(shell, monkeypatch, changes, used, stays):
     with both(completes("ok"), home=shell / ".nimproxy") as (nim, client):
         config = np.Config(home=str(shell / ".nimproxy"))
         path, = (shell / ".nimproxy" / "run").iterdir()
@@ -12757,14 +12748,9 @@ def test_run_files(shell, changes, used, stays):
             assert bool(found) is used and path.exists() is stays
         assert not np.proved(config, "http://127.0.0.2:%d" % client.address[1])
         assert not np.proved(config._replace(home=""), client.url)
+        monkeypatch.setattr(os, "geteuid", lambda: 12345, raising=False)
+        assert not np.proved(config, client.url)            # another user's file
     assert not path.exists() and np.proved(config, client.url) is None
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs owners of files")
-def test_a_run_file_of_another_user_is_none(shell, monkeypatch):
-    with both(completes("ok"), home=shell / ".nimproxy") as (nim, client):
-        monkeypatch.setattr(os, "geteuid", lambda: 12345)
-        assert not np.proved(np.Config(home=str(shell / ".nimproxy")), client.url)
 
 
 def test_a_home_that_cannot_be_written_is_said_once(shell, capsys):
@@ -12783,7 +12769,8 @@ def test_a_proxy_that_lives_with_its_client_is_led_to_by_no_other(shell, capsys)
     """`code` and `run` have a key of their own, and end."""
     script = "import os, sys; print(os.environ['ANTHROPIC_BASE_URL'], flush=True)" \
              "; sys.stdin.read()"
-    port = str(free_port())
+    near = free_ports()
+    port = str(near + 1)
     argv = ["run", "--demo", "--port", port, "--", sys.executable, "-c"]
     command = [sys.executable, str(HERE / "nimproxy.py"), *argv, script]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -12792,6 +12779,7 @@ def test_a_proxy_that_lives_with_its_client_is_led_to_by_no_other(shell, capsys)
         assert run(capsys, "status", "--port", port)[0] == 0
         assert run(capsys, "test", "--demo", "--port", port)[0] == 0
         assert run(capsys, "env", "--demo", "--port", port)[0] == 2
+        assert f":{near}'\n" in run(capsys, "env", "--demo", "--port", str(near))[1]
         done = program(*argv, CHILD)
         assert done.returncode == 7 and "by way of http://127.0.0.1:" + port not in (
             done.stderr)
