@@ -3607,16 +3607,18 @@ def redacted(text: str, secret: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def traces(secret: str) -> List[Tuple[re.Pattern, re.Pattern]]:
-    """For each reading, what a secret is there.  In base64 it is one of three, by the
-    bytes before it; its first and last digits may hold some of its neighbours' bits."""
+    """For each reading, what a secret is there, if that leaves enough of it.  In base64
+    it is one of three, by the bytes before it; the digits at its ends may hold some of
+    its neighbours' bits."""
     digits = []
     for ahead in range(3):
         data = b" " * ahead + secret.encode()
         core = base64.b64encode(data).decode()[-(-ahead * 8 // 6):len(data) * 8 // 6]
         digits.append(core.replace("+", "[+-]").replace("/", "[/_]"))
-    return [(reading, re.compile("|".join([
-        f"(?i:{re.escape(uncoded(secret, reading))})", *digits]), re.ASCII))
-        for reading in READINGS]
+    words = [uncoded(secret, reading) for reading in READINGS]
+    words = [word if len(word) >= LEAST_SECRET_CHARS else secret for word in words]
+    return [(reading, re.compile("|".join([f"(?i:{re.escape(word)})", *digits]),
+                                 re.ASCII)) for reading, word in zip(READINGS, words)]
 
 
 def uncoded(text: str, reading: re.Pattern) -> str:

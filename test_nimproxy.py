@@ -2468,6 +2468,7 @@ def test_a_secret_is_found_in_every_code(text):
 
 @pytest.mark.parametrize("text, secret", [
     ("ollama answered 400: a local model", "ollama"), ("a", "a"), ("x", ""),
+    ("no key <b>\\n", "<your-key-here>"), ("no key <b>", "\\" * 20),
     ("<p>no key\nis not needed&amp;</p> \\n %41", "not-needed")])
 def test_what_is_no_secret_stays(text, secret):
     assert np.redacted(text, secret) == text
