@@ -4684,7 +4684,7 @@ FORMATS = [CallFormat(
     ("<|python_tag|>", rf"(?:<\|python_tag\|>{S})?(?={{)", named_calls, ";"),
     ("<|content_invoke_tool_json|>", rf"<\|content_invoke_tool_json\|>{S}(?={{)",
      named_calls, r"<\|end_message\|>"),
-    ("functools[", r"functools(?=\[)", named_calls, ""),
+    ("functools[", r"functools(?=\[)", named_calls, ""),     # only as a whole answer
     # MiniMax in LM Studio
     ("[TOOL_CALL]", rf"\[TOOL_CALL\]{S}{{{S}tool{S}=>{S}{NAME},{S}args{S}=>{S}{{",
      arrow_call, r"\[/TOOL_CALL\]"),
@@ -4932,8 +4932,13 @@ class Message:
         if self.reading.cumulative:
             text = self.thought.news(text)
         self.thought.add(text)
-        if self.reading.tools:
-            self.musing.feed(text)
+        musing = self.musing
+        if musing.idle and not MARKS.search(text):
+            musing.line.append(text)
+            if len(musing.line) > MAX_TOKENS:
+                musing.lead()
+        elif self.reading.tools:
+            musing.feed(text)
         self.put("thinking", text)
 
     def say(self, content: Any) -> None:
@@ -4961,7 +4966,13 @@ class Message:
 
     def speak(self, text: str) -> None:
         """Text that is certainly the answer's, but for what may be calls."""
-        text = self.watch.feed(text)
+        watch = self.watch
+        if watch.idle and not MARKS.search(text):   # the path of a token
+            watch.line.append(text)
+            if len(watch.line) > MAX_TOKENS:
+                watch.lead()
+        else:
+            text = watch.feed(text)
         if text:
             self.write(text)
 
@@ -5558,6 +5569,7 @@ class Markdown(NamedTuple):
         return bool(self.fence[0] or self.quoted or self.comment or self.inset_far)
 
 
+PLAIN = Markdown()
 FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*\Z)|~{3,})(.*)")
 ITEM = re.compile(r" {0,3}(?:[-*+]|[0-9]{1,9}[.)])(?: {1,4}(?=\S)| |\Z)")
 INLINE = re.compile(r"(\\*)(`+)|<!--|-->")
@@ -5565,6 +5577,9 @@ INLINE = re.compile(r"(\\*)(`+)|<!--|-->")
 
 def after_line(place: Markdown, line: str) -> Markdown:
     """The place behind one more line."""
+    if place == PLAIN and (not line or line[0].isalpha() and "`" not in line
+                           and "<!--" not in line):
+        return place                    # as most lines are
     line = line.expandtabs(4)
     bare = line.lstrip(" ")
     indent = len(line) - len(bare)
@@ -5612,7 +5627,8 @@ OPENINGS = [re.compile("|".join([OPENING.pattern, CLOSER, *more]))
 BEGUN = {start[:size] for start in (*STARTS, *TAGS.values())
          for size in range(1, len(start))}
 LONGEST = max(map(len, BEGUN)) + 1
-MARKS = re.compile("[<\\[\\]\u25c1]|(?m:^) {0,3}f")    # text without begins nothing
+MARKS = re.compile("[<\\[\\]\u25c1]")     # text without them begins nothing, once begun
+MAX_TOKENS = 256                # of text, until the lines in it are looked at
 
 
 class TailWatch:
@@ -5629,13 +5645,12 @@ class TailWatch:
         self.tail: List[str] = []
         self.size = 0                   # characters of the tail
         self.over = False               # all is text: the tail was too long, or none
+        self.begun = False              # there was more than blanks
+        self.idle = False               # a text without MARKS is just text
 
     def feed(self, text: str, last: bool = False) -> str:
         """What of the text so far is certainly text, and was not told before."""
-        if self.over or not (self.held or self.tail or last or MARKS.search(text)):
-            self.line.append(text)              # the path of a token
-            if len(self.line) > 256:
-                self.lead()
+        if self.over:
             return text
         if self.tail:
             self.tail.append(text)
@@ -5645,12 +5660,10 @@ class TailWatch:
         told, at = [], 0
         opening = OPENINGS[bool(self.debris)]
         for found in iter(lambda: opening.search(text, at), None):
-            told.append(text[at:found.start()])
-            self.line.append(told[-1])
+            self.tell(told, text[at:found.start()])
             kind, at = self.kind(text, found, last)
             if kind == "text":
-                told.append(text[found.start():at])
-                self.line.append(told[-1])
+                self.tell(told, text[found.start():at])
             elif kind != "debris":
                 self.held = text[found.start():]
                 break
@@ -5658,16 +5671,22 @@ class TailWatch:
             sizes = range(min(len(text) - at, LONGEST), 0, -1)
             keep = next((size for size in sizes if text[-size:] in BEGUN), 0)
             place = len(text) - (0 if last else keep)
-            told.append(text[at:place])
-            self.line.append(told[-1])
+            self.tell(told, text[at:place])
             self.held = text[place:]
         elif kind == "tail":
             self.tail, self.size, self.held = [self.held], len(self.held), ""
+        self.idle = self.begun and not (self.held or self.tail)
         return "".join(told)
+
+    def tell(self, told: List[str], text: str) -> None:
+        told.append(text)
+        self.line.append(text)
+        self.begun = self.begun or bool(text.strip())
 
     def text(self) -> str:
         """The tail as text; there is no other."""
         text, self.tail, self.over = "".join(self.tail), [], True
+        self.idle = False
         return text
 
     def lead(self) -> str:
@@ -5694,7 +5713,8 @@ class TailWatch:
                 self.orphan = found[0]
                 return "debris", found.end()
             return "text", at + 1
-        if not ANYWHERE.match(text, at) and (line.strip(" ") or len(line) > 3):
+        if not ANYWHERE.match(text, at) and (line.strip(" ") or len(line) > 3
+                                             or self.begun and text[at] == "f"):
             return "text", at + 1
         heads = [row.head.match(text, at) for row in FORMATS
                  if self.tools and text.startswith(row.starts, at)]

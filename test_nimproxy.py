@@ -3811,9 +3811,9 @@ def cut_anyhow(words):
 @pytest.mark.parametrize("words", named(WRITTEN))
 def test_every_format_whole_and_cut_anywhere(words):
     assert all(answer_of(pieces) == [READ_A] for pieces in cut_anyhow(words))
-    assert answer_of(["I look <b>now</b>.\n" + words + "\n"]) == [
-        ("text", "I look <b>now</b>.\n"), READ_A]
-    assert answer_of([], musing="I look.\n" + words) == [READ_A]
+    lead = "" if words.startswith("functools") else "I look <b>now</b>.\n"
+    assert answer_of([lead + words + "\n"]) == [("text", lead)] * bool(lead) + [READ_A]
+    assert answer_of([], musing=lead + words) == [READ_A]
 
 
 ASIDE = ["So: `%s` it is.", "``%s``", "So:\n```\n%s\n```\nit is.", "So:\n~~~xml\n%s",
@@ -3982,6 +3982,7 @@ TEXT_ALL = [    # case, a finished text in which nothing may be run
     ("a comma, and nothing", '<tool_call>{"name":"Bash","arguments":{"command":"ls", '),
     ("a call in prose", "Where you see <tool_call>Read</tool_call> it reads."),
     ("no more than a mention", "I use <function=Bash> to list."),
+    ("a word of Phi's behind another", "Hm.\nfunctools[%s]" % NAMED),
     ("an end inside of a value", '<invoke name="Bash"><parameter name="command">a {}'
      "</invoke> b</parameter></invoke>"),
     ("no end of the parameter, but of all else",
