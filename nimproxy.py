@@ -3812,7 +3812,8 @@ def strict_json(text: str, at: int, ended: bool) -> Tuple[str, int]:
     """The value that begins at a place, as JSON, and where it ends.
 
     Known are Python's quotes and words, raw line ends, escapes of no kind, a comma too
-    many, brackets too few at the end.  ValueError for what is broken off elsewhere.
+    many, brackets too few before a mark, or at the end of a text that has `ended`.
+    BrokenOff for what stops elsewhere, ValueError for what is no JSON.
     """
     out: List[str] = []
     missing: List[str] = []
@@ -3823,7 +3824,7 @@ def strict_json(text: str, at: int, ended: bool) -> Tuple[str, int]:
         if kind == "other":
             end = token.start(kind)
             if missing and word not in ("", "<", "`"):
-                raise BrokenOff("something else within it")
+                raise ValueError("something else within it")
             break
         if last in VALUES and kind in ("string", "word", "number", "opens") or (
                 kind == "comma" and last not in VALUES):
@@ -3843,7 +3844,8 @@ def strict_json(text: str, at: int, ended: bool) -> Tuple[str, int]:
         last = kind
         if not missing:
             return "".join(out), end
-    if not ended or last not in ("string", "closes") or len(missing) > MAX_DEPTH:
+    if not (ended or word) or last not in ("string", "closes") or (
+            len(missing) > MAX_DEPTH):
         raise BrokenOff("broken off")
     return "".join(out + missing[::-1]), end
 
@@ -4487,7 +4489,7 @@ def first_value(text: str, at: int) -> Tuple[Any, int]:
     try:
         return ARGUMENTS.raw_decode(text, at)
     except json.JSONDecodeError:
-        strict, end = strict_json(text, at, True)
+        strict, end = strict_json(text, at, False)
         return ARGUMENTS.decode(strict), end
 
 
@@ -4712,14 +4714,14 @@ def text_calls(tail: str, tools: Tools, first: bool = False,
                 calls += [fitted_call(name, value, tools) for name, value in found]
             except LookupError:
                 break
-            except BrokenOff:
-                nearly = True
-                break
-            except (ValueError, TypeError, AttributeError, SyntaxError, RecursionError,
-                    MemoryError):       # Python's parser knows five ways to say no
-                name = head.groupdict().get("name")
-                nearly = nearly or bool(row.ends.search(tail[-MAX_HEAD_CHARS:]) and (
-                    name is None or declared_name(name, tools)))
+            except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError
+                    ) as error:         # Python's parser knows five ways to say no
+                ended = row.ends.search(tail[-MAX_HEAD_CHARS:])
+                spelled = NAME_IN.search(tail[:MAX_PASSAGE_CHARS])
+                name = head.groupdict().get("name") or (
+                    spelled[spelled.lastindex] if spelled else "")
+                nearly = nearly or bool((ended or isinstance(error, BrokenOff))
+                                        and declared_name(name, tools))
                 break
             at = row.around.match(tail, at).end()
             head = row.head.match(tail, at)
@@ -4752,6 +4754,8 @@ def fitted_call(name: Any, value: Any, tools: Tools) -> Tuple[str, str, List[str
 
 
 KIMI_ID = re.compile(r"call_\w+|[0-9]+")
+NAME_IN = re.compile(r"""["'](?:name|tool)["']\s*:\s*["']([\w.:-]{1,128})["']|"""
+                     r"([\w.:-]{1,128})\(")
 
 
 def input_schema(tool: Json) -> Json:
