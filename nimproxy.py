@@ -224,6 +224,7 @@ class ProxyError(Exception):
         self.headers = list(headers)
         self.details: Json = {}
         self.words = ""         # upstream's own, if it is upstream that refuses
+        self.said = 0           # the status that it said them with
         self.again = again
         self.pause = 0.0        # seconds that upstream wants to be left alone
         self.fallback = ""      # why another model may do better, in a word
@@ -3334,6 +3335,7 @@ class Asked(NamedTuple):
     model: str              # upstream's id
     prompt_tokens: int = 0  # our estimate
     window: int = 0         # the model's; 0: as in the catalog
+    sent: bytes = b""       # the client's body: what refusals quote of it is no word
 
 
 class Refusal(NamedTuple):
@@ -3357,6 +3359,10 @@ REFUSALS = [
             "", "The account has no credit left; see {page}.", "false"),
     Refusal((400, 401, 403, 429), r"\((111[012]|112[01])\)", 403, "permission_error",
             "The account is closed or locked; see {page}.", "false"),
+    Refusal((400, 422, 500), r"(?i)tool_use_failed|failed_generation|can't find closing"
+            r"|invalid tool call arg|parsing tool call|failed to parse json(?! body)",
+            0, "api_error", "The model wrote a call that the server cannot read.", "",
+            "broken", "busy"),
     Refusal((), r"jinja template", 400, "",
             "The chat template of {model} cannot take this; choose another model."),
     Refusal((), r"enable-auto-tool-choice|does not support tools", 400, "",
@@ -3368,11 +3374,15 @@ REFUSALS = [
             "The key is missing, wrong or expired: set {key}, from {page}.{elsewhere}",
             "false"),
     Refusal((402,), "", 402, "", "See the account's balance at {page}.", "false"),
-    Refusal((403,), "", 403, "authentication_error",
-            "A wrong key gives this, or a model that the account may not use: "
-            "check {key}, from {page}.", "", "", "gated"),
+    Refusal((403,), r"(?i)authorization failed|authentication|api.?key|credential|"
+            r"invalid token", 403, "authentication_error",
+            "The provider does not take the key: check {key}, from {page}.{elsewhere}",
+            "", "", "gated"),
+    Refusal((403,), "", 403, "permission_error",
+            "The provider does not allow this to the account of {key}: see {page}.", "",
+            "", "gated"),
     Refusal((404,), r"Not found for account", 404, "",
-            "{model} is listed but not open to this account.", "", "", "gated"),
+            "{model} is not open to this account.", "", "", "gated"),
     Refusal((404,), r"try pulling it", 404, "", "Get it with: ollama pull {id}", "", "",
             "gone"),
     Refusal((400,), r"\(1211\)|Model Not Exist", 404, "",
@@ -3390,68 +3400,59 @@ REFUSALS = [
     Refusal((408, 500, 502), "", 0, "api_error", "", "", "busy", "busy"),
 ]
 
-# Upstreams' texts for a prompt that does not fit: p prompt, n window, o output
-# asked for, over: by how much.  vLLM and NIM first, then the other engines.
-OVERFLOWS = [re.compile(pattern, re.S) for pattern in [
-    r"context length is (?P<n>\d+) tokens.*?requested (?P<o>\d+) output tokens and "
-    r"your prompt contains at least (?P<p>\d+)",
-    r"context length is (?P<n>\d+).*?requested \d+ tokens \((?P<p>\d+) in the "
-    r"messages, (?P<o>\d+) in the completion",
-    r"is too large: (?P<o>\d+).*?context length is (?P<n>\d+) tokens and your request "
-    r"has (?P<p>\d+) input",
-    r"context length of (?P<n>\d+) tokens.*?(?P<p>\d+) tokens from the input messages "
-    r"and (?P<o>\d+) tokens for the completion",
-    r"passed (?P<p>\d+) input tokens and requested (?P<o>\d+).*?context length is only "
-    r"(?P<n>\d+)",
-    r"context length is (?P<n>\d+) tokens.*?(?:contains|resulted in)(?: at least)? "
-    r"(?P<p>\d+)(?: input)? tokens",
-    r"context length is (?:only )?(?P<n>\d+) tokens",
-    r"max_tokens must be at least 1, got -(?P<over>\d+)",
-    r"prompt \(length (?P<p>\d+)\) is longer than the maximum model length of "
-    r"(?P<n>\d+)",
-    r"[Ii]nput length \(?(?P<p>\d+)(?: tokens)?\)? exceeds (?:model's maximum context|"
-    r"the maximum allowed(?: input)?) length(?: of)? \(?(?P<n>\d+)",
-    r"input \((?P<p>\d+) tokens\) is longer than the model's context length "
-    r"\((?P<n>\d+)",
-    r"request \((?P<p>\d+) tokens\) exceeds the available context size \((?P<n>\d+)",
-    r"keep the first (?P<p>\d+) tokens.*?context length of only (?P<n>\d+)",
-    r"exceeded max context length by (?P<over>\d+)",
-    r"exceeded model token limit: (?P<n>\d+) \(requested: (?P<p>\d+)",
-    r"contains (?P<p>\d+) tokens.*?too large for model with (?P<n>\d+)",
-    r"maximum prompt length is (?P<n>\d+) but the request contains (?P<p>\d+)",
-    r"Range of input length should be \[1, (?P<n>\d+)\]",
-    r"(?i)context window exceeds limit|prompt exceeds max length|prompt too long|"
-    r"tokens in request more than max tokens|context size has been exceeded|"
-    r"longer than the context length|exceeds the context length|exceed_context_size|"
-    r"tokens to keep from the initial prompt is greater|context[ _]length[ _]exceeded|"
-    r"model_context_window_exceeded|\(1261\)|\(1039\)",
-]]
-
-
 def refusal(asked: Asked, status: int, text: str, pause: float = 0.0) -> ProxyError:
     """The error for the client from upstream's status and words.
 
     `pause`: the seconds that upstream wants to be left alone, 0.0 if it has not said.
     """
     text = redacted(text[:MAX_ERROR_CHARS], asked.config.api_key)[:MAX_REASON_CHARS]
-    words = re.sub(ECHO, "", text)
-    error = overflow(asked, words) or refused(asked, status, text, pause)
-    error.words = words if status in MENDABLE else ""
+    words = own_words(text, asked.sent)
+    row = next((row for row in REFUSALS
+                if (not row.statuses or status in row.statuses)
+                and re.search(row.pattern, words)), Refusal((), "", 0, "api_error", ""))
+    found = None if row.again == "broken" else overflow_figures(words)
+    if found is None:
+        error = refused(asked, status, text, pause, row)
+    else:
+        error = ProxyError(400, overflow_words(asked, found))
+        error.fallback = "window"
+    if status in MENDABLE and row.again != "broken":
+        error.words, error.said = words, status
     return error
 
 
-# What pydantic repeats of the request: it may quote any error text there is.
-ECHO = r"""(?s)'input': (?:'(?:[^'\\]|\\.)*'?|"(?:[^"\\]|\\.)*"?)|input_value=.*"""
-
-
 MENDABLE = (400, 413, 422, 500, 501)    # statuses; some engines say 500 for a template
+QUOTED_WORDS = 5        # fewer in a row are said by chance, and names of fields are one
+MAX_QUOTED_BYTES = 4 << 20      # of a request; half a second to go through
+PYDANTIC = r"""(?s)(?:['"]input['"]: |input_value=).*?(?=\}, ?\{['"]type['"]|$)"""
+ESCAPES = r"\\+(?:u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|[bfnrt])?"
+ONLY_WORDS = re.sub(b"[^0-9A-Za-z]", b" ", bytes(range(256)))   # to translate with
 
 
-def refused(asked: Asked, status: int, text: str, pause: float) -> ProxyError:
-    row = next((row for row in REFUSALS
-                if (not row.statuses or status in row.statuses)
-                and re.search(row.pattern, text)), None)
-    row = row or Refusal((), "", 0, "api_error", "")
+def own_words(text: str, sent: bytes) -> str:
+    """A refusal without what it quotes of the request, in whatever marks and escapes:
+    words in a row that stand there as well, behind a quotation mark or bracket.  All
+    of it if hardly a word would be left: then it is the request that quotes."""
+    text = re.sub(PYDANTIC, "", text)
+    first = re.search(r"(?<!\w)[\"'`]|[\[{=]", text)
+    plain = re.sub(ESCAPES, lambda found: " " * len(found[0]), text)
+    words = list(re.compile("[0-9A-Za-z]+").finditer(plain, first.start() if first
+                                                     else len(plain)))
+    if len(words) < QUOTED_WORDS:
+        return text
+    said = re.sub(ESCAPES.encode(), b" ", sent[-MAX_QUOTED_BYTES:])
+    said = re.sub(b"  +", b" ", said.translate(ONLY_WORDS))
+    own, rest = "", 0
+    for each in zip(*(words[start:] for start in range(QUOTED_WORDS))):
+        if f" {' '.join(word[0] for word in each)} ".encode() in said:
+            own += text[rest:each[0].start()]
+            rest = each[-1].end()
+    own += text[rest:]
+    return own if len(re.sub("[^A-Za-z]", "", own)) > 5 else text
+
+
+def refused(asked: Asked, status: int, text: str, pause: float,
+            row: Refusal) -> ProxyError:
     provider = PROVIDERS[asked.config.provider]
     words = {"key": provider.key_variable or "the key", "page": provider.key_page,
              "model": repr(asked.model), "instead": instead(asked.model),
@@ -3479,17 +3480,6 @@ def elsewhere(config: Config) -> str:
             f"{' or '.join(urls)}" if urls else "")
 
 
-def overflow(asked: Asked, text: str) -> Optional[ProxyError]:
-    """Anthropic's own words for a prompt that does not fit: they make Claude Code
-    compact the conversation, or ask for less output.  None if `text` is no such."""
-    found = overflow_figures(text)
-    if found is None:
-        return None
-    error = ProxyError(400, overflow_words(asked, found))
-    error.fallback = "window"
-    return error
-
-
 def overflow_words(asked: Asked, found: Dict[str, int]) -> str:
     """What Claude Code's own patterns look for, in the figures of an overflow."""
     window = (found.get("n") or asked.window
@@ -3509,12 +3499,76 @@ def overflow_words(asked: Asked, found: Dict[str, int]) -> str:
 LEAST_WINDOW_TOKENS = 24576     # Claude Code's system prompt and tools take 20,000
 
 
+# A prompt that does not fit: what is too large, and that it is, both in one sentence,
+# in any order.
+OVERFLOWS = [
+    (r"context[ _](length|window|size|limit)|length of the (input|prompt|messages)|"
+     r"(input|prompt|sequence|model|message)s? length",
+     r"exceed|overflow|maximum|\bmax\b|\blimit|\bonly\b|should be \[|reduce|"
+     r"too (long|large|big|small)|(longer|larger|greater|more) than"),
+    (r"\b(prompt|context|tokens?|inputs?(?!['\"]:))\b",
+     r"exceed|overflow|too (long|large|big|many)|longer than|more than max|must be <=|"
+     r"must have less"),
+    (r"\((1261|1039)\)|must be at least 1, got -", ""),     # Z.ai's, MiniMax's; NIM's
+]
+OUTPUT_NAMES = r"\bmax_(\w+_)?tokens\b|\b(completion|output) tokens\b"
+OTHERWISE = (r"\bper (second|min|hour|day|month)|\b[rt]p[mhd]\b|quota|\brate|image|"
+             r"\b(hour|dai|week|month)ly\b|audio|video|\bfile\b")
+FIGURE = re.compile(r"(?<![\w.])(\d{1,3}(?:[,_]\d{3})+|\d{2,9})(?![,.]?\w)")
+# What the words around a figure, #, make of it: n window, p prompt, o output asked
+# for, over: by how much.  A row is surer than those below it.
+TOLD_FIGURES = [
+    ("", r"#\W*(characters|bytes|[km]b\b|%)|total[^#]*#|value=-?#"),
+    ("over", r"\bby #|got -#"),
+    ("o", r"# output|#( tokens)? (in|for) the (completion|output)|#\W+max_|\+ #"),
+    ("p", r"#( tokens)?( [>+] |\W+(input|(in|from|of) (the |text )?(input|messages)))"),
+    ("n", r"# maximum|[>=] #"),
+    ("n", r"((?<!_)\bmax(imum)?\b|allowed|\blimit|context.(length|window|size)|"
+          r"model length|\bonly\b|less than|should be).*#"),
+    ("o", r"max_\w*tokens.*#"),
+    ("p", r"(prompt|input|request|messages|keep|given).*#"),
+]
+LEAST_TOLD = 2048       # tokens of a window; a smaller figure is a code or a time
+# A server whose messages are of the user and the assistant alone.
+UNKNOWN_ROLE = (r"only user and assistant roles|unknown variant .?system|"
+                r"system (role|message)s? (not supported|must be)|"
+                r"(unexpected|invalid|invalid message) role\b.{0,3}system|"
+                r"\brole\b.*'user' (or|\|) 'assistant'")
+
+
 def overflow_figures(text: str) -> Optional[Dict[str, int]]:
     """The figures in upstream's words for a prompt that does not fit: p prompt, n
     window, o output, over.  None if the words are about something else."""
-    match = next(filter(None, (row.search(text) for row in OVERFLOWS)), None)
-    return match and {name: int(value) for name, value in match.groupdict().items()
-                      if value}
+    words, left, at = text.lower(), [], 0
+    for each in FIGURE.finditer(words):
+        around = f"{words[at:each.start()]}#{words[each.end():]}"
+        left.append((around, int(re.sub("[,_]", "", each[1]))))
+        at = each.end()
+    found: Dict[str, int] = {}
+    for role, pattern in TOLD_FIGURES:
+        taken = [row for row in left if re.search(pattern, row[0], re.S)]
+        left = [row for row in left if row not in taken]
+        found.update({role: taken[0][1]} if taken and role not in found else {})
+    found.pop("", 0)
+    if found.get("n", LEAST_TOLD) < LEAST_TOLD:
+        del found["n"]
+    larger = found.get("p", 0) > found.get("n", 0) > 0
+    sizes = sorted(value for _, value in left if value >= LEAST_TOLD)
+    if (len(sizes) == 2 - ("n" in found) and not {"p", "over"} & {*found}
+            and sizes[-1] > found.get("n", sizes[0])):
+        found = {"n": sizes[0], **found, "p": sizes[-1]}
+    if not any(re.search(subject, re.sub(OUTPUT_NAMES, "", each))
+               and (larger or re.search(claim, each))
+               for each in sentences(words) if not re.search(OTHERWISE, each)
+               for subject, claim in OVERFLOWS):
+        return None
+    return found
+
+
+def sentences(words: str) -> List[str]:
+    """The statements of a refusal, and those of a list such as pydantic's."""
+    joined = re.sub(r"\n[ \t]+", ": ", words)
+    return re.split(r"(?<=[\w)\]'\"`}])[.;!]+(?:\s+|$)|\n|\}, ?\{", joined)
 
 
 def room_left(found: Dict[str, int], exact: bool, tries: int) -> int:
@@ -3653,21 +3707,14 @@ def error_words(raw: bytes, status: int, secret: str = "") -> Tuple[str, int]:
     return text[:500] or "(empty body)", status
 
 
-def sentence(value: Any) -> str:
-    """What a parsed error body says; nothing if it is nested too deep."""
-    try:
-        return words_in(value)
-    except RecursionError:
-        return ""
-
-
-def words_in(value: Any) -> str:
-    """Message, detail or title, wherever it is.  Raises RecursionError."""
+def sentence(value: Any, depth: int = 0) -> str:
+    """What a parsed error body says, message, detail or title, wherever it is; nothing
+    of what is nested too deep."""
     if isinstance(value, str):
         return value
-    if isinstance(value, list):
-        return "; ".join(filter(None, map(words_in, value)))
-    if not isinstance(value, dict):
+    if isinstance(value, list) and depth < 20:
+        return "; ".join(filter(None, (sentence(each, depth + 1) for each in value)))
+    if not isinstance(value, dict) or depth >= 20:
         return ""
     if "msg" in value:
         steps = value.get("loc")
@@ -3679,7 +3726,7 @@ def words_in(value: Any) -> str:
             code = code if isinstance(code, str) else value.get("status_code")
             kind = str(value.get("type"))
             code = code or (kind if re.search("_quota|^[0-9]{4}$", kind) else None)
-            words = words_in(value[name]) + (f" ({code})" if code else "")
+            words = sentence(value[name], depth + 1) + (f" ({code})" if code else "")
             named = isinstance(param, str) and param and param not in words
             return f"{param}: {words}" if named else words
     return str(value.get("title") or "")
@@ -6277,9 +6324,10 @@ def kept_words(passed: Passed, error: ProxyError, status: int,
                value: Any) -> ProxyError:
     """The error, in upstream's own words where those are in the client's language.
 
-    What makes Claude Code compact stays in the words that it knows.
+    What makes Claude Code compact stays in the words that it knows, and what makes it
+    do without system messages comes in such.
     """
-    secret = passed.reading.asked.config.api_key
+    secret, words = passed.reading.asked.config.api_key, error.words
     error.words = ""                # nothing is mended in what passes
     said = shaped(shaped(value, dict).get("error"), dict)
     message = said.get("message")
@@ -6295,6 +6343,9 @@ def kept_words(passed: Passed, error: ProxyError, status: int,
         error.status, error.kind = status, said["type"]
     if isinstance(message, str):
         message = redacted(message[:MAX_ERROR_CHARS], secret)[:MAX_REASON_CHARS]
+        if (passed.tongue == "anthropic" and SYSTEM.search(passed.reading.asked.sent)
+                and re.search(UNKNOWN_ROLE, words, re.I)):
+            message = f'Unexpected role "system" in messages: {message}'
         if error.status in (401, 403):  # Claude Code takes it for "not logged in"
             message = re.sub("(?i)x-api-key", "API key", message)
         if error.status == 401:
@@ -6302,6 +6353,9 @@ def kept_words(passed: Passed, error: ProxyError, status: int,
             message = f"{message.rstrip('.')}.{hint}" if hint else message
         error.message = message
     return error
+
+
+SYSTEM = re.compile(rb'"role"\s*:\s*"system"')    # not within a string: no backslash
 
 
 def openai_error(error: ProxyError, request_id: str) -> Json:
@@ -8421,7 +8475,7 @@ class Asker:
             text_delta_chars=config.text_delta_chars, input_tokens=tokens,
             cumulative=model_family(model).cumulative, opens=self.opens(body, model),
             again=True, own_form="xml" in mends, promotes=not question.course.claude,
-            asked=Asked(config, model, tokens, facts.window)))
+            asked=Asked(config, model, tokens, facts.window, question.raw)))
         question.course.model = model
         return chat
 
@@ -8430,7 +8484,8 @@ class Asker:
         model, config, passed = question.model, self.config, question.message
         tokens = round(question.estimate * self.factor(model))
         window = self.facts(model).window
-        passed.restart(Reading(asked=Asked(config, model, tokens, window)))
+        asked = Asked(config, model, tokens, window, question.raw)
+        passed.restart(Reading(asked=asked))
         question.course.model = model
         data = passed_body(question.raw, model, is_anthropic(config))
         return Parcel(model, passed.path, data, question.course.streams, passed.headers)

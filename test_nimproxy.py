@@ -2368,10 +2368,12 @@ REFUSED = [     # (case, upstream's status, words, our status, type, in the mess
     ("401", 401, "Authentication failed", 401, "authentication_error",
      "NVIDIA_API_KEY"),
     ("402", 402, "pay", 402, "billing_error", "balance"),
-    ("403", 403, "Authorization failed", 403, "authentication_error", "NVIDIA_API_KEY"),
+    ("403, wrong key", 403, "Authorization failed", 403, "authentication_error",
+     "NVIDIA_API_KEY"),
+    ("403", 403, "not in your plan", 403, "permission_error", "build.nvidia.com"),
     ("404", 404, "404 page not found", 404, "not_found_error", "nearest known: meta/"),
     ("gated", 404, "Function 'x': Not found for account 'y'", 404, "not_found_error",
-     "not open to this account"),
+     "'meta/llama-9' is not open to this account"),
     ("410", 410, "The model has reached its end of life", 404, "not_found_error",
      "end of life"),
     ("413", 413, "big", 413, "request_too_large", "too large"),
@@ -2388,6 +2390,8 @@ REFUSED = [     # (case, upstream's status, words, our status, type, in the mess
      ""),
     ("no tool parser", 400, '"auto" tool choice requires --enable-auto-tool-choice',
      400, "invalid_request_error", "choose another model"),
+    ("a torn call, 400", 400, "Value looks like object, but can't find closing '}'",
+     502, "api_error", "a call that the server cannot read"),
     ("redirect", 302, "a redirect to evil", 502, "api_error", "a redirect to evil"),
 ]
 
@@ -2554,12 +2558,103 @@ TOO_LONG = [    # upstream's words, what Claude Code reads
     ("the input length exceeds the context length", "131073 > 131072"),
     ("tokens to keep from the initial prompt is greater than the context length", ""),
     ("context_length_exceeded", ""),
+    ("litellm.ServiceUnavailableError: APIConnectionError: OpenAIException - Requested "
+     "token count exceeds the model's maximum context length of 131000 tokens.",
+     "131001 > 131000"),
+    ("Your input exceeds the model's context window", "131073 > 131072"),
+    ("the prompt is longer than the context length currently available to the model",
+     ""),
+    ("prompt token count of 74490 exceeds the limit of 72000", "74490 > 72000"),
+    ("Requested tokens (45000) exceed context window of 32768", "45000 > 32768"),
+    ("Prompt of 140000 tokens exceeds the maximum allowed input length of 131072 tokens"
+     "", "140000 > 131072"),
+    ("prompt has 40,000 tokens, but the configured context size is 32,768 tokens",
+     "40000 > 32768"),
+    ("litellm.ContextWindowExceededError: litellm.BadRequestError: Context Window "
+     "exceeded for given call. No models have context window large enough", ""),
+    ("the request exceeds the available context size. try increasing the context size",
+     "131073 > 131072"),
+    ("Input validation error: `inputs` tokens + `max_new_tokens` must be <= 32768. "
+     "Given: 40000 `inputs` tokens and 4096 `max_new_tokens`", "40000 > 32768"),
+    ("This model's maximum context length is 131,072 tokens. However, your messages "
+     "resulted in 140_001 tokens.", "140001 > 131072"),
+    ("The input token count (1,196,265) exceeds the maximum number of tokens allowed "
+     "(1048575).", "1196265 > 1048575"),
+    ("This endpoint's maximum context length is 131072 tokens. However, you requested "
+     "about 140000 tokens (130000 of text input, 10000 in the output).",
+     "130000 + 10000 > 131072"),
+    ("input length and `max_tokens` exceed context limit: 188240 + 21333 > 200000, "
+     "decrease", "188240 + 21333 > 200000"),
+    ("sequence length is longer than the specified maximum (5000 > 4096)",
+     "5000 > 4096"),
+    ("context overflow: 5000/4096", "5000 > 4096"),
+    ("request has 5000 tokens, context window is 4096 tokens", "5000 > 4096"),
+    ("The context length of 8_192 tokens is exceeded by 809 tokens", "9001 > 8192"),
+    ("tokens in request more than max tokens allowed", ""),
 ]
+NOT_TOO_LONG = [
+    "This request exceeds the limit of 30000 tokens per minute", "Daily token limit "
+    "reached", "Rate limit reached on tokens per min (TPM): Limit 30000, Used 29000",
+    "Maximum of 128 tools are supported, got 140", "Request too large",
+    "max_tokens is too large: 5000. This model supports at most 4096 completion tokens",
+    "max_tokens: 5000 > 4096, which is the maximum allowed number of output tokens",
+    "Range of max_tokens should be [1, 8192]", "body.max_tokens: Input should be less "
+    "than or equal to 64", "At most 1 image(s) may be provided in one prompt.",
+    "max_tokens must be less than or equal to 4096 (8192 - 4096 prompt tokens)",
+    "[{'type': 'too_long', 'loc': ('body', 'stop'), 'msg': 'List should have at most 4 "
+    "items after validation, not 5', 'input': ['a']}]", "Image input exceeds the limit",
+    "[{'type': 'greater_than_equal', 'loc': ('body', 'top_k'), 'msg': 'Input should be "
+    "greater than or equal to 0', 'input': -1}]", "ResourceExhausted: Worker local "
+    "total request limit reached (163/32)", "`max_tokens` must be greater than "
+    "`thinking.budget_tokens`", "You exceeded your current quota, of 5000 tokens",
+]
+
+
+@pytest.mark.parametrize("words", NOT_TOO_LONG)
+def test_other_limits_are_no_overflows(words):
+    for status in (400, 429):
+        assert np.refusal(ASKED, status, words).fallback != "window"
+
+
+SAYS = ("My vLLM said:\n\tmaximum\ncontext\nlength\nis\n9000\ntokens,\n\n\"and\" "
+        "C:\\new does not support tools, nor the top_p and top_k that I sent.")
+QUOTED = [      # (case, a refusal that quotes that, what of it is upstream's own)
+    ("pydantic, a string", "[{'type': 'missing', 'input': %r}]" % SAYS, "missing"),
+    ("pydantic, a list", "Field required [type=missing, input_value=%r]" % (
+        [{"role": "user", "content": SAYS}],), "Field required"),
+    ("JSON in JSON", "no such field: %s" % json.dumps(json.dumps([{"text": SAYS}])),
+     "no such field"),
+    ("JSON, escaped", "bad value: %s" % json.dumps(SAYS), "bad value"),
+    ("Jinja's", "Error rendering prompt with jinja template: \"%s\"" % SAYS, "jinja"),
+    ("cut in the middle", "Value error [given 'My vLLM said:\\n\\tmaximum\\ncon... not "
+     "support tools, nor the top_p and top_k']", "Value error"),
+    ("pydantic, of two fields", "[{'type': 'missing', 'loc': ('body',), 'input': {'a': "
+     "'maximum context length is 9 tokens'}}, {'type': 'extra', 'loc': ('top_k',)}]",
+     "'loc': ('top_k',)"),
+    ("the field's name in quotes", "Unsupported: 'top_k', in \"%s\"" % SAYS, "top_k"),
+]
+
+
+@pytest.mark.parametrize("words, own", named(QUOTED))
+def test_what_a_refusal_quotes_of_the_request_is_not_believed(words, own):
+    body = dict(ASK, messages=[user(said("Why?")), user(said(SAYS))])
+    for raw in (json.dumps(body), json.dumps(body, ensure_ascii=False, indent=1)):
+        error = np.refusal(ASKED._replace(sent=raw.encode()), 400, words)
+        assert error.status == 400 and error.fallback != "window"
+        assert own in error.words and words[:40] in error.message
+        assert not re.search("9000|support tools|top_p and", error.words)
+
+
+def test_a_request_that_quotes_its_own_refusal_does_not_hide_it():
+    words = '"m" says: maximum context length is 9000 tokens, and this has 9999 tokens'
+    raw = json.dumps(dict(ASK, messages=[user(said(words))])).encode()
+    error = np.refusal(ASKED._replace(sent=raw), 400, words)
+    assert error.message == "prompt is too long: 9999 tokens > 9000 maximum"
 
 
 @pytest.mark.parametrize("words, figures", TOO_LONG)
 def test_overflows_are_said_in_anthropics_words(words, figures):
-    for status in (400, 413, 422, 500):
+    for status in (400, 413, 422, 500, 503):
         error = np.refusal(ASKED, status, words)
         assert (error.status, error.kind) == (400, "invalid_request_error")
         if "+" in figures:
@@ -3461,7 +3556,7 @@ def test_a_quoted_prompt_is_no_overflow():
         "type": "extra_forbidden", "loc": ("body", "top_k"), "msg": "Extra inputs",
         "input": quoted}])})
     with both(refusal, completes("ok")) as (nim, client):
-        client.message(top_k=3)
+        client.message(top_k=3, messages=[user(said(quoted))])
         assert "top_k" not in nim.asked[1]
 
 
@@ -7229,6 +7324,8 @@ FAILURES = [    # what upstream does first, how often in vain it is asked by def
     ("529", refuses(529, {"message": "Service temporarily overloaded"}), 3),
     ("degraded", refuses(400, {"detail": "Function id 'x': DEGRADED function cannot be "
                                "invoked"}), 3),
+    ("a torn call", refuses(400, {"error": {"message": "invalid tool call arguments"}}),
+     1),
     ("an error event", chunked(b"event: error\n: ResourceExhausted: full\n\n"), 3),
     ("an error frame", streams({"error": {"message": "busy", "code": 503}}), 3),
     ("empty 200", EMPTY, 1),
@@ -7258,7 +7355,7 @@ ONCE = [        # what is not repeated
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("failure, tries", named(FAILURES))
 def test_what_passes_is_asked_again(failure, tries, stream):
-    if not stream and failure in (row[1] for row in FAILURES[9:]):
+    if not stream and failure in (row[1] for row in FAILURES[10:]):
         return                          # those are of streams
     defaults = {"retries": 3, "start_retries": 1}
     good = streams(*HELLO) if stream else completes("Hello")
@@ -7867,8 +7964,9 @@ RELAYED_ERRORS = [      # (case, upstream's answer, status, type, message)
     ("its own", refuses(400, anthropic_error("invalid_request_error", "bad x")), 400,
      "invalid_request_error", "bad x"),
     ("too long", refuses(400, anthropic_error(
-        "invalid_request_error", "prompt is too long: 9 tokens > 8 maximum")), 400,
-     "invalid_request_error", "prompt is too long: 9 tokens > 8 maximum"),
+        "invalid_request_error", "prompt is too long: 9000 tokens > 8192 maximum")),
+     400,
+     "invalid_request_error", "prompt is too long: 9000 tokens > 8192 maximum"),
     ("too long in another's words", refuses(400, anthropic_error(
         "invalid_request_error", "Your request exceeded model token limit: 8192 "
         "(requested: 9000)")), 400, "invalid_request_error",
@@ -7899,6 +7997,22 @@ def test_relayed_errors_stay_what_they_are(answer, status, kind, message):
                                                    dict(ASK, stream=stream))
             assert found == status and error["request_id"] == headers["request-id"]
             assert error["error"] == {"type": kind, "message": message}
+
+
+NO_ROLE = 'Unexpected role "system" in messages: '
+NO_SYSTEM = ["invalid params, chat content has invalid message role: system (2013)",
+             "request.messages.1.role: Invalid discriminator value. Expected 'user' | "
+             "'assistant'", "unknown variant `system`, expected `user` or `assistant`"]
+
+
+@pytest.mark.parametrize("words", NO_SYSTEM)
+def test_a_relay_that_takes_no_system_messages_says_so_in_known_words(words):
+    answer = refuses(400, anthropic_error("invalid_request_error", words))
+    for role, known in (("system", NO_ROLE), ("x", "")):
+        with relaying(answer) as (nim, client):
+            status, error = client.ask(messages=[user(said("hi")), {
+                "role": role, "content": 'a \\"role\\": \\"system\\"'}])
+        assert (status, error["error"]["message"]) == (400, known + words)
 
 
 def test_a_relayed_429_keeps_its_retry_after():
