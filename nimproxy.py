@@ -2846,8 +2846,8 @@ def keep_sampling(chat: Json, limits: Limits) -> None:
 
 def choose_within(chat: Json, choices: str) -> None:
     """Say tool_choice in a form that is taken: a named tool can be the only one."""
-    choice = chat["tool_choice"]
-    if choices == "any" or choices == "words" and isinstance(choice, str):
+    choice = chat.get("tool_choice")
+    if not choice or choices == "any" or choices == "words" and isinstance(choice, str):
         return
     if isinstance(choice, dict):
         name = choice["function"]["name"]
@@ -3300,7 +3300,7 @@ class Calibration:
 
 
 CALIBRATED_OVER = 20    # requests: what a conversation consists of changes slowly
-LEAST_RATIO = 0.4       # what is further off was cut or counted otherwise
+LEAST_RATIO = 0.5       # what is further off was cut or counted otherwise
 
 
 def tally(content: Any, texts: List[str]) -> int:
@@ -4061,78 +4061,52 @@ def own_quotes(name: str, text: str) -> str:
 # What a refusal asks for, as the name of a mend, and the mends: each changes a chat a
 # little.  They are written "name" or "name:argument", and so they are remembered.
 
-class Mend(NamedTuple):
-    pattern: str            # in upstream's words
-    mend: str               # may hold \1: what the pattern found
-
-
 MAX_MENDS = 4               # different ones for one request, then the refusal is told
+UNABLE = r"not (?:be )?(?:support|allow|permit|avail)|n't support|unsupported"
+MOST = (r"(?:maximum of|maximum length of|at most|up to|only|exceeds|longer than|limit "
+        r"(?:of|is)) (\d+)\b(?! ?[km]i?b\b| bytes| pixel)")
+SCHEMA_TROUBLE = "grammar|json schema|unknown escape|number of repetitions|peg-native"
 
-# First row that fits and changes the chat wins.
-MENDS = [Mend(pattern, mend) for pattern, mend in [
-    (r"single tool-calls at once", "single"),
-    (r"response_format.{0,60}\btools|tools\b.{0,60}response_format",
-     "drop:response_format"),
-    (r"enable-auto-tool-choice|does not support (tools|function)|"
-     r"tools? (is|are) not supported", "xml"),
-    (r"[Uu]se '?max_completion_tokens|max_tokens' is not supported", "rename"),
-    (r"range of max_tokens (?:is|should be) \[1, ?(\d+)\]", r"most:\1"),
-    (r"supports at most (\d+) completion tokens", r"most:\1"),
-    (r"(?:supplied|[Uu]nsupported|[Uu]nknown)[^.]{0,60}max_completion_tokens|"
-     r"max_completion_tokens[^.]{0,40}(?:not supported|unsupported|not permitted)",
-     "rename:max_tokens"),
-    (r"max_tokens[^;\n]{0,120}?\[1, ?(\d{2,})\]", r"most:\1"),
-    (r"max_tokens[^;\n]{0,120}?(?:less than or equal to|a value <=) (\d{2,})",
-     r"most:\1"),
-    (r"max_tokens: \d+ > (\d+)", r"most:\1"),
-    (r"integer above maximum value, expected a value <= (\d{2,})", r"most:\1"),
-    (r"Maximum of (\d+) tools|at most (\d+) tools", r"tools:\1"),
-    (r"[Aa]t most (\d+) image", r"images:\1"),
-    (r"[Mm]aximum of (\d+) stop", r"stops:\1"),
-    (r"name .*(?:exceeds|at most|longer than) (\d+)[ -]char", r"names:\1"),
-    (r"name .*maximum length of (\d+)", r"names:\1"),
-    (r"a-z, A-Z, 0-9, with a length of 9", "ids"),
-    (r"reasoning_content\b.{0,80}(must be passed|is missing)", "replay"),
-    (r"(?i)tool.?choice.{0,80}supported string values", "choice:words"),
-    (r"(?i)tool.?choice.{0,40}\b(must|only)\b.{0,20}auto|tool choice requires|"
-     r"(support|unsupported|available|incompatible|not allowed).{0,60}tool_choice|"
-     r"tool_choice.{0,80}(support|not available|incompatible|thinking)", "choice:auto"),
-    (r"(?i)only user and assistant roles|system role not supported|system message must "
-     r"be|role.{0,40}'user' or 'assistant'", "fold"),
-    (r"(?i)no user query found", "query"),
-    (r"(?i)roles? must alternate|expected last role|unexpected role|\b3230\b", "turns"),
-    (r"(?i)(image (input|content)s?|multimodal|vision|image_url)\W.{0,40}(not "
-     r"supported|unsupported|not available|only text|invalid content type)|"
-     r"only text\W.{0,40}image|"
-     r"(does not|doesn't|not) support.{0,40}(image|vision|multimodal)", "blind"),
-    (r"(?i)content.{0,60}(valid string|must be a string|should be a string|expected "
-     r"a? ?string)", "flat"),
+# A subject and a claim about it, in one sentence of upstream's words in either order,
+# and the mend, which may hold \1: the figure that the claim has.  The first row
+# that fits and changes the chat wins.
+MENDS = [
+    (r"single tool-calls at once|parallel tool calls", "", "single"),
+    (r"response_format", r"\btools\b", "drop:response_format"),
+    (r"enable-auto-tool-choice|n[o']t support (tool|function)s?|"
+     r"(?<!parallel )\btool(s|[ -]call\w*| use)? (is|are) not supported", "", "xml"),
+    (r"\bmax_tokens\b", r"not supported|use '?max_completion_tokens", "rename"),
+    (r"\bmax_completion_tokens\b", UNABLE + "|unknown|supplied", "rename:max_tokens"),
+    (r"max_tokens|max_completion_tokens|completion tokens|integer above maximum",
+     r"(?:\[1, ?|at most |less than or equal to |<= ?|\d > )(\d{2,})", r"most:\1"),
+    (r"\bname\b", MOST, r"names:\1"),
+    (r"\btools\b", MOST + "(?!.?char)", r"tools:\1"),
+    (r"image", MOST, r"images:\1"),
+    (r"\bstop\b", MOST, r"stops:\1"),
+    (r"a-z, A-Z, 0-9, with a length of 9", "", "ids"),
+    (r"reasoning_(?:content|text)", r"must be passed|missing|required", "replay"),
+    (r"tool.?choice type|supported string values", "", "choice:words"),
+    (r"tool.?choice", r"\b(?:must|only)\b.*auto|requires|support|incompatible|thinking|"
+     r"not a(?:vailable|llowed)", "choice:auto"),
+    (UNKNOWN_ROLE, "", "fold"),
+    (r"no user query found", "", "query"),
+    (r"roles? must alternate|expected last role|unexpected role|\b3230\b", "", "turns"),
+    (r"^(?!.*\b(?:format|size|scheme|media|image type)).*(?:image|multimodal|vision)",
+     UNABLE + "|only text|invalid content type", "blind"),
+    (r"content", r"valid string|(must|should) be a string|expected a? ?string", "flat"),
     # A host that takes only strings takes no images: for when that row is of no use.
-    (r"(?i)content.{0,60}(valid string|must be a string)|not a multimodal", "blind"),
-    (r"(?i)\b(any|one|all)of\b.{0,40}(not supported|unsupported|not allowed)|"
-     r"function.parameters.type|when using anyof|\$ref|\$defs|invalid schema|"
-     r"upper\W+to type\W+undefined|exact null branch", "schema:plain"),
-    (r"(?i)xgrammar|into a grammar|json schema|failed to parse grammar", "schema:bare"),
-]]
-
-# How servers name the fields that they refuse.
-FIELD_NAMES = [re.compile(pattern) for pattern in [
-    r"Unsupported parameter\(s\):\s*(`\w+`(?:, `\w+`)*|\w+(?:, \w+)*)",
-    r"'extra_forbidden', 'loc': \('body', ((?:'\w+'|\d+)(?:, (?:'\w+'|\d+))*)\)",
-    r"body -> ([\w >-]+?)\s*\n\s*(?:Extra inputs|extra fields)",
-    r"(?:^|; |\n)(?:body\.)?([\w.]+)(?:: |\n\s*)(?:Extra inputs|extra fields)",
-    r"unexpected keyword argument '(\w+)'",
-    r"[Uu]nrecognized request arguments? supplied: ([\w, ]+)",
-    r"[Uu]nknown (?:field|parameter|name|argument)[: ]+[\"'`]?([\w.]+)",
-    r"property '([\w.]+)' is unsupported",
-    r"(?:[Uu]nsupported|[Ii]nvalid) (?:parameter|value|argument)s?: [\"'`]([\w.]+)",
-    r"[Ii]nvalid (temperature|top_p|top_k): only",
-    r"[\"'`]?\b(stream_options|parallel_tool_calls|response_format|temperature|top_p|"
-    r"top_k|stop|reasoning_effort|chat_template_kwargs|tool_stream|thinking(?! mode)|"
-    r"tool_choice"
-    r")\b[\"'`]?.{0,60}(?:not (?:supported|allowed|permitted)|unsupported|only allowed|"
-    r"unavailable|must be|is invalid|should be|ignored|deprecated|cannot)",
-]]
+    (r"content|not a multimodal", r"valid string|must be a string|multimodal", "blind"),
+    (r"\b(?:any|one|all)of\b|function.parameters.type|\$ref|\$defs|invalid schema|"
+     r"upper\W+to type\W+undefined|exact null branch", "", "schema:plain"),
+    (SCHEMA_TROUBLE, "", "schema:bare"),
+    (SCHEMA_TROUBLE, "", "drop:response_format"),   # then it was not that of a tool
+]
+REFUSED = (UNABLE + r"|extra[ _](inputs|fields|forbidden)|unexpected keyword|unknown|"
+           r"unrecognized|only allowed|unavailable|ignored|deprecated|cannot|"
+           r"\binvalid\b|must be (?!passed)|should be")
+# What is told of other fields, or of what one holds.
+ASIDE = (r"(?<!not )\b(supported|known|valid|allowed) (field|parameter|argument)s\b.*|"
+         r"\b(expected one of|value: ).*| (when|while|if) .*")
 NEEDED_FIELDS = {"", "model", "messages", "stream", "tools", "max_tokens", "body",
                  "max_completion_tokens", "content", "role", "tool_calls", "type",
                  "tool_call_id", "function", "arguments", "name"}
@@ -4141,10 +4115,13 @@ NEEDED_FIELDS = {"", "model", "messages", "stream", "tools", "max_tokens", "body
 def mend_for(words: str, chat: Json, tried: List[str]) -> str:
     """The first mend that upstream's words ask for, and that changes the chat; "" for
     none."""
-    wanted = [re.sub(r"\\1", lambda _: next(filter(None, found.groups())), row.mend)
-              for row in MENDS for found in [re.search(row.pattern, words, re.S)]
-              if found]
-    wanted.append("drop:" + ",".join(refused_fields(words)))
+    said, wanted = sentences(words), []
+    for subject, claim, mend in MENDS:
+        for each in said:
+            found = re.search(claim, each, re.I)
+            if found and re.search(subject, each, re.I):
+                wanted.append(found.expand(mend))
+    wanted.append("drop:" + ",".join(refused_fields(said, chat)))
     for mend in wanted:
         trial = decode_json(encode_json(chat))
         apply_mend(mend, trial)
@@ -4153,29 +4130,42 @@ def mend_for(words: str, chat: Json, tried: List[str]) -> str:
     return ""
 
 
-def refused_fields(words: str) -> List[str]:
-    """The names of the chat's fields that upstream's words refuse."""
-    names: List[str] = []
-    for pattern in FIELD_NAMES:
-        for found in pattern.finditer(words):
-            names += [name.rstrip(".").split(".")[-1]
-                      for name in re.findall(r"[A-Za-z_][\w.]*", found[1])]
-    return [name for name in dict.fromkeys(names) if name not in NEEDED_FIELDS]
+def refused_fields(said: List[str], chat: Json) -> List[str]:
+    """The fields of a chat, its template's arguments and its messages that stand in a
+    sentence together with a refusal of them."""
+    holders = [chat, chat.get("chat_template_kwargs") or {}, *chat["messages"]]
+    names = dict.fromkeys(name for holder in holders for name in holder)
+    own = [re.sub(ASIDE, "", each, 0, re.I) for each in said]
+    return [name for name in names if name not in NEEDED_FIELDS
+            and any(re.search(rf"\b{re.escape(name)}\b(?! mode)", each)
+                    and re.search(REFUSED, each, re.I) for each in own)]
+
+
+def change_of(mend: str) -> Change:
+    return CHANGES.get(mend) or CHANGES.get(mend.partition(":")[0]) or Change()
 
 
 def apply_mend(mend: str, chat: Json) -> None:
     """Change a chat as a mend says; nothing if this version has no such mend."""
-    name, _, argument = mend.partition(":")
-    if name in COUNTED and not re.fullmatch("[1-9][0-9]{0,8}", argument):
-        return
-    if name in APPLY:
-        APPLY[name](chat, argument)
+    argument = mend.partition(":")[2]
+    if not change_of(mend).least or re.fullmatch("[1-9][0-9]{0,8}", argument):
+        change_of(mend).apply(chat, argument)
+
+
+MOST_LEARNED = 10_000_000   # tokens; nothing that has a limit has a larger one
+
+
+def plausible(mend: str, most: int = MOST_LEARNED) -> bool:
+    """Whether a mend may be remembered: one with a number only if that makes sense."""
+    least, argument = change_of(mend).least, mend.partition(":")[2]
+    return not least or bool(re.fullmatch("[0-9]{1,9}", argument)
+                             and least <= int(argument) <= most)
 
 
 def drop_fields(chat: Json, names: str) -> None:
     """Take fields out of the chat, of its template's arguments and its messages."""
     if "tool_choice" in names.split(","):
-        choose(chat, "")            # what it says is then said by the tools themselves
+        choose_within(chat, "")     # what it says is then said by the tools themselves
     for name in set(names.split(",")) - NEEDED_FIELDS:
         for holder in [chat, chat.get("chat_template_kwargs") or {}, *chat["messages"]]:
             holder.pop(name, None)
@@ -4197,15 +4187,10 @@ def cap_tokens(chat: Json, most: str) -> None:
             chat[name] = min(chat[name], int(most))
 
 
-def cut_tools(chat: Json, most: str) -> None:
-    """The first tools: a client's own come before those that were added to it."""
-    if len(chat.get("tools") or []) > int(most):
-        chat["tools"] = chat["tools"][:int(most)]
-
-
-def cut_stops(chat: Json, most: str) -> None:
-    if "stop" in chat:
-        chat["stop"] = chat["stop"][:int(most)]
+def cut_list(chat: Json, name: str, most: str) -> None:
+    """The first of a list: a client's own tools come before those added to them."""
+    if name in chat:
+        chat[name] = chat[name][:int(most)]
 
 
 def shorten_names(chat: Json, most: str) -> None:
@@ -4223,27 +4208,18 @@ def shorten_names(chat: Json, most: str) -> None:
 def nine_characters(chat: Json, _: str) -> None:
     """Call ids as Mistral's templates want them."""
     for message in chat["messages"]:
-        if "tool_call_id" in message:
-            message["tool_call_id"] = nine(message["tool_call_id"])
-        for call in message.get("tool_calls") or []:
-            call["id"] = nine(call["id"])
-
-
-def nine(call_id: str) -> str:
-    if re.fullmatch("[A-Za-z0-9]{9}", call_id):
-        return call_id
-    return f"{zlib.crc32(call_id.encode('utf-8', 'replace')):09d}"[-9:]
+        calls = [(call, "id") for call in message.get("tool_calls") or []]
+        for holder, name in [(message, "tool_call_id"), *calls]:
+            known = holder.get(name)
+            if known and not re.fullmatch("[A-Za-z0-9]{9}", known):
+                number = zlib.crc32(known.encode("utf-8", "replace"))
+                holder[name] = f"{number:09d}"[-9:]
 
 
 def replay_all(chat: Json, _: str) -> None:
     for message in chat["messages"]:
         if message["role"] == "assistant":
             message.setdefault("reasoning_content", "")
-
-
-def choose(chat: Json, choices: str) -> None:
-    if "tool_choice" in chat:
-        choose_within(chat, choices)
 
 
 def fold_system(chat: Json, _: str) -> None:
@@ -4472,15 +4448,30 @@ def prose(tools: List[Json], choice: Any) -> str:
     return XML_RULES + "\n".join(rows) + must
 
 
-COUNTED = ("most", "now", "tools", "stops", "names", "images")     # with a number
-APPLY: Dict[str, Callable[[Json, str], None]] = {
-    "drop": drop_fields, "rename": rename_tokens, "most": cap_tokens, "now": cap_tokens,
-    "tools": cut_tools,
-    "stops": cut_stops, "names": shorten_names, "ids": nine_characters,
-    "replay": replay_all, "choice": choose, "fold": fold_system,
-    "query": ask_something, "turns": take_turns, "blind": hide_images, "flat": flatten,
-    "images": keep_images,
-    "single": one_call_a_turn, "schema": simplify_schemas, "xml": tools_in_prose,
+class Change(NamedTuple):
+    """How a mend changes a chat; it is of the words before the colon, or of all."""
+    apply: Callable[[Json, str], None] = lambda chat, argument: None
+    least: int = 0          # of its number, to be remembered at all; 0: it has none
+    loss: str = ""          # what a model is without by it: that is soon tried anew
+
+
+CHANGES = {
+    "drop": Change(drop_fields), "rename": Change(rename_tokens),
+    "drop:response_format": Change(drop_fields, 0, "response_format is left out"),
+    "most": Change(cap_tokens, 1024, "answers are kept short"),
+    "now": Change(cap_tokens, 1 << 31),     # for one request alone
+    "window": Change(least=4096, loss="prompts are kept short"),
+    "tools": Change(lambda chat, most: cut_list(chat, "tools", most), 8,
+                    "the last tools are left out"),
+    "stops": Change(lambda chat, most: cut_list(chat, "stop", most), 1),
+    "names": Change(shorten_names, 16), "ids": Change(nine_characters),
+    "replay": Change(replay_all), "choice": Change(choose_within),
+    "fold": Change(fold_system),
+    "query": Change(ask_something), "turns": Change(take_turns),
+    "blind": Change(hide_images, 0, "images are left out"), "flat": Change(flatten),
+    "images": Change(keep_images, 1, "images are left out"),
+    "single": Change(one_call_a_turn), "schema": Change(simplify_schemas),
+    "xml": Change(tools_in_prose, 0, "tools are called in text"),
 }
 
 
@@ -7758,57 +7749,124 @@ async def connected_socket(place: Target) -> socket.socket:
 # that may be deleted at any time; that it cannot be read or written is never fatal.
 
 log = logging.getLogger("nimproxy")
-LEARNED_DAYS = 7            # then a server may have become wiser, and is tried anew
+RECENT_SECONDS = 600.0      # one refusal is believed for so long, and not written down
+ANEW_SECONDS = 3600.0       # what takes something away from a model is tried without
+LEARNED_SECONDS = 7 * 86400.0   # then a server may have become wiser, and is tried anew
+MAX_LESSONS = 16            # recent ones of a model; a few are usual
 MAX_LEARNED_BYTES = 1 << 20     # of the file; a model's entry has some 100
+LOCK_TRIES = 100            # each a millisecond; a file is changed in less than one
+
+
+class Lesson(NamedTuple):
+    """A mend that helped, as this process saw it."""
+    at: float               # on the monotonic clock
+    words: str              # the refusal's, without figures; "": not to be kept
+    asked: str              # the request's id
 
 
 class Learned:
-    """Mends by base URL and model, each with the day it helped; none is too old.
+    """Mends by base URL and model: in force for a while after each that helped, and
+    kept once a second request, sent without it, was refused in the same words.
 
-        {"https://host/v1": {"some/model": {"drop:top_k": "2026-11-21"}}}
+        {"https://host/v1": {"some/model": {"drop:top_k": "2026-11-21T08:30:00Z"}}}
+
+    When the file has changed it is read anew; if nothing is in it, or a model has an
+    empty row there, what is not kept is forgotten as well.
     """
 
     def __init__(self, home: str) -> None:
         self.path = os.path.join(home, "learned.json") if home else ""
         self.tree: Dict[str, Dict[str, Dict[str, str]]] = {}
-        self.tree = self.load()
+        self.read: Tuple[int, ...] = ()     # the state of the file that the tree is of
+        self.recent: Dict[Tuple[str, str], Dict[str, Lesson]] = {}
+        self.lost: Set[Tuple[str, str, str]] = set()    # what was said to be taken away
+        self.refresh()
+
+    def refresh(self) -> None:
+        found: Tuple[int, ...] = ()
+        with contextlib.suppress(OSError):
+            state = os.stat(self.path)
+            found = state.st_mtime_ns, state.st_ino, state.st_size
+        if found != self.read:
+            self.tree, self.read = self.load(), found
+            rows = [row for models in self.tree.values() for row in models.items()]
+            self.recent = {key: known for key, known in self.recent.items()
+                           if any(row for _, row in rows) and (key[1], {}) not in rows}
+
+    def in_force(self, base_url: str, model: str) -> Dict[str, str]:
+        """The mends of a model: since when they are kept, "" for those of a while."""
+        self.refresh()
+        rows, key = {}, (base_url, model)
+        for mend, when in self.tree.get(base_url, {}).get(model, {}).items():
+            seconds = ANEW_SECONDS if change_of(mend).loss else LEARNED_SECONDS
+            if plausible(mend) and stamp(seconds) < when <= stamp(0.0):
+                rows[mend] = when
+        for mend, lesson in self.recent.get(key, {}).items():
+            if lesson.at > time.monotonic() - RECENT_SECONDS:
+                rows.setdefault(mend, "")
+        for lost in [lost for lost in self.lost if lost[:2] == key
+                     and lost[2] not in rows]:
+            self.lost.discard(lost)
+            log.warning("%r: tried anew without %s", model, lost[2])
+        return rows
+
+    def models(self, base_url: str) -> Dict[str, Dict[str, str]]:
+        """What is in force, by model."""
+        self.refresh()
+        names = [*self.tree.get(base_url, {}), *(name for _, name in self.recent)]
+        rows = {name: self.in_force(base_url, name) for name in names}
+        return {name: mends for name, mends in rows.items() if mends}
 
     def mends(self, base_url: str, model: str) -> List[str]:
-        oldest, today = day(LEARNED_DAYS), day(0)
-        rows = self.tree.get(base_url, {}).get(model, {})
-        return [mend for mend, when in rows.items() if oldest < when <= today]
+        return list(self.in_force(base_url, model))
 
     def window(self, base_url: str, model: str) -> int:
-        """The window that an overflow once told, in tokens; 0 if none has."""
-        windows = [int(mend[7:]) for mend in self.mends(base_url, model)
-                   if re.fullmatch("window:[0-9]{1,9}", mend)]
-        return min(windows, default=0)
+        """The window that an overflow has told last, in tokens; 0 if none has."""
+        rows = self.in_force(base_url, model).items()
+        windows = [mend[7:] for mend, _ in sorted(rows, key=lambda row: row[1] or "~")
+                   if mend.startswith("window:")]
+        return int(windows[-1]) if windows else 0
 
-    def learn(self, base_url: str, model: str, mends: List[str]) -> None:
-        today = day(0)
-        models = self.tree.setdefault(base_url, {})
-        while len(models) >= MAX_KNOWN and model not in models:
-            del models[next(iter(models))]
-        rows = models.setdefault(model, {})
-        if all(rows.get(mend) == today for mend in mends):
-            return
-        if any(mend.startswith("window:") for mend in mends):
-            self.forget_window(base_url, model)     # the last one told is true
-        rows.update((mend, today) for mend in mends)
-        self.save()
+    def learn(self, base_url: str, model: str, mend: str, lesson: Lesson) -> None:
+        """Note that a mend has helped; keep it if another request says the same."""
+        self.refresh()
+        known = self.recent.pop((base_url, model), {})
+        first = known.pop(mend, lesson)
+        for rows, most in ((self.recent, MAX_KNOWN), (known, MAX_LESSONS)):
+            while len(rows) >= most:
+                del rows[next(iter(rows))]
+        self.recent[base_url, model], known[mend] = known, lesson
+        loss = change_of(mend).loss
+        if loss and (base_url, model, mend) not in self.lost:
+            self.lost = {*list(self.lost)[-MAX_KNOWN:], (base_url, model, mend)}
+            log.warning("%r: %s for a while, after a refusal (%s)", model, loss, mend)
+        when = self.tree.get(base_url, {}).get(model, {}).get(mend, "")
+        again = first.asked != lesson.asked and first.words == lesson.words
+        if lesson.words and (again or when) and when < stamp(RECENT_SECONDS):
+            self.change(lambda tree: tree.setdefault(base_url, {}).setdefault(
+                model, {}).update({mend: stamp(0.0)}))
 
-    def forget_window(self, base_url: str, model: str) -> None:
-        rows = self.tree.get(base_url, {}).get(model, {})
-        for mend in [mend for mend in rows if mend.startswith("window:")]:
-            rows[mend] = ""         # older than any day, so it is not kept
+    def forget(self, base_url: str, model: str = "", start: str = "") -> None:
+        """Drop what was learned, in each process: of a model, or of all; the mends that
+        start so, or all."""
+        def rest(name: str, rows: Json) -> Json:
+            return {mend: row for mend, row in rows.items() if model not in ("", name)
+                    or start and not mend.startswith(start)}
+
+        def edit(tree: Json) -> None:
+            tree.setdefault(base_url, {}).setdefault(model, {})
+            for models in tree.values():
+                models.update({name: rest(name, rows) for name, rows in models.items()})
+        self.recent = {key: rest(key[1], rows) for key, rows in self.recent.items()}
+        self.change(edit)
 
     def load(self) -> Dict[str, Dict[str, Dict[str, str]]]:
         """The file's rows; one that is not ours is set aside, and that is said."""
-        if not self.path or not os.path.exists(self.path):
-            return {}
         try:
             with plain_file(self.path) as file:
                 return learned_rows(decode_json(file.read(MAX_LEARNED_BYTES)))
+        except FileNotFoundError:
+            pass
         except OSError as error:
             log.warning("cannot read %s: %s", self.path, error.strerror)
         except (ValueError, RecursionError):
@@ -7817,23 +7875,45 @@ class Learned:
                 os.replace(self.path, self.path + ".bad")
         return {}
 
-    def save(self) -> None:
-        """Write all rows that are not too old, and those of other proxies, at once."""
-        if not self.path:
-            return
-        for base_url, models in self.load().items():
-            for model, rows in models.items():
-                own = self.tree.setdefault(base_url, {}).setdefault(model, {})
-                own.update({**rows, **own})
-        tree = {base_url: {model: {mend: rows[mend]
-                                   for mend in self.mends(base_url, model)}
-                           for model, rows in models.items()}
-                for base_url, models in self.tree.items()}
-        try:
-            replace_file(self.path, json.dumps(tree, indent=1) + "\n")
-        except OSError as error:
-            log.warning("cannot remember in %s: %s", self.path, error.strerror)
-            self.path = ""          # said once
+    def change(self, edit: Callable[[Json], None]) -> None:
+        """Edit the file, alone among the processes that do; what is old goes."""
+        with locked(os.path.dirname(self.path)):
+            self.refresh()
+            for models in self.tree.values():
+                for model, rows in list(models.items()):
+                    models[model] = {mend: when for mend, when in rows.items()
+                                     if when > stamp(LEARNED_SECONDS)}
+                    if not models[model] or len(models) > MAX_KNOWN:
+                        del models[model]
+            edit(self.tree)
+            try:
+                if self.path:
+                    replace_file(self.path, json.dumps(self.tree, indent=1) + "\n")
+                    self.read = (0,)        # no state that a file has: it is read again
+            except OSError as error:
+                log.warning("cannot remember in %s: %s", self.path, error.strerror)
+                self.path, self.read = "", ()       # said once
+
+
+@contextlib.contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """Alone in a folder among those who ask; nobody is waited for who does not let go,
+    and Windows has no such locks."""
+    held = -1
+    try:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+            os.makedirs(folder, 0o700, exist_ok=True)
+            held = os.open(folder, os.O_RDONLY)
+            for _ in range(LOCK_TRIES):
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.001)
+        yield
+    finally:
+        if held >= 0:
+            os.close(held)
 
 
 def plain_file(path: str, encoding: str = "utf-8") -> TextIO:
@@ -7859,19 +7939,18 @@ def replace_file(path: str, text: str) -> None:
         raise
 
 
-def day(ago: int) -> str:
-    return time.strftime("%Y-%m-%d", time.gmtime(time.time() - 86400 * ago))
+def stamp(ago: float) -> str:
+    """A moment so many seconds ago, in a form that sorts by time."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - ago))
 
 
 def learned_rows(tree: Any) -> Dict[str, Dict[str, Dict[str, str]]]:
     """The file's tree; ValueError if it has another shape."""
-    models = list(tree.values()) if isinstance(tree, dict) else [0]
-    rows = [row for model in models
-            for row in (model.values() if isinstance(model, dict) else [0])]
-    if not all(isinstance(row, dict) and all(isinstance(when, str)
-               for when in row.values()) for row in rows):
-        raise ValueError("expected days by mend, by model, by base URL")
-    return tree
+    with contextlib.suppress(AttributeError):
+        if all(isinstance(when, str) for models in tree.values()
+               for rows in models.values() for when in rows.values()):
+            return tree
+    raise ValueError("expected times by mend, by model, by base URL")
 
 
 # ---- 24. Journal -------------------------------------------------------------
@@ -8082,6 +8161,7 @@ class Trial(NamedTuple):
     """A mend under way: the refusal that it is for, and the chat without it."""
     mend: str = ""
     words: str = ""
+    said: int = 0           # the status that they came with
     chat: Json = {}
 
 
@@ -8240,23 +8320,22 @@ class Asker:
                 if last.mend and signless(error.words) == signless(last.words):
                     chat, last = last.chat, Trial()     # in vain: without it, then
                 mend = self.mend(question, chat, error, tried)
-                if error.words and (mend or not error.again):   # else nothing is known
-                    self.learn(question.model, [last.mend])
-                    last = Trial()
-                if not mend and not await self.patient(question, error):
+                if mend:                # the next hurdle, so that the last is taken
+                    self.learn(question, last)
+                elif not await self.patient(question, error):
                     error.message += self.image_hint(chat, error)
                     raise
                 question.message.restart()
                 if not mend:
                     continue
                 tried.append(mend)
-                last = Trial(mend, error.words, chat)
+                last = Trial(mend, error.words, error.said, chat)
                 chat = decode_json(encode_json(chat))
                 apply_mend(mend, chat)
                 log.info("%s %s: %s (asking again with %s)", question.course.id[-8:],
                          question.model, error.words, mend)
             else:
-                self.learn(question.model, [last.mend])
+                self.learn(question, last)
                 return done
 
     def mend(self, question: Question, chat: Sent, error: ProxyError,
@@ -8272,11 +8351,13 @@ class Asker:
             if mend == "blind":
                 error.fallback = "images"
                 if self.next_model(question, error):    # better seen by another model
-                    self.learn(question.model, [mend])
+                    self.learn(question, Trial(mend, error.words, error.said))
                     mend = ""
             return mend
-        if "n" in found:
-            self.learn(question.model, [f"window:{found['n']}"])
+        facts = model_facts(self.config, question.model)
+        window = f"window:{found.get('n', 0)}"
+        if plausible(window, facts.window if facts.sure else MOST_LEARNED):
+            self.learn(question, Trial(window, error.words, error.said))
         room = room_left(found, "at least" not in error.words, len(tried))
         mend = f"now:{room}"
         return mend if 0 < room < wanted_tokens(chat) and mend not in tried else ""
@@ -8329,12 +8410,17 @@ class Asker:
         return (f" An image here has {max(sizes) // 1000} kB in base64; many models at "
                 f"this host take {most // 1000}: scale it down.")
 
-    def learn(self, model: str, mends: List[str]) -> None:
-        """Count mends that helped, and remember those that last."""
-        lasting = [mend for mend in mends if mend and not mend.startswith("now:")]
-        self.counts.update("mended_" + mend.partition(":")[0] for mend in mends if mend)
-        if lasting:
-            self.learned.learn(self.config.base_url, model, lasting)
+    def learn(self, question: Question, trial: Trial) -> None:
+        """Count a mend that helped, and remember it; a server's own failure (5xx) is
+        not to be kept."""
+        if not trial.mend:
+            return
+        self.counts["mended_" + trial.mend.partition(":")[0]] += 1
+        words = signless(trial.words) if trial.said < 500 else ""
+        if plausible(trial.mend):
+            self.learned.learn(
+                self.config.base_url, question.model, trial.mend,
+                Lesson(time.monotonic(), words, question.course.id))
 
     # one attempt
 
@@ -8559,7 +8645,7 @@ class Asker:
         known = self.calibrations.get(model)
         return known.factor if known else 1.0
 
-    def compare(self, question: Question, usage: Dict[str, int]) -> None:
+    def compare(self, question: Question) -> None:
         """Learn from upstream's own figures; say so if it has cut the prompt."""
         message, model = question.message, question.course.model
         if message.fielded and len(self.fielded) < MAX_KNOWN:
@@ -8568,12 +8654,11 @@ class Asker:
             self.orphans[model] = message.watch.orphan
         elif message.reading.opens and message.opened() and message.answers():
             self.orphans.pop(model, None)
-        counted = whole_prompt(usage)
-        if not any(message.usage.values()):
+        counted = whole_prompt(message.usage)
+        if not counted:                 # upstream has told nothing
             return
-        base_url = self.config.base_url
-        if counted > self.learned.window(base_url, model) > 0:
-            self.learned.forget_window(base_url, model)
+        if counted > self.learned.window(self.config.base_url, model) > 0:
+            self.learned.forget(self.config.base_url, model, "window:")
         while len(self.calibrations) >= MAX_KNOWN:
             del self.calibrations[next(iter(self.calibrations))]
         known = self.calibrations.setdefault(model, Calibration())
@@ -8625,8 +8710,8 @@ class Asker:
 
 
 def signless(words: str) -> str:
-    """A refusal without its numbers, which may be ids or times."""
-    return re.sub(r"[0-9a-f-]*[0-9][0-9a-f-]*", "", words)
+    """A refusal without numbers, and words with a digit or of great length: ids."""
+    return re.sub(r"[\w+/=-]*\d[\w+/=-]*|\w{24,}", "", words)
 
 
 def turned_to(name: str, models: List[str]) -> List[str]:
@@ -9402,7 +9487,7 @@ class Proxy:
                      printable(course.model), printable(tool), ", ".join(notes))
         if course.fallback:
             self.counts["fallback_" + course.fallback] += 1
-        self.asker.compare(question, usage)
+        self.asker.compare(question)
         self.counts["input_tokens"] += usage["input_tokens"]
         self.counts["output_tokens"] += usage["output_tokens"]
         course.usage = usage
@@ -9512,6 +9597,7 @@ class Proxy:
             "fallbacks": [{"session": session[:8], "model": model, "instead": name,
                            "reason": why} for (session, model), (name, why, since)
                           in self.asker.sticky.items() if now - since < STICKY_SECONDS],
+            "learned": self.asker.learned.models(config.base_url),
             "counts": dict(self.counts), "last_errors": list(self.errors),
             "last_requests": list(self.requests),
             **self.traffic(),
@@ -12390,7 +12476,7 @@ def check_models(patient: Patient) -> Said:
         mends = learned.mends(config.base_url, name)
         if mends:
             yield OK, f"{name}: learned from refusals: {', '.join(mends)}", (
-                f"rm {shlex.quote(learned.path)}, to forget it")
+                f"`{program()} forget {shlex.quote(name)}`, if that is no longer so")
 
 
 def named_models(config: Config) -> Dict[str, List[str]]:
@@ -12833,6 +12919,8 @@ def status_lines(status: Json, url: str) -> List[str]:
                                  f"{row['reason']}" for row in status["fallbacks"])
     lines += [words + (f", in {count} sessions" if count > 1 else "")
               for words, count in turned.items()]
+    lines += [f"  learned of {model}: {', '.join(mends)}"
+              for model, mends in status.get("learned", {}).items()]
     lines = [folded(line, "    ") for line in lines]
     last = status.get("last_requests", [])[-SHOWN_REQUESTS:]
     lines += [f"  last requests{'':42}first   all    in   out"] if last else []
@@ -14087,6 +14175,17 @@ def run_usage(context: Context) -> int:
     return 0
 
 
+def run_forget(context: Context) -> int:
+    """Drop what was learned of a model, or of all, in the proxies that run as well."""
+    learned, model = Learned(context.config.home), " ".join(context.arguments)
+    learned.forget(context.config.base_url, model)
+    if not learned.path:
+        complain("cannot write learned.json: `doctor` says why")
+        return 1
+    say(f"forgotten: what was learned of {harmless(model) or 'all models'}")
+    return 0
+
+
 def run_version() -> int:
     place = globals().get("__file__", "<stdin>")
     say(f"nimproxy {__version__}, Python {sys.version.split()[0]}, {place}")
@@ -14119,6 +14218,7 @@ COMMANDS = {
     "openclaw": Command("run_openclaw", "OpenClaw's configuration for this proxy"),
     "install": Command("run_install", "lead every Claude Code here, in its settings"),
     "uninstall": Command("run_uninstall", "put Claude Code's settings back"),
+    "forget": Command("run_forget", "drop what refusals have taught: forget [MODEL]"),
     "version": Command("run_version", "version, Python, file"),
 }
 OTHER_NAMES = {"proxy": "serve", "init": "setup"}
