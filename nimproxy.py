@@ -4135,7 +4135,7 @@ def refused_fields(said: List[str], chat: Json) -> List[str]:
     sentence together with a refusal of them."""
     holders = [chat, chat.get("chat_template_kwargs") or {}, *chat["messages"]]
     names = dict.fromkeys(name for holder in holders for name in holder)
-    own = [re.sub(ASIDE, "", each, 0, re.I) for each in said]
+    own = [re.sub(ASIDE, "", each, flags=re.I) for each in said]
     return [name for name in names if name not in NEEDED_FIELDS
             and any(re.search(rf"\b{re.escape(name)}\b(?! mode)", each)
                     and re.search(REFUSED, each, re.I) for each in own)]
@@ -5611,7 +5611,7 @@ class Markdown(NamedTuple):
         return bool(self.fence[0] or self.quoted or self.comment or self.inset_far)
 
 
-PLAIN = Markdown()
+OUTSIDE = Markdown()
 FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*\Z)|~{3,})(.*)")
 ITEM = re.compile(r" {0,3}(?:[-*+]|[0-9]{1,9}[.)])(?: {1,4}(?=\S)| |\Z)")
 INLINE = re.compile(r"(\\*)(`+)|<!--|-->")
@@ -5619,7 +5619,7 @@ INLINE = re.compile(r"(\\*)(`+)|<!--|-->")
 
 def after_line(place: Markdown, line: str) -> Markdown:
     """The place behind one more line."""
-    if place == PLAIN and (not line or line[0].isalpha() and "`" not in line
+    if place == OUTSIDE and (not line or line[0].isalpha() and "`" not in line
                            and "<!--" not in line):
         return place                    # as most lines are
     line = line.expandtabs(4)
@@ -14182,7 +14182,7 @@ def run_forget(context: Context) -> int:
     if not learned.path:
         complain("cannot write learned.json: `doctor` says why")
         return 1
-    say(f"forgotten: what was learned of {harmless(model) or 'all models'}")
+    say(f"forgotten: what was learned of {model or 'all models'}")
     return 0
 
 
