@@ -5765,8 +5765,9 @@ class TailWatch:
         if name and not (declared_name(name, self.tools) or KIMI_ID.match(name)):
             head = None
         debris = self.debris.match(text, at) if self.debris and not head else None
-        unsure = not (head or debris or last)
-        if not (head or debris) and (last or rest > (MAX_HEAD_CHARS if heads else 80)):
+        unsure = not (head or last or debris and not heads) and (
+            rest <= (MAX_HEAD_CHARS if heads else 80))
+        if not (head or debris or unsure):
             return "text", at + 1
         here = after_line(self.place, line + "-")
         if here.shown():
