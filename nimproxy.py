@@ -5571,7 +5571,7 @@ def orphan(text: str) -> List[Tuple[str, str]]:
     if not found or any(opener in text[:found.start()] for opener in TAGS):
         return [("text", text)]
     *lines, line = text[:found.start()].split("\n")
-    place = functools.reduce(after_line, [*lines, line + "-"], Markdown())
+    place = functools.reduce(after_line, [*lines, line + "x"], Markdown())
     if place.shown() or place.ticks or OPENING.search(text[:found.start()]):
         return [("text", text)]
     return [("thinking", text[:found.start()])] * bool(found.start()) + [
@@ -5737,7 +5737,7 @@ class TailWatch:
         for whole in lines:
             self.place = after_line(self.place, whole)
         if len(line) > MAX_PASSAGE_CHARS:       # longer ones count as several
-            self.place, line = after_line(self.place, line), "-"
+            self.place, line = after_line(self.place, line), "x"
         self.line = [line]
         return line
 
@@ -5751,7 +5751,7 @@ class TailWatch:
             alone = near and near.end() == len(line) + len(found[0])
             if not last and not text[found.end():].strip(" \t"):
                 return "held", at
-            if alone and not after_line(self.place, line + "-").shown():
+            if alone and not after_line(self.place, line + "x").shown():
                 self.orphan = found[0]
                 return "debris", found.end()
             return "text", at + 1

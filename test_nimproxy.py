@@ -16397,7 +16397,7 @@ def test_e2e_code_runs_claude_on_a_proxy_of_its_own(tmp_path, piped, answer, wan
 @E2E
 @pytest.mark.parametrize("folder", ["home/.claude", "elsewhere"])
 def test_e2e_installed_settings_lead_claude_here_and_back(tmp_path, folder):
-    ours = str(tmp_path / "home" / ".nimproxy")     # where a proxy proves to be ours
+    ours = str(tmp_path / "ours")               # where a proxy proves to be ours
     with desk(tmp_path, story(WELL), home=ours) as it:
         name = str(tmp_path / folder)
         place = {"CLAUDE_CONFIG_DIR": name} if folder == "elsewhere" else {}
@@ -16407,7 +16407,8 @@ def test_e2e_installed_settings_lead_claude_here_and_back(tmp_path, folder):
 
         def nimproxy(*argv):
             done = it.run([sys.executable, np.__file__, *argv, "--model", E2E_MODEL,
-                           "--base-url", it.nim.url], it.environ(PATH=path, **place))
+                           "--base-url", it.nim.url],
+                          it.environ(PATH=path, NIMPROXY_HOME=ours, **place))
             assert done.returncode == 0, done.stderr
             return done.stdout
         nimproxy("install", "--yes", "--port", it.url.split(":")[-1])
