@@ -4875,6 +4875,9 @@ class Message:
         self.fielded = False                # reasoning came in a field of its own
         self.closed = ""                    # the tag that ended thinking
         self.calls = Calls(reading.tools)
+        self.shown = ""                     # the client's name of a call that is open
+        self.grown = 0                      # characters of it, for which blanks are out
+        self.late: List[Tuple[str, str]] = []   # text and thinking behind its beginning
         self.tags: Optional[Stage] = started(think_tags(reading.opens))
         self.watch = TailWatch(reading.tools, reading.asked.model)  # calls in the text
         self.musing = TailWatch(reading.tools)  # and in the thinking, the last resort
@@ -4952,6 +4955,8 @@ class Message:
             self.say(content)
         if delta.get("tool_calls"):
             self.calls.grow(delta["tool_calls"])
+            if self.calls.calls:
+                self.show_call()
         if delta.get("refusal"):
             self.finish = "content_filter"
             self.say(delta["refusal"])
@@ -5032,7 +5037,35 @@ class Message:
             self.tags, self.spoken = None, True
             self.put("text", text)
 
+    def show_call(self) -> None:
+        """Let the client see the first call grow: its block is opened as soon as its
+        name is sure, and gets a brace, then a blank for each character that is held."""
+        call = self.calls.calls[0]
+        if self.shown:
+            if call.size > self.grown:
+                self.tell_json(" " * (call.size - self.grown))
+                self.grown = call.size
+            return
+        if self.grown or not call.size or self.stops:
+            return
+        name, self.grown = declared_name(call.name, self.calls.tools), call.size
+        if not name:
+            return
+        if self.tags:
+            self.untag(self.tags.send(None))
+            self.tags = None
+        text = self.watch.feed("", True)
+        if text:
+            self.write(text)
+        if not self.watch.tail:
+            self.close()
+            self.shown = self.calls.tools[name]["name"]
+            self.open_call(self.shown)
+
     def put(self, kind: str, text: str) -> None:
+        if self.shown:
+            self.late.append((kind, text))
+            return
         if self.open != kind:
             self.close()
             self.index += 1
@@ -5079,8 +5112,9 @@ class Message:
 
     def nudge(self) -> Event:
         """An event that says nothing, but resets Claude Code's watchdog."""
-        if self.open:
-            delta = {"type": self.open + "_delta", self.open: ""}
+        if self.open or self.shown:
+            delta = {"type": self.open + "_delta", self.open: ""} if self.open else {
+                "type": "input_json_delta", "partial_json": ""}
             return "content_block_delta", {"index": self.index, "delta": delta}
         delta = {"stop_reason": None, "stop_sequence": None}
         return "message_delta", {"delta": delta, "usage": {"output_tokens": 0}}
@@ -5156,7 +5190,8 @@ class Message:
                      for block in message["content"] if block["type"] == "tool_use"]
             text = "".join(block["text"] for block in message["content"]
                            if block["type"] == "text")
-            if calls and not second.calls.broken and not second.calls.cut:
+            if calls and not (second.calls.broken or second.calls.cut) and (
+                    self.shown in ("", calls[0][0])):
                 self.watch.tail = []
                 self.repairs = [*second.repairs, (calls[0][0], ["asked_again"])]
                 return self.conclude(calls)
@@ -5173,6 +5208,13 @@ class Message:
         if not all(name for name, _ in calls):
             raise ProxyError(502, "upstream sent a tool call without a name")
         reason = self.stop_reason(calls)
+        if self.shown:
+            (_, arguments), *calls = calls
+            self.shown = ""
+            self.close_call(arguments if arguments[:1] == "{" else
+                            encode_json(unparsed(arguments)), "{")
+            for kind, text in self.late:
+                self.put(kind, text)
         opened = self.opened()
         if self.open == "thinking" and reason == "end_turn" and (
                 opened or self.reading.promotes):           # better than no answer
@@ -5212,17 +5254,28 @@ class Message:
         self.write(held[0][0])
 
     def tell_call(self, name: str, arguments: str) -> None:
-        """One whole tool call as a block; its id is unique because the message's is."""
+        """One whole tool call as a block."""
+        self.open_call(name, "")
+        self.close_call(arguments)
+
+    def open_call(self, name: str, told: str = "{") -> None:
+        """Begin a call's block; its id is unique because the message's is."""
         self.index += 1
         call_id = f"toolu_{self.id.replace('msg_', '', 1)}{self.index}"
         block = {"type": "tool_use", "id": call_id, "name": name, "input": {}}
-        delta = {"type": "input_json_delta", "partial_json": arguments}
+        self.told.append(("content_block_start", {"index": self.index,
+                                                  "content_block": block}))
+        if told:
+            self.tell_json(told)
+
+    def close_call(self, arguments: str, told: str = "") -> None:
+        """Tell the arguments, of which the client has some, and end the block."""
         self.output_chars += len(arguments)
-        self.told += [
-            ("content_block_start", {"index": self.index, "content_block": block}),
-            ("content_block_delta", {"index": self.index, "delta": delta}),
-            ("content_block_stop", {"index": self.index}),
-        ]
+        self.tell_json(arguments[len(told):])
+        self.told.append(("content_block_stop", {"index": self.index}))
+
+    def tell_json(self, text: str) -> None:
+        self.tell_delta({"type": "input_json_delta", "partial_json": text})
 
     def stop_reason(self, calls: Told) -> str:
         if self.stop_sequence is not None:
@@ -5474,7 +5527,7 @@ class Calls:
             arguments = call.arguments()
             cut = finish in CUT_FINISHES and not is_object(arguments)
             self.cut = self.cut or cut
-            if cut and not arguments:
+            if cut and not call.size:
                 continue
             name = declared_name(call.name, self.tools)
             tool = self.tools.get(name) or {"name": plain_name(call.name)}

@@ -4710,6 +4710,53 @@ def piece_of(name, arguments):
     return {"id": "b", "function": {"name": name, "arguments": json.dumps(arguments)}}
 
 
+def growing(*pieces, name="Read", tools=READ):
+    """A message that has seen a call begin, and what each of its pieces has added."""
+    message = np.Message("msg_1", "m", np.Reading(tools=tools, again=True))
+    message.start()
+    told = [message.events([chunk]) for chunk in (piece(0, "c", name), *(
+        piece(0, arguments=each) for each in pieces))]
+    return message, [[data.get("delta", {}).get("partial_json", kind)
+                      for kind, data in events] for events in told]
+
+
+def test_a_call_is_seen_to_grow_and_closed_once_it_is_whole():
+    message, told = growing('{"file_', 'path": "/a", ', '"limit": "3"}')
+    assert told == [[], ["content_block_start", "{"], [" " * 13], [" " * 13]]
+    assert message.nudge()[1]["delta"] == {"type": "input_json_delta",
+                                           "partial_json": ""}
+    (_, rest), (stop, _), *_ = message.events([says("tool_calls"), np.DONE])
+    assert rest["delta"]["partial_json"] == '"file_path":"/a","limit":3}'
+    assert stop == "content_block_stop"
+
+
+def test_no_call_is_opened_early_that_may_be_none_of_the_clients():
+    assert growing('{"a": ', "1}", name="Reed")[1] == [[], [], []]
+    assert growing("", "")[1] == [[], [], []]
+
+
+def test_what_is_said_behind_the_beginning_of_a_call_stands_behind_it():
+    late = [says(content="I <"), piece(0, "c", "Read", '{"file_path": '),
+            says(content="look."), piece(1, "d", "Read", '{"file_path": "/b"}'),
+            piece(0, None, None, '"/a"}'), CALLED]
+    blocks, _ = content(late, tools=READ)
+    a, b = (dict(READ_3, input={"file_path": path}) for path in ("/a", "/b"))
+    assert blocks == [said("I <"), a, said("look."), b]
+
+
+@pytest.mark.parametrize("name, path", [("Read", "/b"), ("Other", None)])
+def test_an_open_call_ends_with_the_second_answers_arguments_if_they_fit(name, path):
+    tools = {**READ, "Other": {"name": "Other"}}
+    message, _ = growing('{"file_path": "/a', tools=tools)
+    with pytest.raises(np.Unfinished):
+        message.events([says("tool_calls"), np.DONE])
+    again = {"message": {"tool_calls": [piece_of(name, {"file_path": "/b"})]},
+             "finish_reason": "tool_calls"}
+    _, rest = message.amended({"choices": [again]})[0]
+    told = "{" + rest["delta"]["partial_json"]
+    assert told == ('{"file_path":"/b"}' if path else '{"file_path": "/a')
+
+
 UNFINISHED = [      # case, chunks, the second answer's message, content
     ("thinking alone", [says(reasoning_content="I call Read."), END],
      {"tool_calls": [piece_of("Read", SAME)]}, [thinking("I call Read."), READ_3]),
@@ -14401,7 +14448,7 @@ def frames(*chunks):
 
 HALF_CALL = piece(0, "c", "Read", '{"file_path":"/')
 CALL_REST = [piece(0, arguments='a"}'), CALLED]
-TOLD_CALL = 'tool_use:{"file_path":"/a"}.'
+TOLD_CALL, HALF_TOLD = 'tool_use:{"file_path":"/a"}.', 'tool_use:{"file_path":"/.'
 PHASES = {      # sent, the rest; seen at an error, of the whole, at an early [DONE]
     "before the first word": Phase(
         [says(role="assistant", content="")], text("Hello"), "",
@@ -14416,10 +14463,12 @@ PHASES = {      # sent, the rest; seen at an error, of the whole, at an early [D
         [says(reasoning="Hm"), says(content="Hel")], text("lo"),
         "thinking:Hm. text:Hel. error %s", "thinking:Hm. text:Hello. end_turn",
         "thinking:Hm. text:Hel. end_turn"),
-    "in a call": Phase([HALF_CALL], CALL_REST, "", TOLD_CALL + " tool_use", None),
+    "in a call": Phase(
+        [HALF_CALL], CALL_REST, "tool_use:{ error %s", TOLD_CALL + " tool_use",
+        HALF_TOLD + " tool_use"),
     "in a call behind text": Phase(
-        [says(content="Hel"), HALF_CALL], CALL_REST, "text:Hel error %s",
-        "text:Hel. %s tool_use" % TOLD_CALL, None),
+        [says(content="Hel"), HALF_CALL], CALL_REST, "text:Hel. tool_use:{ error %s",
+        "text:Hel. %s tool_use" % TOLD_CALL, "text:Hel. %s tool_use" % HALF_TOLD),
     "behind a call in the text": Phase(
         [says(content=LEAKED_CALL % "a")], [END], "", TOLD_CALL + " tool_use",
         TOLD_CALL + " tool_use"),
@@ -14600,6 +14649,7 @@ def spelled(events):
             words.append("error " + data["error"]["type"])
         elif name == "message_delta":
             words.append(delta["stop_reason"])
+    words = [re.sub(r"^(tool_use:\{) +", r"\1", each) for each in words]
     ended = words[-1:] in (["end_turn"], ["tool_use"])
     assert ended == (names_of(events)[-1] == "message_stop")
     return words
@@ -14636,11 +14686,8 @@ def wanted(manner, name, fault, phase=None):
     status, _, kind = fault.failure.partition(" ")
     if phase and name in HARMLESS:
         return phase.whole, 1, phase.whole
-    if phase and name in DONE_EARLY and phase.done is None:
-        half = phase.told.replace(" error %s", ". ") + 'tool_use:{"file_path":"/.'
-        return half + " tool_use", 2, half + " tool_use"    # asked for a whole one
-    if phase and name in DONE_EARLY and phase.done:
-        times = 1 + phase.done.count("Hm") // 2      # thinking alone is asked again
+    if phase and name in DONE_EARLY and phase.done:     # half a call, and thinking
+        times = 2 if HALF_TOLD in phase.done or phase.done.count("Hm") == 2 else 1
         return phase.done, times, phase.done
     if phase and phase.told:
         told = phase.told % kind if "%s" in phase.told else phase.told
