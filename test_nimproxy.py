@@ -3566,8 +3566,7 @@ def test_many_refused_fields_are_learned_one_by_one():
 
 
 def test_nothing_of_a_refused_answer_is_told():
-    begun = sse(says(content="<thin"), piece(0, "c", "Read", '{"file_path":"/etc"}'),
-                done=False)
+    begun = sse(says(content="<thin"), piece(0, "c", "Read"), done=False)
     error = b'data: {"error":{"message":"top_k is not supported","code":400}}\n\n'
     script = [EVENT_STREAM + begun + error, streams(*text("answer"))]
     with both(*script, eager_after=2.0) as (nim, client):
