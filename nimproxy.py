@@ -3812,13 +3812,12 @@ def read_arguments(text: str, schema: Json,
 
 
 def plain_object(text: str) -> Optional[Json]:
-    """The object that a sound text is, None if it is not or holds a path with bare
-    backslashes; ValueError for more of it than can be right."""
+    """The object that a sound text is, None if it is none; ValueError for one that says
+    two things, or more than can be right."""
     with contextlib.suppress(json.JSONDecodeError):
         check_items(text)
         value = ARGUMENTS.decode(text)
-        if isinstance(value, dict) and not (":\\" in text and DRIVE.search(text)):
-            return value
+        return value if isinstance(value, dict) else None
     return None
 
 
@@ -3901,10 +3900,9 @@ class BrokenOff(ValueError):
     """A value that ends where no value can."""
 
 
-# A string that begins with a drive; paths, every backslash of which is a separator.
-DRIVE = re.compile(r"""["'][A-Za-z]:\\[bfnrtu]""")
-PATHS = re.compile(r"\b[A-Za-z]:(?:\\(?:[\w.()$@~+-]+"
-                   r"(?: [\w.()$@~+-]+)*(?=\\)|[\w.()$@~+-]*))+")
+# Paths of Windows: every backslash in them is a separator.
+PATHS = re.compile(r"\b[A-Za-z]:(?:\\[\w.()$@~+-]+(?: [\w.()$@~+-]+"
+                   r"(?=[\w. ()-]{0,64}\\))*)+")
 BACKSLASH = re.compile(r"(?s)\\(u[0-9A-Fa-f]{4}|x[0-9A-Fa-f]{2}|.)")
 SPECIAL = re.compile(rf'{BACKSLASH.pattern}|["\0-\x1f]')
 
@@ -3919,13 +3917,11 @@ def json_string(word: str) -> str:
     kinds = set(BACKSLASH.findall(inside))
     known = {kind for kind in kinds if len(kind) == 5 or kind in "bfnrt\\"
              or python and len(kind) == 3}
-    literal = False
-    if kinds - known - {'"', "/", "'"} or not python and "'" in kinds or (
-            DRIVE.match(word)):
-        rest = PATHS.sub("", inside).replace('\\"', "")
-        literal = "\\" not in rest
-        if not literal and (known or "'" in kinds and not python):
-            raise ValueError("backslashes of two kinds")
+    odd = kinds - known - {'"', "/", "'"}
+    literal = odd and "\\" not in PATHS.sub("", inside).replace('\\"', "")
+    doubtful = {"'"} & kinds and not python or {kind for kind in odd if len(kind) == 3}
+    if not literal and (odd and known or doubtful or PATHS.fullmatch(inside)):
+        raise ValueError("backslashes that can be read in two ways")
 
     def spelled(found: Any) -> str:
         kind = found[1]
@@ -4032,12 +4028,13 @@ def fitted_object(value: Json, fit: Fit, schema: Json, depth: int) -> Tuple[Json
     declared = shaped(schema.get("properties"), dict)
     required = listed(schema, "required")
     absent = by_letters(name for name in declared if name not in value)
+    strange = by_letters(name for name in value if name not in declared)
     out: Json = {}
     fits = same = True
     for name, inner in value.items():
         own = name
-        if name not in declared:        # {"filePath": 1} -> {"file_path": 1}
-            own = absent.pop(letters(name), "") or name
+        if strange.get(letters(name)) == name:  # {"filePath": 1} -> {"file_path": 1}
+            own = absent.get(letters(name)) or name
         if isinstance(inner, str) and own in declared:
             inner = own_quotes(name, inner)
         better, good = fitted(inner, fit, declared.get(own), depth)
@@ -4500,15 +4497,20 @@ class CallFormat(NamedTuple):
 # ---- how arguments are written
 
 def named_calls(head: Any, tail: str) -> Found:
-    """{"name": "Read", "arguments": {...}}, or a list of such."""
+    """{"name": "Read", "arguments": {...}}, or a list of such; ValueError for what says
+    more, as the definition of a tool does."""
     value, end = first_value(tail, head.end())
     calls = []
     for call in value if isinstance(value, list) else [value]:
         inner = shaped(call, dict).get("function")
-        call = inner if isinstance(inner, dict) else {"name": inner,
-                                                      **shaped(call, dict)}
-        calls.append(tuple(next((call[key] for key in keys if key in call), {})
-                           for keys in (NAME_KEYS, ARGUMENT_KEYS)))
+        call = inner if isinstance(inner, dict) else {**shaped(call, dict)}
+        if isinstance(inner, str):
+            call["name"] = call.pop("function")
+        names, arguments = ([call.pop(key) for key in keys if key in call]
+                            for keys in (NAME_KEYS, ARGUMENT_KEYS))
+        if len(names) != 1 or len(arguments) > 1 or set(call) - {"id", "type", "index"}:
+            raise ValueError("expected a name and arguments")
+        calls.append((names[0], (arguments or [{}])[0]))
     return calls, end
 
 
@@ -4538,7 +4540,10 @@ def python_calls(head: Any, tail: str) -> Found:
     end = PYTHON_END.search(tail, head.end()).start()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")     # of backslashes
-        tree = ast.parse(tail[head.end():end].strip(), mode="eval").body
+        text = tail[head.end():end].strip()
+        for word in STRINGS.findall(text):
+            json_string(word)               # no backslash in two ways
+        tree = ast.parse(text, mode="eval").body
     calls = tree.elts if isinstance(tree, ast.List) else [tree]
     if not all(isinstance(call, ast.Call) and not call.args for call in calls):
         raise ValueError("expected calls with names for all arguments")
@@ -4547,6 +4552,7 @@ def python_calls(head: Any, tail: str) -> Found:
         for call in calls], end
 
 
+STRINGS = re.compile(r""""[^"\\]*(?:\\.[^"\\]*)*"|'[^'\\]*(?:\\.[^'\\]*)*'""", re.S)
 PYTHON_END = re.compile(r"<\|(?:python|tool_call)_end\|>|<tool_call\|>|\Z")
 
 
@@ -4559,14 +4565,17 @@ def gemma_arguments(head: Any, tail: str) -> Found:
     end = len(tail) if end < 0 else end
     text = GEMMA.sub(spelled, tail[head.end():end])
     value, place = first_value(text, 0)
-    return [(head["name"], value if place == len(text.rstrip()) else "")], end
+    if place < len(text.rstrip()):
+        raise ValueError("more than arguments")
+    return [(head["name"], value)], end
 
 
 CONSTANTS = ("true", "false", "null", *JSON_WORDS)
 GEMMA = re.compile(r"""(?xs)<\|"\|> (?P<text>(?:(?!<\|"\|>).)*) <\|"\|>
     | "[^"\\]*(?:\\.[^"\\]*)*" | '[^'\\]*(?:\\.[^'\\]*)*'
-    | (?<=:)\s*(?:<\|"\|>)?
-      (?P<bare>[^\s\d"'{}\[\],:<-][^\s{}\[\],"'<]*) (?=\s*[,}])""")
+    | (?<=:)\s{0,16} (?P<open><\|"\|>)?
+      (?P<bare>[^\s\d"'{}\[\],:<-][^\s{}\[\],"'<]{0,256})
+      (?=\s*(?:(?(open)\}|[,}])))""")
 
 
 def arrow_call(head: Any, tail: str) -> Found:
@@ -4575,8 +4584,10 @@ def arrow_call(head: Any, tail: str) -> Found:
     for word in iter(lambda: ARROW_KEY.match(tail, at), None):
         value, at = first_value(tail, word.end())
         values.append((word[1], value))
-    end = re.compile(r"\s*\}\s*\}|").match(tail, at)
-    return [(head["name"], one_reading(values))] if end[0] else [], end.end()
+    end = re.compile(r"\s*\}\s*\}").match(tail, at)
+    if not end:
+        raise ValueError("expected the end of a call")
+    return [(head["name"], one_reading(values))], end.end()
 
 
 ARROW_KEY = re.compile(r"\s*--([\w-]{1,128})\s+")
@@ -4622,9 +4633,10 @@ def tagged(opener: str, closer: str, end: str, tags: str) -> Any:
             own, text = word.groupdict(), tail[word.end():mark.start()]
             at = closing.end()
             line = re.fullmatch(r"(?s)(.*)\n" if own.get("line") else r"\n(.+)\n", text)
-            inside = value_in(text.strip()) if own.get("json") else None
-            values.append((own["key"], Raw(line[1] if line else text)
-                           if inside is None else inside))
+            value = Raw(line[1] if line else text)
+            with contextlib.suppress(json.JSONDecodeError):
+                value = ARGUMENTS.decode(text.strip()) if own.get("json") else value
+            values.append((own["key"], value))
         last = ends.match(tail, at)
         if not last[0]:
             raise ValueError("expected the end of a call")
@@ -4663,8 +4675,8 @@ FORMATS = [CallFormat(
       for end in ("*", r"+\Z"))) for starts, head, read, around in [
     # JSON: Hermes, Qwen 2.5 and 3, Nemotron 2; in XML mode, without a name in the tag
     ("<tool_call> <tool_calls> <tools> <tool> <TOOLCALL> <tool_code>",
-     rf"(?:(?!</)(?:{WRAPPERS}){S})?(?:```(?:json)?{S})?(?=[\[{{])", named_calls,
-     rf"```|{WRAPPERS}"),
+     rf"(?:(?!</)(?:{WRAPPERS}){S})?(?P<fence>```(?:json)?{S})?(?=[\[{{])",
+     named_calls, WRAPPERS),
     ("<tool_call>", rf"<tool_call>{S}{NAME}{S}(?={{)", own_arguments, "</tool_call>"),
     # Qwen-Coder, Qwen 3.5, Nemotron 3, Step 3.5, Seed-OSS
     ("<tool_call> <seed:tool_call> <function=",
@@ -4693,7 +4705,7 @@ FORMATS = [CallFormat(
      rf"{NAME}{S}<\|tool_call_argument_begin\|>{S}", own_arguments,
      r"<\|tool_calls?_(?:section_)?end\|>|<\|tool_calls?_section_begin\|>"),
     ("<|open|>tools <|open|>call", rf"(?:<\|open\|>tools(?:<\|sep\|>)?{S})?"
-     rf"(?:<\|open\|>)?call tool={NAME}{ATTRIBUTES}<\|sep\|>",
+     rf"(?:<\|open\|>|(?<=tools))call tool={NAME}{ATTRIBUTES}<\|sep\|>",
      tagged(rf"<\|open\|>argument key={KEY}(?P<json> type=\"(?!string)\w+\")?"
             rf"{ATTRIBUTES}<\|sep\|>", r"<\|close\|>argument<\|sep\|>",
             r"<\|close\|>call<\|sep\|>", r"<\|(?:open|close)\|>"),
@@ -4702,13 +4714,14 @@ FORMATS = [CallFormat(
     (DEEP,
      rf"(?:{deep('tool calls begin')}{S})?{deep('tool call begin')}{S}"
      rf"(?:function{deep('tool sep')})?{NAME}(?:{deep('tool sep')})?{S}"
-     rf"(?:```(?:json)?{S})?(?={{)", own_arguments, "```|" + deep("tool calls? end")),
+     rf"(?P<fence>```(?:json)?{S})?(?={{)", own_arguments, deep("tool calls? end")),
     # Mistral, early and late
     ("[TOOL_CALLS]", rf"\[TOOL_CALLS\]{S}(?=\[{S}{{)", named_calls, ""),
     ("[TOOL_CALLS]", rf"\[TOOL_CALLS\]{S}{NAME}{S}(?:\[CALL_ID\]\w{{0,40}})?"
      rf"(?:\[ARGS\])?{S}(?={{)", own_arguments, ""),
     # gpt-oss
-    ("<|start|> <|channel|>", r"(?:<\|start\|>assistant)?(?:<\|channel\|>(?:commentary"
+    ("<|start|> <|channel|>",
+     r"(?=<\|)(?:<\|start\|>assistant)?(?:<\|channel\|>(?:commentary"
      rf"|analysis))?{S}to={NAME}{S}(?:<\|channel\|>(?:commentary|analysis))?{S}"
      rf"(?:<\|constrain\|>)?(?:json|code)?{S}<\|message\|>{S}", own_arguments,
      r"<\|(?:call|end)\|>"),
@@ -4761,8 +4774,12 @@ def text_calls(tail: str, tools: Tools, first: bool = False,
                 nearly = nearly or bool((ended or isinstance(error, BrokenOff))
                                         and declared_name(name, tools))
                 break
-            at = row.around.match(tail, at).end()
-            head = row.head.match(tail, at)
+            if head.groupdict().get("fence"):       # which this call has opened
+                at = FENCE_END.match(tail, at).end()
+            gap = row.around.match(tail, at)
+            at = gap.end()
+            bare = ENDED.search(gap[0]) and not tail.startswith(row.starts, at)
+            head = None if bare else row.head.match(tail, at)
             if at == len(tail) or first and not head:
                 return calls, False
     return [], nearly
@@ -4786,11 +4803,16 @@ def fitted_call(name: Any, value: Any, tools: Tools) -> Tuple[str, str, List[str
         notes = ["fitted"] if better is not value else []
     else:
         better, notes = read_arguments(text, input_schema(tool))
-    if not isinstance(better, dict) or lacking(better, tool):
-        raise ValueError("expected what the tool requires")
+    schema = input_schema(tool)
+    if not isinstance(better, dict) or lacking(better, tool) or not (
+            schema.get("additionalProperties") or "patternProperties" in schema
+            or set(better).issubset(shaped(schema.get("properties"), dict))):
+        raise ValueError("expected what the tool requires, and no more")
     return tool["name"], encode_json(better), ["text", *notes]
 
 
+FENCE_END = re.compile(r"\s*(?:```)?")
+ENDED = re.compile(r"(?:</[^>]*|\|)>\s*\Z")      # then a mark must begin the next call
 KIMI_ID = re.compile(r"call_\w+|[0-9]+")
 NAME_IN = re.compile(r"""["'](?:name|tool)["']\s*:\s*["']([\w.:-]{1,128})["']|"""
                      r"([\w.:-]{1,128})\(")
@@ -5008,6 +5030,8 @@ class Message:
                 self.closed = text
             elif kind == "orphan":
                 self.watch.orphan = text
+            elif kind == "before" and self.fielded:     # its thinking came elsewhere
+                self.speak(text)
             elif not self.fielded:      # MiniMax says its reasoning in both places
                 self.think(text)
 
@@ -5421,13 +5445,15 @@ class Call:
         self.size = 0                       # characters in the pieces
         self.pieces: List[str] = []
         self.torn = False                   # its arguments came in two versions
+        self.repeats = False                # each piece repeats those before it
 
     def grow(self, name: str, value: Any, known: Tools) -> None:
         """Add a name and arguments: either whole, whole again, growing, or in pieces;
         arguments may be an object, too, that is yet to be filled."""
         if name and (not self.name or name.startswith(self.name)):
             self.name = name
-        elif name != self.name and not self.pieces and self.name not in known:
+        elif name != self.name and not self.pieces and (self.name not in known or any(
+                each.startswith(self.name + name) for each in known)):
             self.name += name
         if isinstance(value, dict):
             held = parsed_input(self.arguments() or "{}")
@@ -5443,8 +5469,11 @@ class Call:
                 self.torn = self.torn or not is_object(value) or (
                     decode_json(value) != decode_json(so_far))
                 return                      # the whole of it again, in the last chunk
-            if so_far == "{}" or self.size > 8 and value.startswith(so_far):
-                self.pieces, self.size = [], 0      # all so far, and more
+            again = self.size > 8 and value.startswith(so_far)     # all of it, and more
+            if so_far == "{}" or again:
+                self.pieces, self.size, self.repeats = [], 0, again
+        elif self.repeats:                  # or did it only look so
+            self.torn = True
         self.pieces.append(value)
         self.size += len(value)
         if len(self.pieces) > MAX_PIECES:   # small ones take ten times their size
@@ -5501,12 +5530,14 @@ class Calls:
                else ("place", place) if place >= 0 else None)
         call = self.at.get((key, call_id)) if call_id else None
         call = call or self.at.get(key)
-        if call and name and call.id in ("", call_id) or call and not call_id:
-            whole = is_object(call.arguments()) and call.arguments() != "{}"
-            other = isinstance(value, str) and is_object(value) and (
-                name != call.name or value_in(value) != value_in(call.arguments()))
-            new = name and (whole and (key is None or other)
-                            or key is None and name != call.name)
+        if call and not name and call_id in ("", call.id):
+            new = False
+        elif call and (call_id in ("", call.id) or not call.id):
+            begins = isinstance(value, str) and value[:1] == "{" and is_object(value)
+            so_far = call.arguments() if key is None or begins else ""
+            new = name and (key is None and name != call.name or is_object(so_far) and (
+                so_far != "{}" and (key is None or name != call.name
+                                    or value_in(value) != value_in(so_far))))
         else:
             new = not call or call_id != call.id
         if new:
@@ -5545,13 +5576,21 @@ class Calls:
             if own:
                 value, notes = decode_json(own), ["markup"]
         torn = call.torn or not call.name
-        self.broken = self.broken or torn or value is None or bool(lacking(value, tool))
+        self.broken = (self.broken or torn or value is None or bool(
+            lacking(value, tool)) or any(map(is_bare_path, value.items())))
         if notes:
             self.notes.append((tool["name"], notes))
         if torn or value is None and is_object(arguments):
             return encode_json(unparsed(arguments))
         return encode_json(value) if value is not None and (
             notes or not arguments) else arguments
+
+
+def is_bare_path(argument: Tuple[str, Any]) -> bool:
+    r"""Whether an argument is a path like D:\new, whose backslash was not escaped."""
+    name, value = argument
+    return bool(isinstance(value, str) and re.match("[A-Za-z]:[\b\f\n\r\t]", value)
+                and re.search("(?i)path|file|dir|cwd", name))
 
 
 # ---- what is held of a text: think tags, marks of calls, stop sequences
@@ -5627,14 +5666,14 @@ def orphan(text: str) -> List[Tuple[str, str]]:
     place = functools.reduce(after_line, [*lines, line + "x"], Markdown())
     if place.shown() or place.ticks or OPENING.search(text[:found.start()]):
         return [("text", text)]
-    return [("thinking", text[:found.start()])] * bool(found.start()) + [
+    return [("before", text[:found.start()])] * bool(found.start()) + [
         ("orphan", found[0].strip()), ("text", text[found.end():].lstrip())]
 
 
 # A closing tag that stands alone: not one that a text speaks of, with words around it.
 CLOSER = "|".join(re.escape(closer) for closer in TAGS.values() if "/" in closer)
 ORPHAN = re.compile(rf"(?m)^[ \t]*(?:{CLOSER})|(?:{CLOSER})(?=[ \t]*$)|"
-                    rf"(?<=[\w.!?)])(?:{CLOSER})(?=\w)")
+                    rf"(?<=[\w.!?)])(?:{CLOSER})(?=[\w<])")
 
 
 def could_begin(text: str) -> bool:
@@ -5651,23 +5690,24 @@ def ending(text: str, words: Iterable[str]) -> int:
 
 class Markdown(NamedTuple):
     """Where the lines so far lead in a Markdown text: CommonMark 0.31, as far as it
-    says what is code, quoted, or a comment."""
-    fence: Tuple[str, int] = ("", 0)        # what opened a fence, and its container's
-    insets: Tuple[int, ...] = ()            # columns where list items' content begins
-    ticks: int = 0        # backticks that opened code in this paragraph; 0: none
+    says what is code, quoted, or a comment; where that takes more, it is."""
+    fence: str = ""         # what opened a fence
+    inset: int = 0          # and how far from the margin
+    ticks: Tuple[int, ...] = ()     # of backticks that may have opened code in this
+                                    # paragraph, and of those behind them
     quoted: bool = False
-    comment: bool = False
-    inset_far: bool = False
+    comment: str = ""       # "block", or "inline" to the end of the paragraph
+    far: bool = False       # from the margin, as code is
 
     def shown(self) -> bool:
         """Whether what stands here is code, quoted, or in a comment."""
-        return bool(self.fence[0] or self.quoted or self.comment or self.inset_far)
+        return bool(self.fence or self.quoted or self.comment or self.far)
 
 
 OUTSIDE = Markdown()
-FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*\Z)|~{3,})(.*)")
-ITEM = re.compile(r" {0,3}(?:[-*+]|[0-9]{1,9}[.)])(?: {1,4}(?=\S)| |\Z)")
-INLINE = re.compile(r"(\\*)(`+)|<!--|-->")
+ITEMS = re.compile(r"(?: *(?:[-*+]|[0-9]{1,9}[.)])(?= |\Z))*")
+FENCE = re.compile(r" *(`{3,}(?=[^`]*\Z)|~{3,})(.*)")
+INLINE = re.compile(r"(?<!\\)(\\*)(`+)|<!--|-->")
 
 
 def after_line(place: Markdown, line: str) -> Markdown:
@@ -5675,51 +5715,49 @@ def after_line(place: Markdown, line: str) -> Markdown:
     if place == OUTSIDE and (not line or line[0].isalpha() and "`" not in line
                            and "<!--" not in line):
         return place                    # as most lines are
-    line = line.expandtabs(4)
-    bare = line.lstrip(" ")
-    indent = len(line) - len(bare)
-    mark, inset = place.fence
-    if mark and not (bare and indent < inset):      # else its list item has ended
-        found = FENCE.fullmatch(line[inset:])
-        ends = found and found[1].startswith(mark) and not found[2].strip()
-        return place._replace(fence=("", 0)) if ends else place
-    if not bare:
-        return place._replace(fence=("", 0), ticks=0, quoted=False, inset_far=False)
-    insets = [inset for inset in place.insets if inset <= indent]
-    at, run = insets[-1] if insets else 0, place.ticks
-    for item in iter(lambda: ITEM.match(line, at), None):
-        at, run = item.end(), 0
-        insets.append(at)
-    place = place._replace(fence=("", 0), insets=tuple(insets), ticks=run)
-    found = FENCE.fullmatch(line[at:])
-    if found and not place.comment:
-        return place._replace(fence=(found[1], at), ticks=0, quoted=False)
-    bare = line[at:].lstrip(" ")
-    quoted = place.quoted or bare[:1] == ">"
-    inset_far = len(line) - len(bare) - at > 3
-    run, comment = 0 if bare.startswith(("<!--", "#")) else run, place.comment
+    line = line.rstrip("\r").expandtabs(4)
+    items = ITEMS.match(line).end()
+    found = FENCE.fullmatch(line, items)
+    if place.fence:
+        found = FENCE.fullmatch(line)
+        ends = found and found[1].startswith(place.fence) and not found[2].strip() and (
+            0 <= found.start(1) - place.inset < 4)
+        return place._replace(fence="") if ends else place
+    if found and place.comment != "block":
+        return Markdown(found[1], found.start(1))
+    bare = line[items:].lstrip(" ")
+    if not line.strip():
+        return Markdown(comment=place.comment if place.comment == "block" else "")
+    run, comment = () if items or bare[:1] == "#" else place.ticks, place.comment
+    comment = comment or ("block" if bare.startswith("<!--") else "")
     for word in INLINE.finditer(bare):
         size = len(word[2] or "") - (0 if run else len(word[1] or "") % 2)
         if comment or word[0] == "<!--":
-            comment = word[0] != "-->" and (comment or not run)
+            comment = "" if word[0] == "-->" else comment or ("" if run else "inline")
         elif size > 0:
-            run = size if not run else 0 if run == size else run
-    return place._replace(ticks=run, quoted=quoted, comment=comment,
-                          inset_far=inset_far)
+            run = () if run[:1] == (size,) else (*run, size)[:MAX_RUNS]
+    return Markdown("", 0, () if bare[:1] == "#" else run,
+                    place.quoted or bare[:1] == ">", comment,
+                    len(line) - len(line.lstrip(" ")) > 3)
+
+
+MAX_RUNS = 16       # of backticks that wait for their like; a paragraph has few
 
 
 DEBRIS = [(models, re.compile(pattern)) for models, pattern in [    # says nothing
     ("gpt-oss", rf"(?:<\|start\|>assistant)?<\|channel\|>(?:final|commentary){S}"
      rf"(?:<\|constrain\|>json)?<\|message\|>|<\|(?:return|end)\|>"),
-    ("deepseek", rf"<{BAR}[^<>|\uff5c\n]{{1,64}}{BAR}>"),
+    ("deepseek", rf"<{BAR}[^<>|\uff5c\s][^<>|\uff5c\n]{{0,63}}{BAR}>"),
     ("kimi", r"<\|(?:open|close)\|>[^<|\n]{0,64}<\|sep\|>|"
      r"<\|tool_calls?_section_(?:begin|end)\|>"),
 ]]
 STARTS = sorted({start for row in FORMATS for start in row.starts})
 OPENING = re.compile("|".join(map(re.escape, STARTS)))
-OPENINGS = [re.compile("|".join([OPENING.pattern, CLOSER, *more]))
+OPENINGS = [re.compile("|".join([*map(re.escape, [*STARTS, *TAGS]), CLOSER, *more]))
             for more in ([], [f"<{BAR}"])]      # of models that leave debris
-BEGUN = {start[:size] for start in (*STARTS, *TAGS.values())
+UNSURE = re.compile(rf"<{BAR}(?:[\w|\uff5c ][^\n]{{0,80}})?")     # may become debris
+WRAPS = tuple(start for start in STARTS if start[-1] == ">")
+BEGUN = {start[:size] for start in (*STARTS, *TAGS, *TAGS.values())
          for size in range(1, len(start))}
 LONGEST = max(map(len, BEGUN)) + 1
 MARKS = re.compile("[<\\[\\]\u25c1]")     # text without them begins nothing, once begun
@@ -5736,11 +5774,13 @@ class TailWatch:
         self.orphan = ""                # a tag that ended thinking without beginning it
         self.place = Markdown()
         self.line: List[str] = []       # text since the lines that led to the place
+        self.above = ""                 # the last of them that was not blank
         self.held = ""                  # may begin a mark
         self.tail: List[str] = []
         self.size = 0                   # characters of the tail
         self.over = False               # all is text: the tail was too long, or none
         self.begun = False              # there was more than blanks
+        self.opener = False             # a tag that opens thinking was told as text
         self.idle = False               # a text without MARKS is just text
 
     def feed(self, text: str, last: bool = False) -> str:
@@ -5789,28 +5829,34 @@ class TailWatch:
         *lines, line = "".join(self.line).split("\n")
         for whole in lines:
             self.place = after_line(self.place, whole)
+            self.above = whole.rstrip()[-MAX_HEAD_CHARS:] or self.above
         if len(line) > MAX_PASSAGE_CHARS:       # longer ones count as several
-            self.place, line = after_line(self.place, line), "x"
+            self.place = after_line(self.place, line)
+            line = " " * min(len(line) - len(line.lstrip()), 4) + "x"
         self.line = [line]
         return line
 
     def kind(self, text: str, found: Any, last: bool) -> Tuple[str, int]:
         """What begins at a place: a "tail", or "debris" or "text" up to another place;
         "held" is what cannot be told yet."""
-        at, line = found.start(), self.lead()
+        at, end, line = found.start(), found.end(), self.lead()
         rest = len(text) - at
+        if found[0] in TAGS:
+            self.opener = True
+            return "text", end
         if found[0] in TAGS.values():
-            near = ORPHAN.search(line + text[at:found.end() + 80])
-            alone = near and near.end() == len(line) + len(found[0])
-            if not last and not text[found.end():].strip(" \t"):
+            if not last and rest < MAX_HEAD_CHARS and not text[end:].strip(" \t"):
                 return "held", at
-            if alone and not after_line(self.place, line + "x").shown():
-                self.orphan = found[0]
-                return "debris", found.end()
-            return "text", at + 1
+            near = ORPHAN.search(line + text[at:end + 80])
+            if self.opener or not near or near.end() != len(line) + len(found[0]) or (
+                    after_line(self.place, line + "x").shown()):
+                return "text", at + 1
+            self.orphan = found[0]
+            return "debris", end
         if not ANYWHERE.match(text, at) and (line.strip(" ") or len(line) > 3
-                                             or self.begun and text[at] == "f"):
-            return "text", at + 1
+                                             or self.begun and text[at] == "f"
+                                             or self.above.endswith(WRAPS)):
+            return "text", at + 1       # nor within what begins in a line
         heads = [row.head.match(text, at) for row in FORMATS
                  if self.tools and text.startswith(row.starts, at)]
         head = next(filter(None, heads), None)
@@ -5818,16 +5864,17 @@ class TailWatch:
         if name and not (declared_name(name, self.tools) or KIMI_ID.match(name)):
             head = None
         debris = self.debris.match(text, at) if self.debris and not head else None
-        unsure = not (head or last or debris and not heads) and (
-            rest <= (MAX_HEAD_CHARS if heads else 80))
+        unsure = not (head or last) and (rest <= MAX_HEAD_CHARS if heads else not debris
+                                         and UNSURE.fullmatch(text, at))
         if not (head or debris or unsure):
             return "text", at + 1
-        here = after_line(self.place, line + "-")
+        here = after_line(self.place, line + "x")
         if here.shown():
             return "text", at + 1
-        if here.ticks:                        # code, if it is closed in its paragraph
-            closer = rf"(?<!`)`{{{here.ticks}}}(?!`)|\n[ \t]*\n"
-            closing = re.compile(closer).search(text, at)
+        if here.ticks:                          # code, if it is closed in its paragraph
+            closer = "|".join(rf"(?<!`)`{{{size}}}(?!`)" for size in here.ticks)
+            closing = re.compile(rf"{closer}|\n[ \t\r]*\n").search(
+                text, at, at + MAX_PASSAGE_CHARS)
             code = closing and closing[0][0] == "`"
             if code and (last or closing.end() < len(text)):
                 return "text", at + 1

@@ -2708,7 +2708,8 @@ DAMAGED = [     # what is wrong, the text, the object, what that takes
     ("a regular expression", r'{"a": "grep -E \"\d+\" x"}', {"a": 'grep -E "\\d+" x'},
      REPAIRED),
     ("a path of Windows", r'{"a": "C:\bin\app"}', {"a": r"C:\bin\app"}, REPAIRED),
-    ("one that is JSON", r'{"a": "D:\new\file"}', {"a": r"D:\new\file"}, REPAIRED),
+    ("what is sound JSON", r'{"a": "x:\ny", "b": "D:\new"}',
+     {"a": "x:\ny", "b": "D:\new"}, []),
     ("one with blanks", r'{"a": "C:\Program Files\nodejs\x y"}',
      {"a": r"C:\Program Files\nodejs\x y"}, REPAIRED),
     ("a path that is escaped", r'{"a": "C:\\new\\x"', {"a": r"C:\new\x"}, REPAIRED),
@@ -3060,7 +3061,7 @@ OBJECTS = [
     ("the declared one is there", FILE_PATHS, {"file_path": "a", "filePath": "b"},
      {"file_path": "a", "filePath": "b"}, []),
     ("two for one", FILE_PATHS, {"filePath": "a", "FILE_PATH": "b"},
-     {"file_path": "a", "FILE_PATH": "b"}, FITTED),
+     {"filePath": "a", "FILE_PATH": "b"}, []),
     ("one for two", {"properties": {"a_b": {}, "ab": {}}}, {"A-B": 1}, {"A-B": 1}, []),
     ("another word", FILE_PATHS, {"path": "a"}, {"path": "a"}, []),
     ("unknown keys stay", FILE_PATHS, {"file_path": "a", "x": None},
@@ -4007,6 +4008,20 @@ def test_several_calls_in_a_row():
     assert answer_of([mixed]) == [("text", mixed)]      # two formats: two readings
 
 
+@pytest.mark.parametrize("words", [
+    '{"type": "function", "function": {"name": "Done", "description": "d", '
+    '"parameters": {"type": "object", "properties": {}}}}',
+    '{"function": {"name": "Done", "parameters": {"type": "object"}}}',
+    '[{"name": "Done", "description": "d", "input_schema": {}}]',
+    '{"name": "Done", "path": "/secret"}'])
+def test_the_definition_of_a_tool_calls_none(words):
+    tools = {"Done": {"name": "Done", "input_schema": {"properties": {}}}}
+    shown = "<tools>\n%s\n</tools>" % words
+    assert answer_of([shown], tools=tools) == [("text", shown)]
+    done = '<tool_call>{"name": "Done", "arguments": {}}</tool_call>'
+    assert answer_of([done], tools=tools) == [("call", "Done", "{}")]
+
+
 def test_an_id_without_a_name_means_the_only_tool_with_such_arguments():
     words = "<|tool_call_begin|>%s<|tool_call_argument_begin|>%s<|tool_call_end|>"
     assert answer_of([words % ("call_6b0e7c24", '{"command": "ls"}')]) == [
@@ -4102,6 +4117,8 @@ def test_nested_values_of_minimax():
                                                {"text": "b", "done": False}]}
 
 
+HERMES = "<tool_call>\n%s\n</tool_call>" % NAMED
+KIMI = dict(WRITTEN)["Kimi K2"]
 WRITES = ("<function=Write>\n<parameter=file_path>\n/a\n</parameter>\n"
           "<parameter=content>\n")
 TEXT_ALL = [    # case, a finished text in which nothing may be run
@@ -4133,6 +4150,35 @@ TEXT_ALL = [    # case, a finished text in which nothing may be run
     ("what is required is not there", '<tool_call>{"name": "Bash", "arguments": {}}'
      "</tool_call>"),
     ("an argument without a name", "<|python_start|>[Bash('rm a')]<|python_end|>"),
+    ("a fence behind a call, with another one in it",
+     HERMES + "\n```\n" + HERMES + "\n```"),
+    ("an object behind a call", HERMES + "\n" + NAMED),
+    ("a fence in an item that its content leaves",
+     "1. So:\n   ```xml\n" + HERMES + "\n   ```"),
+    ("the same, never closed", "- So:\n  ```\n  " + HERMES),
+    ("a fence behind a break", "* * *\n  ```\n" + HERMES + "\n  ```"),
+    ("a fence behind a number that begins no item",
+     "The step\n2. is:\n   ```\n" + HERMES + "\n   ```"),
+    ("a fence behind a lazy line", "1. a\nx\n    ```\n   " + HERMES),
+    ("a fence behind a line that underlines", "Title\n-\n  ```\n" + HERMES + "\n  ```"),
+    ("a fence behind half a comment",
+     "So <!-- begins:\n\n```html\n<!-- x -->\n" + HERMES + "\n```"),
+    ("indented code that is long", "So:\n\n    " + "x" * 1100 + " " + KIMI),
+    ("code over two lines", "A `tag\n" + HERMES.replace("/a", "`date`")),
+    ("code behind two backticks", "a `` b ` c " + KIMI.replace("/a", "`date`")),
+    ("code behind a heading with a backtick",
+     "# A ` b\nfoo `bar " + KIMI.replace("/a", "`date`")),
+    ("code that is long", "a ` b " + KIMI.replace("/a", "x" * 900 + " `")),
+    ("a wrapper in a line, a mark on the next",
+     "So: <tool_call>\n<function=Read>\n<parameter=file_path>\n/a\n</parameter>\n"
+     "</function>\n</tool_call>"),
+    ("two kinds of arguments", HERMES.replace("}}", '}, "parameters": {}}')),
+    ("a key of no kind", HERMES.replace("}}", '}, "path": "/b"}')),
+    ("an argument of no tool's", HERMES.replace('"/a"', '"/a", "path": "/b"')),
+    ("more than Gemma's arguments",
+     '<|tool_call>call:Read{file_path:<|"|>/a<|"|>} and so<tool_call|>'),
+    ("half of Gemma's text, and more",
+     '<|tool_call>call:Read{file_path:<|"|>/a,limit:2}<tool_call|>'),
 ]
 
 
@@ -4154,8 +4200,6 @@ ODD = [         # case, text, what it makes
     ("one that is escaped", "A \\` and\n" + BASH, [("text", "A \\` and\n"), LS_CALL]),
     ("a fence that is closed", "```\nx\n```\n" + BASH, [
         ("text", "```\nx\n```\n"), LS_CALL]),
-    ("a fence in an item that has ended", "- ```\n  x\n\nSo:\n" + BASH, [
-        ("text", "- ```\n  x\n\nSo:\n"), LS_CALL]),
     ("behind a quotation", "> x\n\n" + BASH, [("text", "> x\n\n"), LS_CALL]),
     ("behind a comment", "<!-- x -->\n" + BASH, [("text", "<!-- x -->\n"), LS_CALL]),
     ("the end of a turn behind it", BASH + "<|im_end|>", [LS_CALL]),
@@ -4649,6 +4693,15 @@ LEAKED = [      # (case, chunks, content, stop_reason)
     ("quotes in quotes", [piece(0, "a", "Read", json.dumps(
         {'"file_path"': '"/a"', '"limit"': 3})), says("tool_calls")],
      [READ_3], "tool_use"),
+    ("lists in lists, cut so that it seems to repeat", [
+        piece(0, "a", "Read", '{"file_path":['), piece(
+            0, None, None, '{"file_path":[]}'), piece(0, None, None, "]}"),
+        says("tool_calls")],
+     [dict(READ_3, input={"__unparsedToolInput": {"raw": '{"file_path":[]}]}',
+                                                  "len": 18}})], "tool_use"),
+    ("a path whose backslashes were not escaped", [piece(
+        0, "a", "Read", r'{"file_path": "D:\new", "limit": 3}'), says("tool_calls")],
+     [dict(READ_3, input={"file_path": "D:\new", "limit": 3})], "tool_use"),
     ("an object that [DONE] cut", [piece(0, "a", "Read", '{"file_path": "/a"')],
      [dict(READ_3, input={"__unparsedToolInput": {"raw": '{"file_path": "/a"',
                                                   "len": 18}})], "tool_use"),
@@ -4780,6 +4833,9 @@ UNFINISHED = [      # case, chunks, the second answer's message, content
      [dict(READ_3, input={"limit": 3})]),
     ("nearly a call in the text", text("Hm.\n" + LEAK.replace('"/a"', '"/a"/b"')),
      {"tool_calls": [piece_of("Read", SAME)]}, [said("Hm.\n"), READ_3]),
+    ("a path whose backslashes were not escaped", [piece(
+        0, "c", "Read", r'{"file_path": "D:\new"}'), says("tool_calls")],
+     {"tool_calls": [piece_of("Read", SAME)]}, [READ_3]),
     ("the same, and no better", text(LEAK.replace('"/a"', '"/a"/b"')), {"content": "x"},
      [said(LEAK.replace('"/a"', '"/a"/b"'))]),
 ]
@@ -4816,6 +4872,7 @@ ORPHANS = [     # case, text, what is told
     ("spoken of", "Tags like </think> are text.", "Tags like </think> are text."),
     ("in code", "So `x</think>`.", "So `x</think>`."),
     ("in a fence", "```\n</think>\n```", "```\n</think>\n```"),
+    ("behind its opener", "A\n<think>\nx\n</think>\ny", "A\n<think>\nx\n</think>\ny"),
 ]
 
 
@@ -16644,7 +16701,8 @@ def test_e2e_a_turn_outlives_a_reset(tmp_path, heard, told):
               context_window=131072) as it:
         lines = it.succeeds("Do it.", "Well done.")
         assert (it.project / "made").read_text() == "42\n"
-        assert len(retries_shown(lines)) == (goes_on() and told[0] is THINKS)
+        shows = told[0] is THINKS and told[1:] != HALF_A_CALL   # else it is replayed
+        assert len(retries_shown(lines)) == (goes_on() and shows)
         assert texts_shown(lines) == ["Well done."] and len(it.nim.asked) == 3
 
 
