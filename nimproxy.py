@@ -5871,18 +5871,23 @@ class TailWatch:
         here = after_line(self.place, line + "x")
         if here.shown():
             return "text", at + 1
-        if here.ticks:                          # code, if it is closed in its paragraph
-            closer = "|".join(rf"(?<!`)`{{{size}}}(?!`)" for size in here.ticks)
-            closing = re.compile(rf"{closer}|\n[ \t\r]*\n").search(
-                text, at, at + MAX_PASSAGE_CHARS)
-            code = closing and closing[0][0] == "`"
-            if code and (last or closing.end() < len(text)):
-                return "text", at + 1
-            unsure = unsure or (code or not closing) and not last and (
-                rest < MAX_PASSAGE_CHARS)
-        if unsure:
+        code = closed(text, at, here.ticks, last) if here.ticks else False
+        if code:
+            return "text", at + 1
+        if unsure or code is None:
             return "held", at
         return ("tail", at) if head else ("debris", debris.end())
+
+
+def closed(text: str, at: int, ticks: Tuple[int, ...], last: bool) -> Optional[bool]:
+    """Whether a place is in code within a line: backticks before it have their like
+    behind it, in the same paragraph.  None if more text must tell."""
+    closer = "|".join(rf"(?<!`)`{{{size}}}(?!`)" for size in ticks)
+    found = re.compile(rf"{closer}|\n[ \t\r]*\n").search(
+        text, at, at + MAX_PASSAGE_CHARS)
+    if found and (last or found.end() < len(text)):
+        return found[0][0] == "`"
+    return None if not last and len(text) - at < MAX_PASSAGE_CHARS else False
 
 
 def stop_watch(stops: Tuple[str, ...]) -> Stage:
