@@ -313,10 +313,11 @@ def shaped(value: Any, shape: type) -> Any:
     return value if isinstance(value, shape) else shape()
 
 
-def value_in(text: str) -> Any:
+def value_in(text: Union[str, bytes]) -> Any:
     """The JSON value that a text is, None if it is none."""
     try:
-        return decode_json(text)
+        return decode_json(text if isinstance(text, str) else
+                           text.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return None
 
@@ -3341,64 +3342,62 @@ class Asked(NamedTuple):
 class Refusal(NamedTuple):
     statuses: Tuple[int, ...]       # upstream's; () for any
     pattern: str                    # in upstream's words; "" for any
-    status: int                     # ours
-    kind: str                       # Anthropic's error type; "" as the status says
-    advice: str                     # may hold {key}, {page}, {model}, {instead}
-    retry: str = ""                 # x-should-retry, where the status misleads
+    status: int                     # ours; 0: upstream's, or 502
+    advice: str = ""                # may hold {key}, {page}, {model}, {instead}
     again: str = ""                 # row of RETRIES: asking once more may help
     fallback: str = ""              # another model may help, and why
+    kind: str = ""                  # Anthropic's error type; "" as the status says
 
 
 # First row that fits wins.  Claude Code retries 401, 408, 409, 429 and 5xx.
 REFUSALS = [
-    Refusal((), r"DEGRADED function", 529, "",
-            "The model is down at the provider; wait, or choose another model.",
-            "", "busy", "degraded"),
+    Refusal((), r"DEGRADED function", 529,
+            "The model is down at the provider; wait, or choose another model.", "busy",
+            "degraded"),
     Refusal((400, 402, 403, 429), r"(?i)\b1113\b|insufficient balance|arrears|"
             r"exceeded_current_quota|insufficient_quota|credits? (are )?exhausted", 402,
-            "", "The account has no credit left; see {page}.", "false"),
-    Refusal((400, 401, 403, 429), r"\((111[012]|112[01])\)", 403, "permission_error",
-            "The account is closed or locked; see {page}.", "false"),
+            "The account has no credit left; see {page}."),
+    Refusal((400, 401, 403, 429), r"\((111[012]|112[01])\)", 403,
+            "The account is closed or locked; see {page}."),
     Refusal((400, 422, 500), r"(?i)tool_use_failed|failed_generation|can't find closing"
             r"|invalid tool call arg|parsing tool call|failed to parse json(?! body)",
-            0, "api_error", "The model wrote a call that the server cannot read.", "",
-            "broken", "busy"),
-    Refusal((), r"jinja template", 400, "",
+            0, "The model wrote a call that the server cannot read.", "broken", "busy"),
+    Refusal((), r"jinja template", 400,
             "The chat template of {model} cannot take this; choose another model."),
-    Refusal((), r"enable-auto-tool-choice|does not support tools", 400, "",
+    Refusal((), r"enable-auto-tool-choice|does not support tools", 400,
             "This host runs {model} without tool calls; choose another model."),
     Refusal((429,), r"(?i)\((1308|1310|1313)\)|\b(hour|dai|day|week|month)\w*\W+(usage "
-            r"|token )?(quota|limit)", 429, "",
-            "A quota of hours or days is used up; see {page}.", "false", "", "busy"),
-    Refusal((401,), "", 401, "",
-            "The key is missing, wrong or expired: set {key}, from {page}.{elsewhere}",
-            "false"),
-    Refusal((402,), "", 402, "", "See the account's balance at {page}.", "false"),
+            r"|token )?(quota|limit)", 429,
+            "A quota of hours or days is used up; see {page}.", "", "busy"),
+    Refusal((401,), "", 401,
+            "The key is missing, wrong or expired: set {key}, from {page}.{elsewhere}"),
+    Refusal((402,), "", 402, "See the account's balance at {page}."),
     Refusal((403,), r"(?i)authorization failed|authentication|api.?key|credential|"
-            r"invalid token", 403, "authentication_error",
+            r"invalid token", 403,
             "The provider does not take the key: check {key}, from {page}.{elsewhere}",
-            "", "", "gated"),
-    Refusal((403,), "", 403, "permission_error",
+            "", "gated", "authentication_error"),
+    Refusal((403,), "", 403,
             "The provider does not allow this to the account of {key}: see {page}.", "",
-            "", "gated"),
-    Refusal((404,), r"Not found for account", 404, "",
-            "{model} is not open to this account.", "", "", "gated"),
-    Refusal((404,), r"try pulling it", 404, "", "Get it with: ollama pull {id}", "", "",
+            "gated"),
+    Refusal((404,), r"Not found for account", 404,
+            "{model} is not open to this account.", "", "gated"),
+    Refusal((404,), r"try pulling it", 404, "Get it with: ollama pull {id}", "",
             "gone"),
-    Refusal((400,), r"\(1211\)|Model Not Exist", 404, "",
-            "No model {model} there{instead}.", "", "", "gone"),
-    Refusal((404, 410), "", 404, "", "No model {model} there{instead}.", "", "",
-            "gone"),
-    Refusal((413,), "", 413, "", "The request is too large for this provider."),
-    Refusal((400, 422), "", 400, "", ""),
-    Refusal((429,), "", 429, "", "The key or model is over its rate: wait a little.",
-            "", "rate", "busy"),
-    Refusal((503, 504, 529), "", 529, "", "The provider is busy; try again.",
-            "", "busy", "busy"),
-    Refusal((), r"(?i)overloaded|ResourceExhausted|temporarily unavailable", 529, "",
-            "The provider is busy; try again.", "", "busy", "busy"),
-    Refusal((408, 500, 502), "", 0, "api_error", "", "", "busy", "busy"),
+    Refusal((400,), r"\(1211\)|Model Not Exist", 404,
+            "No model {model} there{instead}.", "", "gone"),
+    Refusal((404, 410), "", 404, "No model {model} there{instead}.", "", "gone"),
+    Refusal((413,), "", 413, "The request is too large for this provider."),
+    Refusal((400, 422), "", 400),
+    Refusal((429,), "", 429, "The key or model is over its rate: wait a little.",
+            "rate", "busy"),
+    Refusal((503, 504, 529), "", 529, "The provider is busy; try again.", "busy",
+            "busy"),
+    Refusal((), r"(?i)overloaded|ResourceExhausted|temporarily unavailable", 529,
+            "The provider is busy; try again.", "busy", "busy"),
+    Refusal((408, 500, 502), "", 0, "", "busy", "busy"),
+    Refusal((), "", 0),
 ]
+MENDABLE = (400, 413, 422, 500, 501)    # statuses; some engines say 500 for a template
 
 def refusal(asked: Asked, status: int, text: str, pause: float = 0.0) -> ProxyError:
     """The error for the client from upstream's status and words.
@@ -3406,27 +3405,40 @@ def refusal(asked: Asked, status: int, text: str, pause: float = 0.0) -> ProxyEr
     `pause`: the seconds that upstream wants to be left alone, 0.0 if it has not said.
     """
     text = redacted(text[:MAX_ERROR_CHARS], asked.config.api_key)[:MAX_REASON_CHARS]
-    words = own_words(text, asked.sent)
-    row = next((row for row in REFUSALS
-                if (not row.statuses or status in row.statuses)
-                and re.search(row.pattern, words)), Refusal((), "", 0, "api_error", ""))
-    found = None if row.again == "broken" else overflow_figures(words)
-    if found is None:
-        error = refused(asked, status, text, pause, row)
-    else:
+    own, provider = own_words(text, asked.sent), PROVIDERS[asked.config.provider]
+    row = next(row for row in REFUSALS if re.search(row.pattern, own)
+               and (not row.statuses or status in row.statuses))
+    advice = row.advice.format(
+        key=provider.key_variable or "the key", page=provider.key_page,
+        model=repr(asked.model), instead=instead(asked.model), id=asked.model,
+        elsewhere=elsewhere(asked.config))
+    message = f"{upstream_label(asked.config)} answered {status}: {text}"
+    message = f"{message.rstrip('.')}. {advice}" if advice else message
+    if row.status in (401, 403):    # Claude Code takes that word for "not logged in"
+        message = re.sub("(?i)x-api-key", "API key", message)
+    headers = []
+    if row.status in (401, 402, 403, 429) and not row.again:
+        headers.append(("x-should-retry", "false"))
+    if row.status in (429, 529):
+        headers.append(("retry-after", retry_after(pause)))
+    ours = row.status or (502 if status < 500 else status)
+    error = ProxyError(ours, message, row.kind, tuple(headers), row.again)
+    error.fallback, error.pause = row.fallback, pause
+    if row.again == "broken":
+        return error
+    found = overflow_figures(own)
+    if found is not None:
         error = ProxyError(400, overflow_words(asked, found))
         error.fallback = "window"
-    if status in MENDABLE and row.again != "broken":
-        error.words, error.said = words, status
+    if status in MENDABLE:
+        error.words, error.said = own, status
     return error
 
 
-MENDABLE = (400, 413, 422, 500, 501)    # statuses; some engines say 500 for a template
 QUOTED_WORDS = 5        # fewer in a row are said by chance, and names of fields are one
-MAX_QUOTED_BYTES = 4 << 20      # of a request; half a second to go through
+MAX_QUOTED_BYTES = 4 << 20      # of a request; a second to go through
 PYDANTIC = r"""(?s)(?:['"]input['"]: |input_value=).*?(?=\}, ?\{['"]type['"]|$)"""
-ESCAPES = r"\\+(?:u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|[bfnrt])?"
-ONLY_WORDS = re.sub(b"[^0-9A-Za-z]", b" ", bytes(range(256)))   # to translate with
+BETWEEN = r"(?:[^0-9A-Za-z\\]+|\\+(?:u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|[bfnrt])?)+"
 
 
 def own_words(text: str, sent: bytes) -> str:
@@ -3434,41 +3446,19 @@ def own_words(text: str, sent: bytes) -> str:
     words in a row that stand there as well, behind a quotation mark or bracket.  All
     of it if hardly a word would be left: then it is the request that quotes."""
     text = re.sub(PYDANTIC, "", text)
-    first = re.search(r"(?<!\w)[\"'`]|[\[{=]", text)
-    plain = re.sub(ESCAPES, lambda found: " " * len(found[0]), text)
-    words = list(re.compile("[0-9A-Za-z]+").finditer(plain, first.start() if first
-                                                     else len(plain)))
+    start = re.search(r"(?<!\w)[\"'`]|[\[{=]|\Z", text).start()
+    plain = re.sub(BETWEEN, lambda found: " " * len(found[0]), text)
+    words = list(re.compile(r"\S+").finditer(plain, start))
     if len(words) < QUOTED_WORDS:
         return text
-    said = re.sub(ESCAPES.encode(), b" ", sent[-MAX_QUOTED_BYTES:])
-    said = re.sub(b"  +", b" ", said.translate(ONLY_WORDS))
+    said = re.sub(BETWEEN.encode(), b" ", sent[-MAX_QUOTED_BYTES:])
     own, rest = "", 0
-    for each in zip(*(words[start:] for start in range(QUOTED_WORDS))):
+    for each in zip(*(words[at:] for at in range(QUOTED_WORDS))):
         if f" {' '.join(word[0] for word in each)} ".encode() in said:
             own += text[rest:each[0].start()]
             rest = each[-1].end()
     own += text[rest:]
     return own if len(re.sub("[^A-Za-z]", "", own)) > 5 else text
-
-
-def refused(asked: Asked, status: int, text: str, pause: float,
-            row: Refusal) -> ProxyError:
-    provider = PROVIDERS[asked.config.provider]
-    words = {"key": provider.key_variable or "the key", "page": provider.key_page,
-             "model": repr(asked.model), "instead": instead(asked.model),
-             "id": asked.model, "elsewhere": elsewhere(asked.config)}
-    message = f"{upstream_label(asked.config)} answered {status}: {text}"
-    if row.advice:
-        message = f"{message.rstrip('.')}. {row.advice.format(**words)}"
-    if row.status in (401, 403):    # Claude Code takes that word for "not logged in"
-        message = re.sub("(?i)x-api-key", "API key", message)
-    sent = [("x-should-retry", row.retry)] if row.retry else []
-    if row.status in (429, 529):
-        sent.append(("retry-after", retry_after(pause)))
-    ours = row.status or (502 if status < 500 else status)
-    error = ProxyError(ours, message, row.kind, tuple(sent), row.again)
-    error.fallback, error.pause = row.fallback, pause
-    return error
 
 
 def elsewhere(config: Config) -> str:
@@ -3571,15 +3561,6 @@ def sentences(words: str) -> List[str]:
     return re.split(r"(?<=[\w)\]'\"`}])[.;!]+(?:\s+|$)|\n|\}, ?\{", joined)
 
 
-def room_left(found: Dict[str, int], exact: bool, tries: int) -> int:
-    """The output tokens that fit behind a prompt that is too long only together with
-    them; 0 if too few do.  The margin is for "at least", and grows with the tries."""
-    if "n" not in found or "p" not in found:
-        return 0
-    room = found["n"] - found["p"] - (64 if exact else 4096 << tries)
-    return room if room >= LEAST_OUTPUT_TOKENS else 0
-
-
 # Servers that load models with a small window, and cut the prompt without a word.
 WINDOW_HINTS = {
     "ollama": "start Ollama with a larger one: OLLAMA_CONTEXT_LENGTH=65536 ollama "
@@ -3627,16 +3608,13 @@ def retry_seconds(stated: str, now: float) -> float:
     past or senseless.  `now` is seconds since the epoch; RFC 9110, section 10.2.3."""
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?", stated):     # some say fractions
         return float(stated)
-    if not re.fullmatch("[A-Za-z]{3,9},? [0-9A-Za-z :-]{9,30}", stated):
-        return 0.0
     from datetime import timezone
     from email.utils import parsedate_to_datetime
     try:
-        date = parsedate_to_datetime(stated)
-        when = (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
-    except (TypeError, ValueError, OverflowError):
+        date = parsedate_to_datetime(stated).replace(tzinfo=timezone.utc)
+    except (TypeError, ValueError, IndexError, OverflowError):
         return 0.0
-    return max(when - now, 0.0)
+    return max(date.timestamp() - now, 0.0)
 
 
 LEAST_SECRET_CHARS = 8      # shorter ones are words, such as `ollama`, and no secrets
@@ -3677,29 +3655,17 @@ def traces(secret: str) -> List[Tuple[re.Pattern, re.Pattern]]:
 
 def uncoded(text: str, reading: re.Pattern) -> str:
     """A text without its codes, whatever these are written in."""
-    def letter(code: re.Match) -> str:
-        import html
-        return (chr(int(code[1], 16)) if code[1] else
-                html.unescape(code[0]) if code[0][0] == "&" else "")
+    import html
     for _ in range(MOST_READINGS):
-        before, text = text, reading.sub(letter, text)
-        if text == before:
-            break
+        text = reading.sub(lambda code: chr(int(code[1], 16)) if code[1] else
+                           html.unescape(code[0]) if code[0][0] == "&" else "", text)
     return text
 
 
 def error_words(raw: bytes, status: int, secret: str = "") -> Tuple[str, int]:
-    """An error body's sentence, and the status that it states, else `status`.
-
-    JSON in any of the dozen shapes seen, a Python repr inside a string, plain
-    text, HTML, or nothing at all.  Of the last ones the secret is taken out here, for
-    it may go on over a tag or a line end.
-    """
-    text = raw.decode("utf-8", "replace").strip()
-    try:
-        value = decode_json(text)
-    except (ValueError, RecursionError):
-        value = None
+    """An error body's sentence, and the status that it states, else `status`.  What is
+    no JSON loses the secret here, for that may go on over a tag or a line end."""
+    text, value = raw.decode("utf-8", "replace").strip(), value_in(raw)
     if isinstance(value, dict):
         return sentence(value) or text, stated_status(value, status)
     text = redacted(text[:MAX_ERROR_CHARS], secret)
@@ -3716,38 +3682,31 @@ def sentence(value: Any, depth: int = 0) -> str:
         return "; ".join(filter(None, (sentence(each, depth + 1) for each in value)))
     if not isinstance(value, dict) or depth >= 20:
         return ""
-    if "msg" in value:
-        steps = value.get("loc")
-        where = ".".join(map(str, steps)) if isinstance(steps, list) else ""
-        return f"{where}: {value['msg']}" if where else str(value["msg"])
-    for name in ("error", "message", "detail", "status_msg", "base_resp"):
-        if value.get(name):
-            code, param = value.get("code"), value.get("param")
-            code = code if isinstance(code, str) else value.get("status_code")
-            kind = str(value.get("type"))
-            code = code or (kind if re.search("_quota|^[0-9]{4}$", kind) else None)
-            words = sentence(value[name], depth + 1) + (f" ({code})" if code else "")
-            named = isinstance(param, str) and param and param not in words
-            return f"{param}: {words}" if named else words
-    return str(value.get("title") or "")
+    names = ("msg", "error", "message", "detail", "status_msg", "base_resp", "title")
+    said = next((value[name] for name in names if value.get(name)), "")
+    code, kind = shaped(value.get("code"), str), shaped(value.get("type"), str)
+    code = code or value.get("status_code")
+    code = code or (kind if re.search("_quota|^[0-9]{4}$", kind) else "")
+    words = sentence(said, depth + 1)
+    words += f" ({code})" if words and code else ""
+    where = (".".join(map(str, shaped(value.get("loc"), list)))
+             or shaped(value.get("param"), str))
+    return f"{where}: {words}" if words and where not in words else words
 
 
-BASE_STATUSES = {1002: 429, 1004: 401, 1008: 402, 1026: 400, 1027: 400, 1039: 400,
-                 1041: 429, 2013: 400, 2049: 401, 2056: 429}    # MiniMax's codes
+BASE_STATUSES = {               # MiniMax's codes
+    "1002": 429, "1004": 401, "1008": 402, "1026": 400, "1027": 400, "1039": 400,
+    "1041": 429, "2013": 400, "2049": 401, "2056": 429}
 
 
 def stated_status(value: Json, status: int) -> int:
     """The HTTP status inside an error body: it may disagree with the answer's own."""
-    inner, base = value.get("error"), value.get("base_resp")
-    code = base.get("status_code") if isinstance(base, dict) else 0
-    if isinstance(code, int) and code in BASE_STATUSES:
-        return BASE_STATUSES[code]
-    for holder in (inner if isinstance(inner, dict) else {}, value):
-        for name in ("code", "status", "http_code"):
-            code = holder.get(name)
-            if isinstance(code, int) and 400 <= code <= 599:
-                return code
-    return status
+    base = str(shaped(value.get("base_resp"), dict).get("status_code"))
+    codes = [BASE_STATUSES.get(base)]
+    codes += [holder.get(name) for holder in (shaped(value.get("error"), dict), value)
+              for name in ("code", "status", "http_code")]
+    return next((code for code in codes
+                 if isinstance(code, int) and 400 <= code <= 599), status)
 
 
 # ---- 13. Arguments: read and fitted ------------------------------------------
@@ -8464,9 +8423,11 @@ class Asker:
         window = f"window:{found.get('n', 0)}"
         if plausible(window, facts.window if facts.sure else MOST_LEARNED):
             self.learn(question, Trial(window, error.words, error.said))
-        room = room_left(found, "at least" not in error.words, len(tried))
+        margin = 4096 << len(tried) if "at least" in error.words else 64
+        room = found.get("n", 0) - found.get("p", math.inf) - margin
         mend = f"now:{room}"
-        return mend if 0 < room < wanted_tokens(chat) and mend not in tried else ""
+        fits = LEAST_OUTPUT_TOKENS <= room < wanted_tokens(chat)
+        return mend if fits and mend not in tried else ""
 
     async def patient(self, question: Question, error: ProxyError) -> bool:
         """Wait until the same may be asked again; False if that is not worth while.
@@ -8538,8 +8499,10 @@ class Asker:
         except BaseException:
             telling.release()
             raise
-        course = question.course
+        course, message = question.course, question.message
         course.first = time.monotonic() - course.began
+        asked = message.reading.asked._replace(sent=b"")    # what is refused is not
+        message.reading = message.reading._replace(asked=asked)     # mended any more
         return telling
 
     async def read_whole(self, question: Question, chat: Sent) -> bytes:
@@ -8609,7 +8572,7 @@ class Asker:
         pause = retry_seconds(header(answer.headers, "retry-after"), time.time())
         error = refusal(asked, status, text, pause)
         if isinstance(question.message, Passed):
-            error = kept_words(question.message, error, answer.status, json_in(raw))
+            error = kept_words(question.message, error, answer.status, value_in(raw))
         raise error
 
     def again(self, question: Question, payload: Tuple[str, str]) -> Again:
@@ -8869,10 +8832,7 @@ def wanted_tokens(chat: Json) -> int:
 
 def completion(raw: bytes, asked: Asked) -> Json:
     """A JSON answer of upstream's; ProxyError(502) for anything else in a 200."""
-    try:
-        value = decode_json(raw.decode("utf-8", "replace").strip())
-    except (ValueError, RecursionError):
-        value = None
+    value = value_in(raw)
     if not isinstance(value, dict):
         text = raw[:MAX_ERROR_CHARS].decode("utf-8", "replace")
         shown = redacted(text, asked.config.api_key)[:80] or "nothing"
@@ -8884,13 +8844,6 @@ def completion(raw: bytes, asked: Asked) -> Json:
     if value.get("success") is False:       # so Z.ai's gateway says no in a 200
         raise refusal(asked, stated_status(value, 500), sentence(value) or "an error")
     return value
-
-
-def json_in(raw: bytes) -> Any:
-    """The JSON value that some bytes are; None if they are none."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return decode_json(raw.decode("utf-8", "replace"))
-    return None
 
 
 def list_path(config: Config) -> str:
@@ -10583,7 +10536,7 @@ def proxy_json(config: Config, url: str, path: str) -> Json:
         with contextlib.closing(connection):
             if not 0 < (response.length or 0) < MAX_STATUS_BYTES:
                 return {}                   # which may have no end
-            return shaped(json_in(response.read()), dict)
+            return shaped(value_in(response.read()), dict)
     except (OSError, HTTPException):
         return {}
 
@@ -12489,7 +12442,7 @@ def check_upstream(patient: Patient) -> Said:
         patient.asked = False
         yield BROKEN, error.message, connection_mend(config, error.message)
         return
-    value = shaped(json_in(raw), dict)
+    value = shaped(value_in(raw), dict)
     patient.live = listed_ids(value)
     patient.windows.update(told_windows(value, config.default_model))
     if status == 200 and patient.live:
@@ -12561,7 +12514,7 @@ def look_closer(patient: Patient) -> None:
     value: Json = {}
     if place:
         with contextlib.suppress(ProxyError):
-            value = shaped(json_in(fetched(config, root + place)[2]), dict)
+            value = shaped(value_in(fetched(config, root + place)[2]), dict)
     rows = [row for row in shaped(value.get("models" if name == "ollama" else "data"),
                                   list) if isinstance(row, dict)]
     key, size = ("name", "context_length") if name == "ollama" else (
