@@ -4017,10 +4017,11 @@ def own_quotes(name: str, text: str) -> str:
 # What a refusal asks for, as the name of a mend, and the mends: each changes a chat a
 # little.  They are written "name" or "name:argument", and so they are remembered.
 
+MOST_LEARNED = 10_000_000   # tokens; nothing that has a limit has a larger one
 MAX_MENDS = 4               # different ones for one request, then the refusal is told
 UNABLE = r"not (?:be )?(?:support|allow|permit|avail)|n't support|unsupported"
 MOST = (r"(?:maximum of|maximum length of|at most|up to|only|exceeds|longer than|limit "
-        r"(?:of|is)) (\d+)\b(?! ?[km]i?b\b| bytes| pixel)")
+        r"(?:of|is)) ([1-9]\d{0,8})\b(?! ?[km]i?b\b| bytes| pixel)")
 SCHEMA_TROUBLE = "grammar|json schema|unknown escape|number of repetitions|peg-native"
 
 # A subject and a claim about it, in one sentence of upstream's words in either order,
@@ -4028,13 +4029,12 @@ SCHEMA_TROUBLE = "grammar|json schema|unknown escape|number of repetitions|peg-n
 # that fits and changes the chat wins.
 MENDS = [
     (r"single tool-calls at once|parallel tool calls", "", "single"),
-    (r"response_format", r"\btools\b", "drop:response_format"),
     (r"enable-auto-tool-choice|n[o']t support (tool|function)s?|"
      r"(?<!parallel )\btool(s|[ -]call\w*| use)? (is|are) not supported", "", "xml"),
     (r"\bmax_tokens\b", r"not supported|use '?max_completion_tokens", "rename"),
-    (r"\bmax_completion_tokens\b", UNABLE + "|unknown|supplied", "rename:max_tokens"),
     (r"max_tokens|max_completion_tokens|completion tokens|integer above maximum",
-     r"(?:\[1, ?|at most |less than or equal to |<= ?|\d > )(\d{2,})", r"most:\1"),
+     r"(?:\[1, ?|at most |less than or equal to |<= ?|\d > )([1-9]\d{1,8})\b",
+     r"most:\1"),
     (r"\bname\b", MOST, r"names:\1"),
     (r"\btools\b", MOST + "(?!.?char)", r"tools:\1"),
     (r"image", MOST, r"images:\1"),
@@ -4069,32 +4069,26 @@ NEEDED_FIELDS = {"", "model", "messages", "stream", "tools", "max_tokens", "body
 
 
 def mend_for(words: str, chat: Json, tried: List[str]) -> str:
-    """The first mend that upstream's words ask for, and that changes the chat; "" for
-    none."""
+    """The first mend that upstream's words ask for, and that changes the chat: one of
+    the table, or to drop the fields that stand in a sentence with a refusal of them."""
     said, wanted = sentences(words), []
     for subject, claim, mend in MENDS:
         for each in said:
             found = re.search(claim, each, re.I)
             if found and re.search(subject, each, re.I):
                 wanted.append(found.expand(mend))
-    wanted.append("drop:" + ",".join(refused_fields(said, chat)))
-    for mend in wanted:
+    own = [re.sub(ASIDE, "", each, flags=re.I) for each in said]
+    own = [each for each in own if re.search(REFUSED, each, re.I)]
+    holders = [chat, chat.get("chat_template_kwargs") or {}, *chat["messages"]]
+    fields = dict.fromkeys(
+        name for holder in holders for name in holder if name not in NEEDED_FIELDS
+        and any(re.search(rf"\b{re.escape(name)}\b(?! mode)", each) for each in own))
+    for mend in [*wanted, "drop:" + ",".join(fields)]:
         trial = decode_json(encode_json(chat))
         apply_mend(mend, trial)
         if mend not in tried and trial != chat:
             return mend
     return ""
-
-
-def refused_fields(said: List[str], chat: Json) -> List[str]:
-    """The fields of a chat, its template's arguments and its messages that stand in a
-    sentence together with a refusal of them."""
-    holders = [chat, chat.get("chat_template_kwargs") or {}, *chat["messages"]]
-    names = dict.fromkeys(name for holder in holders for name in holder)
-    own = [re.sub(ASIDE, "", each, flags=re.I) for each in said]
-    return [name for name in names if name not in NEEDED_FIELDS
-            and any(re.search(rf"\b{re.escape(name)}\b(?! mode)", each)
-                    and re.search(REFUSED, each, re.I) for each in own)]
 
 
 def change_of(mend: str) -> Change:
@@ -4103,19 +4097,14 @@ def change_of(mend: str) -> Change:
 
 def apply_mend(mend: str, chat: Json) -> None:
     """Change a chat as a mend says; nothing if this version has no such mend."""
-    argument = mend.partition(":")[2]
-    if not change_of(mend).least or re.fullmatch("[1-9][0-9]{0,8}", argument):
-        change_of(mend).apply(chat, argument)
+    change_of(mend).apply(chat, mend.partition(":")[2])
 
 
-MOST_LEARNED = 10_000_000   # tokens; nothing that has a limit has a larger one
-
-
-def plausible(mend: str, most: int = MOST_LEARNED) -> bool:
+def plausible(mend: str) -> bool:
     """Whether a mend may be remembered: one with a number only if that makes sense."""
     least, argument = change_of(mend).least, mend.partition(":")[2]
     return not least or bool(re.fullmatch("[0-9]{1,9}", argument)
-                             and least <= int(argument) <= most)
+                             and least <= int(argument) <= MOST_LEARNED)
 
 
 def drop_fields(chat: Json, names: str) -> None:
@@ -4127,20 +4116,14 @@ def drop_fields(chat: Json, names: str) -> None:
             holder.pop(name, None)
 
 
-TOKEN_NAMES = ("max_tokens", "max_completion_tokens")
-
-
-def rename_tokens(chat: Json, name: str) -> None:
-    for old in TOKEN_NAMES:
-        if old in chat:
-            chat[name or "max_completion_tokens"] = chat.pop(old)
-            return
+def rename_tokens(chat: Json, _: str) -> None:
+    if "max_tokens" in chat:
+        chat["max_completion_tokens"] = chat.pop("max_tokens")
 
 
 def cap_tokens(chat: Json, most: str) -> None:
-    for name in TOKEN_NAMES:
-        if name in chat:
-            chat[name] = min(chat[name], int(most))
+    for name in {"max_tokens", "max_completion_tokens"} & {*chat}:
+        chat[name] = min(chat[name], int(most))
 
 
 def cut_list(chat: Json, name: str, most: str) -> None:
@@ -4151,14 +4134,13 @@ def cut_list(chat: Json, name: str, most: str) -> None:
 
 def shorten_names(chat: Json, most: str) -> None:
     """Tool names of at most so many characters; the end says which one it was."""
-    functions = [tool["function"] for tool in chat.get("tools") or []]
-    functions += [call["function"] for message in chat["messages"]
-                  for call in message.get("tool_calls") or []]
-    if isinstance(chat.get("tool_choice"), dict):
-        functions.append(chat["tool_choice"]["function"])
-    for function in functions:
-        if len(function["name"]) > int(most):
-            function["name"] = short_name(function["name"], int(most))
+    calls = [call for message in chat["messages"]
+             for call in message.get("tool_calls") or []]
+    choice = shaped(chat.get("tool_choice"), dict)
+    for holder in [*(chat.get("tools") or []), *calls, *([choice] if choice else [])]:
+        name = holder["function"]["name"]
+        if len(name) > int(most):
+            holder["function"]["name"] = short_name(name, int(most))
 
 
 def nine_characters(chat: Json, _: str) -> None:
@@ -4200,9 +4182,9 @@ def put_text(message: Json, text: str, before: bool = False) -> None:
 
 def ask_something(chat: Json, _: str) -> None:
     """A user's message, which Qwen's templates look for."""
-    if not any(message["role"] == "user" for message in chat["messages"]):
-        first = chat["messages"][:1]
-        at = 1 if first and first[0]["role"] == "system" else 0
+    roles = [message["role"] for message in chat["messages"]]
+    if "user" not in roles:
+        at = roles[:1].count("system")
         chat["messages"].insert(at, {"role": "user", "content": "Continue."})
 
 
@@ -4216,32 +4198,24 @@ def take_turns(chat: Json, _: str) -> None:
     chat["messages"] = out
 
 
-NO_IMAGE = "[image left out: this model takes no more images]"
-
-
-def hide_images(chat: Json, _: str) -> None:
-    keep_images(chat, "0")
-    flatten(chat, "")
-
-
 def keep_images(chat: Json, most: str) -> None:
     """The last images; a line in the place of those before them."""
-    parts = [part for message in chat["messages"]
-             if isinstance(message.get("content"), list) for part in message["content"]]
-    images = [part for part in parts if part["type"] == "image_url"]
-    for part in images[:max(len(images) - int(most), 0)]:
+    images = [part for message in chat["messages"]
+              for part in shaped(message.get("content"), list)
+              if part["type"] == "image_url"]
+    for part in images[:max(len(images) - int(most or 0), 0)]:
         part.clear()
-        part.update(type="text", text=NO_IMAGE)
+        part.update(type="text",
+                    text="[image left out: this model takes no more images]")
+    flatten(chat, "")
 
 
 def flatten(chat: Json, _: str) -> None:
     """Content without images as one string."""
     for message in chat["messages"]:
-        content = message.get("content")
+        content = message.get("content") or []
         if isinstance(content, list) and all("text" in part for part in content):
             message["content"] = "\n".join(part["text"] for part in content)
-        elif content is None:
-            message["content"] = ""
 
 
 def one_call_a_turn(chat: Json, _: str) -> None:
@@ -4251,75 +4225,59 @@ def one_call_a_turn(chat: Json, _: str) -> None:
                if message["role"] == "tool"}
     for message in chat["messages"]:
         calls = message.get("tool_calls") or []
-        if len(calls) > 1:
-            for place, call in enumerate(calls):
-                first = message if not place else {"role": "assistant", "content": ""}
-                out.append({**first, "tool_calls": [call]})
-                out += filter(None, [results.pop(call["id"], None)])
-        elif message["role"] != "tool" or results.pop(message["tool_call_id"], None):
+        for call in calls:
+            out.append({**message, "tool_calls": [call]})
+            out += filter(None, [results.pop(call["id"], None)])
+            message = {"role": "assistant", "content": ""}
+        if not calls and (message["role"] != "tool"
+                          or results.pop(message["tool_call_id"], None)):
             out.append(message)
     chat["messages"] = out
     if "tools" in chat:
         chat["parallel_tool_calls"] = False
 
 
-UNLIKED = {"$ref", "$defs", "definitions", "$schema", "$id", "$comment", "examples",
-           "deprecated", "readOnly", "writeOnly", "title", "default"}
-STRICT = {"pattern", "format", "minLength", "maxLength", "minimum", "maximum",
-          "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minItems", "maxItems",
-          "uniqueItems", "contains", "minContains", "maxContains", "propertyNames",
-          "patternProperties", "minProperties", "maxProperties", "not", "if", "then",
-          "else", "dependentRequired", "dependentSchemas", "unevaluatedProperties"}
+MAX_SCHEMA_DEPTH = 12       # objects in objects
+MAX_SCHEMAS = 2000          # in one tool's: references may multiply
+BARE = {"type", "properties", "required", "items", "enum", "const", "description"}
+UNLIKED = {"anyOf", "oneOf", "allOf", "$ref", "$defs", "definitions", "$schema", "$id",
+           "$comment", "examples", "deprecated", "readOnly", "writeOnly", "title",
+           "default"}
 
 
 def simplify_schemas(chat: Json, level: str) -> None:
-    """Tool schemas "plain": references resolved, one type each; "bare": nothing but
-    types, properties and values besides."""
-    unliked = UNLIKED | STRICT if level == "bare" else UNLIKED
+    """Tool schemas "plain": without references, unions, lists of types, and keywords
+    that are not liked; "bare": nothing but types, properties and values besides."""
     for tool in chat.get("tools") or []:
-        schema = tool["function"]["parameters"]
-        plan = Plan(schema, unliked, iter(range(MAX_SCHEMAS)))
+        root, left = tool["function"]["parameters"], iter(range(MAX_SCHEMAS))
+
+        def simple(schema: Any, inside: Tuple[Any, ...]) -> Json:
+            """`inside`: properties on the way here, and references resolved."""
+            if not isinstance(schema, dict) or next(left, -1) < 0 or (
+                    schema.get("$ref") in inside or len(inside) > MAX_SCHEMA_DEPTH):
+                return {"type": "object", "properties": {}}
+            if "$ref" in schema:
+                inside = (*inside, schema["$ref"])
+                schema = {**schema, **shaped(referred(schema["$ref"], root), dict)}
+            for union in ("anyOf", "oneOf", "allOf"):
+                branches = [shaped(each, dict) for each in
+                            shaped(schema.get(union), list) if each != {"type": "null"}]
+                schema = {**schema, **(branches[0] if branches else {})}
+            out = {key: value for key, value in schema.items()
+                   if key in (BARE if level == "bare" else {*schema} - UNLIKED)}
+            if isinstance(out.get("type"), list):
+                out["type"] = ([*filter("null".__ne__, out["type"])] or ["string"])[0]
+            properties = shaped(out.get("properties"), dict)
+            if properties or out.get("type") == "object":
+                out.update(type="object", properties={
+                    key: simple(inner, (*inside, ""))
+                    for key, inner in properties.items()})
+            if isinstance(out.get("items"), dict):
+                out["items"] = simple(out["items"], (*inside, ""))
+            out.setdefault("type", "array" if "items" in out else "string")
+            return out
         tool["function"]["parameters"] = {"type": "object", "properties": {},
-                                          **simple_schema(schema, plan, ())}
-
-
-MAX_SCHEMA_DEPTH = 12       # objects in objects
-MAX_SCHEMAS = 2000          # in one tool's: references may multiply
-
-
-class Plan(NamedTuple):
-    root: Json              # where references point into
-    unliked: Set[str]       # keywords to take out
-    left: Iterator[int]     # one for each schema
-
-
-def simple_schema(schema: Any, plan: Plan, inside: Tuple[str, ...]) -> Json:
-    """A schema without references, unions with null, lists of types, and keywords that
-    are not liked.  `inside`: properties on the way here, and references resolved."""
-    if not isinstance(schema, dict) or next(plan.left, -1) < 0 or (
-            schema.get("$ref") in inside or len(inside) > MAX_SCHEMA_DEPTH):
-        return {"type": "object", "properties": {}}
-    if isinstance(schema.get("$ref"), str):
-        inside = (*inside, schema["$ref"])
-        schema = {**schema, **shaped(referred(schema["$ref"], plan.root), dict)}
-    for union in ("anyOf", "oneOf", "allOf"):
-        branches = [branch for branch in shaped(schema.get(union), list)
-                    if isinstance(branch, dict) and branch.get("type") != "null"]
-        schema = {**{key: value for key, value in schema.items() if key != union},
-                  **(branches[0] if branches else {})}
-    if isinstance(schema.get("type"), list):
-        kinds = [kind for kind in schema["type"] if kind != "null"]
-        schema = {**schema, "type": kinds[0] if kinds else "string"}
-    out = {key: value for key, value in schema.items() if key not in plan.unliked}
-    properties = shaped(out.get("properties"), dict)
-    if properties or out.get("type") == "object":
-        out["type"] = "object"
-        out["properties"] = {key: simple_schema(inner, plan, (*inside, ""))
-                             for key, inner in properties.items()}
-    if isinstance(out.get("items"), dict):
-        out["items"] = simple_schema(out["items"], plan, (*inside, ""))
-    out.setdefault("type", "array" if "items" in out else "string")
-    return out
+                                          **simple(root, ())}
 
 
 # ---- tools in prose: for models and servers without tool calls
@@ -4327,32 +4285,19 @@ def simple_schema(schema: Any, plan: Plan, inside: Tuple[str, ...]) -> Json:
 XML_RULES = """\
 # TOOL CALLING FORMAT
 
-You can call the tools that are listed below. To call one, write this and nothing else
-in its place:
+You can call the tools that are listed below. To call one, write this:
 
-<tool_code name="TOOL_NAME">
-{"parameter": "value"}
-</tool_code>
-
-1. Write the tag as plain text, never inside a Markdown code fence.
-2. Between the tags stands one valid JSON object: double quotes, no comments.
-3. The name is exactly one of the list, in the same case.
-4. Put no other tag inside the tag.
-5. What you want to say or think comes before the tag.
-6. For several calls write several tags, one after the other.
-7. Stop after the last tag: the results come back as <tool_output> in the next message.
-
-Good:
 <tool_code name="Read">
 {"file_path": "/tmp/a.txt"}
 </tool_code>
 
-Bad, for it has no name: <tool_code>{"file_path": "/tmp/a.txt"}</tool_code>
-Bad, for it is not JSON: <tool_code name="Read">file_path=/tmp/a.txt</tool_code>
-Bad, for it is in a fence:
-```
-<tool_code name="Read">{"file_path": "/tmp/a.txt"}</tool_code>
-```
+1. Write the tag as plain text, never inside a Markdown code fence.
+2. Its name is exactly one of the list, in the same case. This is bad, for it has none:
+   <tool_code>{"file_path": "/tmp/a.txt"}</tool_code>
+3. Between the tags stands one valid JSON object: double quotes, no comments, no tags.
+4. What you want to say or think comes before the tag.
+5. For several calls write several tags, one after the other.
+6. Stop after the last tag: the results come back as <tool_output> in the next message.
 
 ## Available Tools:
 """
@@ -4362,46 +4307,36 @@ XML_OUTPUT = "<tool_output>\n%s\n</tool_output>"
 
 def tools_in_prose(chat: Json, _: str) -> None:
     """Tools, calls and results as text, which `text_calls` reads back."""
-    tools = chat.pop("tools", None) or []
-    choice = chat.pop("tool_choice", "auto")
+    tools, choice = chat.pop("tools", None), chat.pop("tool_choice", "auto")
     for name in ("parallel_tool_calls", "tool_stream"):
         chat.pop(name, None)
     out: List[Json] = []
-    outputs: List[str] = []         # results that wait for what the user says
+    waiting = False                 # results, for what the user says besides
     for message in chat["messages"]:
-        calls = [XML_CALL % (call["function"]["name"], call["function"]["arguments"])
-                 for call in message.pop("tool_calls", None) or []]
-        if message["role"] == "tool":
-            outputs.append(XML_OUTPUT % message["content"])
-            continue
-        if outputs and message["role"] != "user":
-            out.append({"role": "user", "content": "\n\n".join(outputs)})
-        elif outputs:
-            put_text(message, "\n\n".join(outputs))
-        outputs = []
-        if calls:
-            put_text(message, "\n\n".join(calls))
+        result = message["role"] == "tool"
+        if result:
+            message = {"role": "user", "content": XML_OUTPUT % message["content"]}
+        for call in message.pop("tool_calls", None) or []:
+            put_text(message, XML_CALL % (call["function"]["name"],
+                                          call["function"]["arguments"]))
+        if waiting and message["role"] == "user":
+            put_text(message, out.pop()["content"], before=result)
         out.append(message)
-    if outputs:
-        out.append({"role": "user", "content": "\n\n".join(outputs)})
+        waiting = result
     chat["messages"] = out
-    if tools and choice != "none":
-        chat.setdefault("temperature", 0)
-        if not out or out[0]["role"] != "system":
-            out.insert(0, {"role": "system", "content": ""})
-        put_text(out[0], prose(tools, choice))
-
-
-def prose(tools: List[Json], choice: Any) -> str:
-    """The rules, the tools, and whether one must be called."""
-    rows = [f"- **{tool['function']['name']}**: {tool['function']['description']}\n"
-            "  Parameters: " + json.dumps(tool["function"]["parameters"], indent=2,
-                                          ensure_ascii=False)
-            for tool in tools]
-    must = "" if choice == "auto" else "\n\nCall a tool now."
-    if isinstance(choice, dict):
-        must = f"\n\nCall {choice['function']['name']} now."
-    return XML_RULES + "\n".join(rows) + must
+    if not tools or choice == "none":
+        return
+    chat.setdefault("temperature", 0)
+    if not out or out[0]["role"] != "system":
+        out.insert(0, {"role": "system", "content": ""})
+    rows = ["- **%s**: %s\n  Parameters: %s" % (
+        tool["function"]["name"], tool["function"]["description"],
+        json.dumps(tool["function"]["parameters"], indent=2, ensure_ascii=False))
+        for tool in tools]
+    if choice != "auto":
+        named = shaped(choice, dict).get("function", {}).get("name", "a tool")
+        rows.append(f"\nCall {named} now.")
+    put_text(out[0], XML_RULES + "\n".join(rows))
 
 
 class Change(NamedTuple):
@@ -4424,7 +4359,7 @@ CHANGES = {
     "replay": Change(replay_all), "choice": Change(choose_within),
     "fold": Change(fold_system),
     "query": Change(ask_something), "turns": Change(take_turns),
-    "blind": Change(hide_images, 0, "images are left out"), "flat": Change(flatten),
+    "blind": Change(keep_images, 0, "images are left out"), "flat": Change(flatten),
     "images": Change(keep_images, 1, "images are left out"),
     "single": Change(one_call_a_turn), "schema": Change(simplify_schemas),
     "xml": Change(tools_in_prose, 0, "tools are called in text"),
@@ -7817,7 +7752,7 @@ log = logging.getLogger("nimproxy")
 RECENT_SECONDS = 600.0      # one refusal is believed for so long, and not written down
 ANEW_SECONDS = 3600.0       # what takes something away from a model is tried without
 LEARNED_SECONDS = 7 * 86400.0   # then a server may have become wiser, and is tried anew
-MAX_LESSONS = 16            # recent ones of a model; a few are usual
+MAX_LESSONS = 1024          # recent ones; a model has a few
 MAX_LEARNED_BYTES = 1 << 20     # of the file; a model's entry has some 100
 LOCK_TRIES = 100            # each a millisecond; a file is changed in less than one
 
@@ -7843,51 +7778,48 @@ class Learned:
         self.path = os.path.join(home, "learned.json") if home else ""
         self.tree: Dict[str, Dict[str, Dict[str, str]]] = {}
         self.read: Tuple[int, ...] = ()     # the state of the file that the tree is of
-        self.recent: Dict[Tuple[str, str], Dict[str, Lesson]] = {}
-        self.lost: Set[Tuple[str, str, str]] = set()    # what was said to be taken away
+        self.recent: Dict[Tuple[str, str, str], Lesson] = {}
+        self.lost: Dict[Tuple[str, str, str], str] = {}     # what was said to be so
         self.refresh()
 
     def refresh(self) -> None:
-        found: Tuple[int, ...] = ()
+        state: Tuple[int, ...] = ()
         with contextlib.suppress(OSError):
-            state = os.stat(self.path)
-            found = state.st_mtime_ns, state.st_ino, state.st_size
-        if found != self.read:
-            self.tree, self.read = self.load(), found
+            found = os.stat(self.path)
+            state = found.st_mtime_ns, found.st_ino, found.st_size
+        if state != self.read:
+            self.tree, self.read = self.load(), state
             rows = [row for models in self.tree.values() for row in models.items()]
-            self.recent = {key: known for key, known in self.recent.items()
+            self.recent = {key: lesson for key, lesson in self.recent.items()
                            if any(row for _, row in rows) and (key[1], {}) not in rows}
 
-    def in_force(self, base_url: str, model: str) -> Dict[str, str]:
+    def mends(self, base_url: str, model: str) -> Dict[str, str]:
         """The mends of a model: since when they are kept, "" for those of a while."""
         self.refresh()
-        rows, key = {}, (base_url, model)
+        rows = {}
         for mend, when in self.tree.get(base_url, {}).get(model, {}).items():
             seconds = ANEW_SECONDS if change_of(mend).loss else LEARNED_SECONDS
             if plausible(mend) and stamp(seconds) < when <= stamp(0.0):
                 rows[mend] = when
-        for mend, lesson in self.recent.get(key, {}).items():
-            if lesson.at > time.monotonic() - RECENT_SECONDS:
+        for (*place, mend), lesson in self.recent.items():
+            if (place == [base_url, model]
+                    and lesson.at > time.monotonic() - RECENT_SECONDS):
                 rows.setdefault(mend, "")
-        for lost in [lost for lost in self.lost if lost[:2] == key
-                     and lost[2] not in rows]:
-            self.lost.discard(lost)
-            log.warning("%r: tried anew without %s", model, lost[2])
+        for key in [*self.lost]:
+            if key[:2] == (base_url, model) and key[2] not in rows:
+                log.warning("%r: tried anew without %s", model, self.lost.pop(key))
         return rows
 
     def models(self, base_url: str) -> Dict[str, Dict[str, str]]:
         """What is in force, by model."""
         self.refresh()
-        names = [*self.tree.get(base_url, {}), *(name for _, name in self.recent)]
-        rows = {name: self.in_force(base_url, name) for name in names}
+        names = [*self.tree.get(base_url, {}), *(key[1] for key in self.recent)]
+        rows = {name: self.mends(base_url, name) for name in names}
         return {name: mends for name, mends in rows.items() if mends}
-
-    def mends(self, base_url: str, model: str) -> List[str]:
-        return list(self.in_force(base_url, model))
 
     def window(self, base_url: str, model: str) -> int:
         """The window that an overflow has told last, in tokens; 0 if none has."""
-        rows = self.in_force(base_url, model).items()
+        rows = self.mends(base_url, model).items()
         windows = [mend[7:] for mend, _ in sorted(rows, key=lambda row: row[1] or "~")
                    if mend.startswith("window:")]
         return int(windows[-1]) if windows else 0
@@ -7895,35 +7827,34 @@ class Learned:
     def learn(self, base_url: str, model: str, mend: str, lesson: Lesson) -> None:
         """Note that a mend has helped; keep it if another request says the same."""
         self.refresh()
-        known = self.recent.pop((base_url, model), {})
-        first = known.pop(mend, lesson)
-        for rows, most in ((self.recent, MAX_KNOWN), (known, MAX_LESSONS)):
-            while len(rows) >= most:
-                del rows[next(iter(rows))]
-        self.recent[base_url, model], known[mend] = known, lesson
-        loss = change_of(mend).loss
-        if loss and (base_url, model, mend) not in self.lost:
-            self.lost = {*list(self.lost)[-MAX_KNOWN:], (base_url, model, mend)}
+        key, loss = (base_url, model, mend), change_of(mend).loss
+        first = self.recent.pop(key, lesson)
+        self.recent[key] = lesson
+        if loss and key not in self.lost:
+            self.lost[key] = mend
             log.warning("%r: %s for a while, after a refusal (%s)", model, loss, mend)
+        for rows in (self.recent, self.lost):
+            while len(rows) > MAX_LESSONS:
+                del rows[next(iter(rows))]
         when = self.tree.get(base_url, {}).get(model, {}).get(mend, "")
         again = first.asked != lesson.asked and first.words == lesson.words
         if lesson.words and (again or when) and when < stamp(RECENT_SECONDS):
-            self.change(lambda tree: tree.setdefault(base_url, {}).setdefault(
-                model, {}).update({mend: stamp(0.0)}))
+            with self.edited() as tree:
+                tree.setdefault(base_url, {}).setdefault(model, {})[mend] = stamp(0.0)
 
     def forget(self, base_url: str, model: str = "", start: str = "") -> None:
-        """Drop what was learned, in each process: of a model, or of all; the mends that
-        start so, or all."""
-        def rest(name: str, rows: Json) -> Json:
-            return {mend: row for mend, row in rows.items() if model not in ("", name)
-                    or start and not mend.startswith(start)}
+        """Drop, in each process, the mends of a model, or of all, that start so."""
+        def stays(name: str, mend: str) -> bool:
+            return model not in ("", name) or not mend.startswith(start)
 
-        def edit(tree: Json) -> None:
+        self.recent = {key: lesson for key, lesson in self.recent.items()
+                       if stays(*key[1:])}
+        with self.edited() as tree:
             tree.setdefault(base_url, {}).setdefault(model, {})
             for models in tree.values():
-                models.update({name: rest(name, rows) for name, rows in models.items()})
-        self.recent = {key: rest(key[1], rows) for key, rows in self.recent.items()}
-        self.change(edit)
+                for name, rows in models.items():
+                    models[name] = {mend: when for mend, when in rows.items()
+                                    if stays(name, mend)}
 
     def load(self) -> Dict[str, Dict[str, Dict[str, str]]]:
         """The file's rows; one that is not ours is set aside, and that is said."""
@@ -7940,9 +7871,21 @@ class Learned:
                 os.replace(self.path, self.path + ".bad")
         return {}
 
-    def change(self, edit: Callable[[Json], None]) -> None:
-        """Edit the file, alone among the processes that do; what is old goes."""
-        with locked(os.path.dirname(self.path)):
+    @contextlib.contextmanager
+    def edited(self) -> Iterator[Json]:
+        """The file's tree, alone among the processes that change it; what is old goes.
+        Who does not let go is not waited for, and Windows has no such locks."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(ImportError, OSError):
+                import fcntl
+                os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
+                folder = os.open(os.path.dirname(self.path), os.O_RDONLY)
+                stack.callback(os.close, folder)
+                for _ in range(LOCK_TRIES):
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    time.sleep(0.001)
             self.refresh()
             for models in self.tree.values():
                 for model, rows in list(models.items()):
@@ -7950,7 +7893,7 @@ class Learned:
                                      if when > stamp(LEARNED_SECONDS)}
                     if not models[model] or len(models) > MAX_KNOWN:
                         del models[model]
-            edit(self.tree)
+            yield self.tree
             try:
                 if self.path:
                     replace_file(self.path, json.dumps(self.tree, indent=1) + "\n")
@@ -7958,27 +7901,6 @@ class Learned:
             except OSError as error:
                 log.warning("cannot remember in %s: %s", self.path, error.strerror)
                 self.path, self.read = "", ()       # said once
-
-
-@contextlib.contextmanager
-def locked(folder: str) -> Iterator[None]:
-    """Alone in a folder among those who ask; nobody is waited for who does not let go,
-    and Windows has no such locks."""
-    held = -1
-    try:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-            os.makedirs(folder, 0o700, exist_ok=True)
-            held = os.open(folder, os.O_RDONLY)
-            for _ in range(LOCK_TRIES):
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                time.sleep(0.001)
-        yield
-    finally:
-        if held >= 0:
-            os.close(held)
 
 
 def plain_file(path: str, encoding: str = "utf-8") -> TextIO:
@@ -8421,7 +8343,7 @@ class Asker:
             return mend
         facts = model_facts(self.config, question.model)
         window = f"window:{found.get('n', 0)}"
-        if plausible(window, facts.window if facts.sure else MOST_LEARNED):
+        if plausible(window) and (found["n"] <= facts.window or not facts.sure):
             self.learn(question, Trial(window, error.words, error.said))
         margin = 4096 << len(tried) if "at least" in error.words else 64
         room = found.get("n", 0) - found.get("p", math.inf) - margin
