@@ -3341,7 +3341,7 @@ class Asked(NamedTuple):
 
 class Refusal(NamedTuple):
     statuses: Tuple[int, ...]       # upstream's; () for any
-    pattern: str                    # in upstream's words; "" for any
+    pattern: str                    # in upstream's status and words; "" for any
     status: int                     # ours; 0: upstream's, or 502
     advice: str = ""                # may hold {key}, {page}, {model}, {instead}
     again: str = ""                 # row of RETRIES: asking once more may help
@@ -3383,21 +3383,17 @@ REFUSALS = [
             "{model} is not open to this account.", "", "gated"),
     Refusal((404,), r"try pulling it", 404, "Get it with: ollama pull {id}", "",
             "gone"),
-    Refusal((400,), r"\(1211\)|Model Not Exist", 404,
+    Refusal((400, 404, 410), r"^4(04|10) |\(1211\)|Model Not Exist", 404,
             "No model {model} there{instead}.", "", "gone"),
-    Refusal((404, 410), "", 404, "No model {model} there{instead}.", "", "gone"),
     Refusal((413,), "", 413, "The request is too large for this provider."),
     Refusal((400, 422), "", 400),
     Refusal((429,), "", 429, "The key or model is over its rate: wait a little.",
             "rate", "busy"),
-    Refusal((503, 504, 529), "", 529, "The provider is busy; try again.", "busy",
-            "busy"),
-    Refusal((), r"(?i)overloaded|ResourceExhausted|temporarily unavailable", 529,
-            "The provider is busy; try again.", "busy", "busy"),
+    Refusal((), r"(?i)^5(03|04|29) |overloaded|ResourceExhausted|temporarily unavail",
+            529, "The provider is busy; try again.", "busy", "busy"),
     Refusal((408, 500, 502), "", 0, "", "busy", "busy"),
     Refusal((), "", 0),
 ]
-MENDABLE = (400, 413, 422, 500, 501)    # statuses; some engines say 500 for a template
 
 def refusal(asked: Asked, status: int, text: str, pause: float = 0.0) -> ProxyError:
     """The error for the client from upstream's status and words.
@@ -3406,7 +3402,7 @@ def refusal(asked: Asked, status: int, text: str, pause: float = 0.0) -> ProxyEr
     """
     text = redacted(text[:MAX_ERROR_CHARS], asked.config.api_key)[:MAX_REASON_CHARS]
     own, provider = own_words(text, asked.sent), PROVIDERS[asked.config.provider]
-    row = next(row for row in REFUSALS if re.search(row.pattern, own)
+    row = next(row for row in REFUSALS if re.search(row.pattern, f"{status} {own}")
                and (not row.statuses or status in row.statuses))
     advice = row.advice.format(
         key=provider.key_variable or "the key", page=provider.key_page,
@@ -3430,7 +3426,7 @@ def refusal(asked: Asked, status: int, text: str, pause: float = 0.0) -> ProxyEr
     if found is not None:
         error = ProxyError(400, overflow_words(asked, found))
         error.fallback = "window"
-    if status in MENDABLE:
+    if status in (400, 413, 422, 500, 501):     # some engines say 500 for a template
         error.words, error.said = own, status
     return error
 
@@ -3486,9 +3482,6 @@ def overflow_words(asked: Asked, found: Dict[str, int]) -> str:
     return f"prompt is too long: {prompt} tokens > {window} maximum"
 
 
-LEAST_WINDOW_TOKENS = 24576     # Claude Code's system prompt and tools take 20,000
-
-
 # A prompt that does not fit: what is too large, and that it is, both in one sentence,
 # in any order.
 OVERFLOWS = [
@@ -3518,6 +3511,7 @@ TOLD_FIGURES = [
     ("o", r"max_\w*tokens.*#"),
     ("p", r"(prompt|input|request|messages|keep|given).*#"),
 ]
+LEAST_WINDOW_TOKENS = 24576     # Claude Code's system prompt and tools take 20,000
 LEAST_TOLD = 2048       # tokens of a window; a smaller figure is a code or a time
 # A server whose messages are of the user and the assistant alone.
 UNKNOWN_ROLE = (r"only user and assistant roles|unknown variant .?system|"
@@ -3572,13 +3566,6 @@ WINDOW_HINTS = {
 
 def window_hint(config: Config) -> str:
     return WINDOW_HINTS.get(upstream_api(config).name, "")
-
-
-def small_window(asked: Asked) -> ProxyError:
-    """The error for an empty answer that such a window is the reason of."""
-    return ProxyError(400, f"{upstream_label(asked.config)} gave an empty answer to "
-                           f"about {asked.prompt_tokens} tokens: its context window is "
-                           f"too small for them; {window_hint(asked.config)}")
 
 
 def empty_answer(asked: Asked) -> ProxyError:
@@ -4022,11 +4009,10 @@ MAX_MENDS = 4               # different ones for one request, then the refusal i
 UNABLE = r"not (?:be )?(?:support|allow|permit|avail)|n't support|unsupported"
 MOST = (r"(?:maximum of|maximum length of|at most|up to|only|exceeds|longer than|limit "
         r"(?:of|is)) ([1-9]\d{0,8})\b(?! ?[km]i?b\b| bytes| pixel)")
-SCHEMA_TROUBLE = "grammar|json schema|unknown escape|number of repetitions|peg-native"
 
 # A subject and a claim about it, in one sentence of upstream's words in either order,
-# and the mend, which may hold \1: the figure that the claim has.  The first row
-# that fits and changes the chat wins.
+# and the mends to try in turn, which may hold \1: the figure that the claim has.  The
+# first of a row that fits, and that changes the chat, wins.
 MENDS = [
     (r"single tool-calls at once|parallel tool calls", "", "single"),
     (r"enable-auto-tool-choice|n[o']t support (tool|function)s?|"
@@ -4049,13 +4035,13 @@ MENDS = [
     (r"roles? must alternate|expected last role|unexpected role|\b3230\b", "", "turns"),
     (r"^(?!.*\b(?:format|size|scheme|media|image type)).*(?:image|multimodal|vision)",
      UNABLE + "|only text|invalid content type", "blind"),
-    (r"content", r"valid string|(must|should) be a string|expected a? ?string", "flat"),
-    # A host that takes only strings takes no images: for when that row is of no use.
-    (r"content|not a multimodal", r"valid string|must be a string|multimodal", "blind"),
+    # A host that takes only strings takes no images.
+    (r"content|not a multimodal", r"valid string|(must|should) be a string|multimodal|"
+     r"expected a? ?string", "flat blind"),
     (r"\b(?:any|one|all)of\b|function.parameters.type|\$ref|\$defs|invalid schema|"
      r"upper\W+to type\W+undefined|exact null branch", "", "schema:plain"),
-    (SCHEMA_TROUBLE, "", "schema:bare"),
-    (SCHEMA_TROUBLE, "", "drop:response_format"),   # then it was not that of a tool
+    ("grammar|json schema|unknown escape|number of repetitions|peg-native", "",
+     "schema:bare drop:response_format"),
 ]
 REFUSED = (UNABLE + r"|extra[ _](inputs|fields|forbidden)|unexpected keyword|unknown|"
            r"unrecognized|only allowed|unavailable|ignored|deprecated|cannot|"
@@ -4063,9 +4049,8 @@ REFUSED = (UNABLE + r"|extra[ _](inputs|fields|forbidden)|unexpected keyword|unk
 # What is told of other fields, or of what one holds.
 ASIDE = (r"(?<!not )\b(supported|known|valid|allowed) (field|parameter|argument)s\b.*|"
          r"\b(expected one of|value: ).*| (when|while|if) .*")
-NEEDED_FIELDS = {"", "model", "messages", "stream", "tools", "max_tokens", "body",
-                 "max_completion_tokens", "content", "role", "tool_calls", "type",
-                 "tool_call_id", "function", "arguments", "name"}
+NEEDED_FIELDS = {"model", "messages", "stream", "tools", "max_tokens", "content", "role",
+                 "max_completion_tokens", "tool_calls", "tool_call_id", "name"}
 
 
 def mend_for(words: str, chat: Json, tried: List[str]) -> str:
@@ -4076,7 +4061,7 @@ def mend_for(words: str, chat: Json, tried: List[str]) -> str:
         for each in said:
             found = re.search(claim, each, re.I)
             if found and re.search(subject, each, re.I):
-                wanted.append(found.expand(mend))
+                wanted += found.expand(mend).split()
     own = [re.sub(ASIDE, "", each, flags=re.I) for each in said]
     own = [each for each in own if re.search(REFUSED, each, re.I)]
     holders = [chat, chat.get("chat_template_kwargs") or {}, *chat["messages"]]
@@ -4136,11 +4121,10 @@ def shorten_names(chat: Json, most: str) -> None:
     """Tool names of at most so many characters; the end says which one it was."""
     calls = [call for message in chat["messages"]
              for call in message.get("tool_calls") or []]
-    choice = shaped(chat.get("tool_choice"), dict)
-    for holder in [*(chat.get("tools") or []), *calls, *([choice] if choice else [])]:
-        name = holder["function"]["name"]
-        if len(name) > int(most):
-            holder["function"]["name"] = short_name(name, int(most))
+    for holder in [*(chat.get("tools") or []), *calls, chat.get("tool_choice")]:
+        function = shaped(holder, dict).get("function")
+        if function and len(function["name"]) > int(most):
+            function["name"] = short_name(function["name"], int(most))
 
 
 def nine_characters(chat: Json, _: str) -> None:
@@ -4205,8 +4189,7 @@ def keep_images(chat: Json, most: str) -> None:
               if part["type"] == "image_url"]
     for part in images[:max(len(images) - int(most or 0), 0)]:
         part.clear()
-        part.update(type="text",
-                    text="[image left out: this model takes no more images]")
+        part.update(type="text", text="[image left out: the model takes no more]")
     flatten(chat, "")
 
 
@@ -4256,13 +4239,14 @@ def simplify_schemas(chat: Json, level: str) -> None:
             if not isinstance(schema, dict) or next(left, -1) < 0 or (
                     schema.get("$ref") in inside or len(inside) > MAX_SCHEMA_DEPTH):
                 return {"type": "object", "properties": {}}
-            if "$ref" in schema:
-                inside = (*inside, schema["$ref"])
-                schema = {**schema, **shaped(referred(schema["$ref"], root), dict)}
             for union in ("anyOf", "oneOf", "allOf"):
-                branches = [shaped(each, dict) for each in
-                            shaped(schema.get(union), list) if each != {"type": "null"}]
-                schema = {**schema, **(branches[0] if branches else {})}
+                branches = [each for each in shaped(schema.get(union), list)
+                            if isinstance(each, dict) and each.get("type") != "null"]
+                schema = {**schema, union: 0, **(branches[0] if branches else {})}
+            if schema.get("$ref"):
+                target = shaped(referred(schema["$ref"], root), dict)
+                inside = (*inside, schema["$ref"])
+                return simple({**schema, "$ref": 0, **target}, inside)
             out = {key: value for key, value in schema.items()
                    if key in (BARE if level == "bare" else {*schema} - UNLIKED)}
             if isinstance(out.get("type"), list):
@@ -4285,7 +4269,7 @@ def simplify_schemas(chat: Json, level: str) -> None:
 XML_RULES = """\
 # TOOL CALLING FORMAT
 
-You can call the tools that are listed below. To call one, write this:
+To call one of the tools that are listed below, write this:
 
 <tool_code name="Read">
 {"file_path": "/tmp/a.txt"}
@@ -4296,8 +4280,8 @@ You can call the tools that are listed below. To call one, write this:
    <tool_code>{"file_path": "/tmp/a.txt"}</tool_code>
 3. Between the tags stands one valid JSON object: double quotes, no comments, no tags.
 4. What you want to say or think comes before the tag.
-5. For several calls write several tags, one after the other.
-6. Stop after the last tag: the results come back as <tool_output> in the next message.
+5. For several calls write several tags, and stop after the last: the results come back
+   as <tool_output> in the next message.
 
 ## Available Tools:
 """
@@ -4357,11 +4341,11 @@ CHANGES = {
     "stops": Change(lambda chat, most: cut_list(chat, "stop", most), 1),
     "names": Change(shorten_names, 16), "ids": Change(nine_characters),
     "replay": Change(replay_all), "choice": Change(choose_within),
-    "fold": Change(fold_system),
-    "query": Change(ask_something), "turns": Change(take_turns),
+    "fold": Change(fold_system), "query": Change(ask_something),
+    "turns": Change(take_turns), "single": Change(one_call_a_turn),
     "blind": Change(keep_images, 0, "images are left out"), "flat": Change(flatten),
     "images": Change(keep_images, 1, "images are left out"),
-    "single": Change(one_call_a_turn), "schema": Change(simplify_schemas),
+    "schema": Change(simplify_schemas),
     "xml": Change(tools_in_prose, 0, "tools are called in text"),
 }
 
@@ -5153,8 +5137,11 @@ class Message:
         told = (self.index >= 0 or self.calls.calls or self.watch.tail
                 or self.stop_sequence is not None)
         empty = not told and self.finish in ("", "length")
-        if empty and window_hint(self.reading.asked.config):
-            raise small_window(self.reading.asked)
+        asked, hint = self.reading.asked, window_hint(self.reading.asked.config)
+        if empty and hint:
+            raise ProxyError(400, f"{upstream_label(asked.config)} gave an empty "
+                                  f"answer to about {asked.prompt_tokens} tokens: its "
+                                  f"context window is too small for them; {hint}")
         if not self.chunks or not self.finish and not told:
             raise empty_answer(self.reading.asked)
 
@@ -7788,19 +7775,20 @@ class Learned:
             found = os.stat(self.path)
             state = found.st_mtime_ns, found.st_ino, found.st_size
         if state != self.read:
-            self.tree, self.read = self.load(), state
+            self.tree, self.read = self.load() if state else {}, state
             rows = [row for models in self.tree.values() for row in models.items()]
             self.recent = {key: lesson for key, lesson in self.recent.items()
                            if any(row for _, row in rows) and (key[1], {}) not in rows}
 
     def mends(self, base_url: str, model: str) -> Dict[str, str]:
-        """The mends of a model: since when they are kept, "" for those of a while."""
+        """The mends of a model, the last ones last, and since when they are kept: "" for
+        those of a while."""
         self.refresh()
-        rows = {}
-        for mend, when in self.tree.get(base_url, {}).get(model, {}).items():
+        rows, kept = {}, self.tree.get(base_url, {}).get(model, {})
+        for mend in sorted(kept, key=kept.get):
             seconds = ANEW_SECONDS if change_of(mend).loss else LEARNED_SECONDS
-            if plausible(mend) and stamp(seconds) < when <= stamp(0.0):
-                rows[mend] = when
+            if plausible(mend) and stamp(seconds) < kept[mend] <= stamp(0.0):
+                rows[mend] = kept[mend]
         for (*place, mend), lesson in self.recent.items():
             if (place == [base_url, model]
                     and lesson.at > time.monotonic() - RECENT_SECONDS):
@@ -7819,8 +7807,7 @@ class Learned:
 
     def window(self, base_url: str, model: str) -> int:
         """The window that an overflow has told last, in tokens; 0 if none has."""
-        rows = self.mends(base_url, model).items()
-        windows = [mend[7:] for mend, _ in sorted(rows, key=lambda row: row[1] or "~")
+        windows = [mend[7:] for mend in self.mends(base_url, model)
                    if mend.startswith("window:")]
         return int(windows[-1]) if windows else 0
 
@@ -7839,7 +7826,7 @@ class Learned:
         when = self.tree.get(base_url, {}).get(model, {}).get(mend, "")
         again = first.asked != lesson.asked and first.words == lesson.words
         if lesson.words and (again or when) and when < stamp(RECENT_SECONDS):
-            with self.edited() as tree:
+            with self.edited(lambda *_: True) as tree:
                 tree.setdefault(base_url, {}).setdefault(model, {})[mend] = stamp(0.0)
 
     def forget(self, base_url: str, model: str = "", start: str = "") -> None:
@@ -7849,20 +7836,14 @@ class Learned:
 
         self.recent = {key: lesson for key, lesson in self.recent.items()
                        if stays(*key[1:])}
-        with self.edited() as tree:
+        with self.edited(stays) as tree:
             tree.setdefault(base_url, {}).setdefault(model, {})
-            for models in tree.values():
-                for name, rows in models.items():
-                    models[name] = {mend: when for mend, when in rows.items()
-                                    if stays(name, mend)}
 
     def load(self) -> Dict[str, Dict[str, Dict[str, str]]]:
         """The file's rows; one that is not ours is set aside, and that is said."""
         try:
             with plain_file(self.path) as file:
                 return learned_rows(decode_json(file.read(MAX_LEARNED_BYTES)))
-        except FileNotFoundError:
-            pass
         except OSError as error:
             log.warning("cannot read %s: %s", self.path, error.strerror)
         except (ValueError, RecursionError):
@@ -7872,9 +7853,9 @@ class Learned:
         return {}
 
     @contextlib.contextmanager
-    def edited(self) -> Iterator[Json]:
-        """The file's tree, alone among the processes that change it; what is old goes.
-        Who does not let go is not waited for, and Windows has no such locks."""
+    def edited(self, stays: Callable[[str, str], bool]) -> Iterator[Json]:
+        """What stays of the file, to be changed by nobody else meanwhile.  Who does not
+        let go is not waited for, and Windows has no such locks."""
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(ImportError, OSError):
                 import fcntl
@@ -7887,10 +7868,11 @@ class Learned:
                         break
                     time.sleep(0.001)
             self.refresh()
+            oldest = stamp(LEARNED_SECONDS)
             for models in self.tree.values():
                 for model, rows in list(models.items()):
                     models[model] = {mend: when for mend, when in rows.items()
-                                     if when > stamp(LEARNED_SECONDS)}
+                                     if when > oldest and stays(model, mend)}
                     if not models[model] or len(models) > MAX_KNOWN:
                         del models[model]
             yield self.tree
@@ -7915,9 +7897,9 @@ def replace_file(path: str, text: str) -> None:
     then the old one is as it was."""
     fresh = f"{path}.{os.urandom(4).hex()}"
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
-        with open(os.open(fresh, flags, 0o600), "w", encoding="utf-8") as file:
+        with open(fresh, "x", encoding="utf-8",
+                  opener=functools.partial(os.open, mode=0o600)) as file:
             file.write(text)
         os.replace(fresh, path)
     except OSError:

@@ -3296,12 +3296,14 @@ RICH = {"name": "Rich", "input_schema": {
     "$schema": "x", "title": "T", "$defs": {"d": {"type": "string", "pattern": "a"}},
     "properties": {"a": {"$ref": "#/$defs/d"}, "b": {"anyOf": [
         {"type": "null"}, {"type": "integer", "minimum": 1}]},
-        "c": {"type": ["null", "array"], "items": {"enum": ["x"]}}}}}
+        "c": {"type": ["null", "array"], "items": {"enum": ["x"]}},
+        "d": {"oneOf": [{"$ref": "#/$defs/d"}, {"type": "null", "title": "T"}]}}}}
 PLAIN = {"type": "object", "properties": {
-    "a": {"type": "string", "pattern": "a"}, "b": {"type": "integer", "minimum": 1},
+    **dict.fromkeys("ad", {"type": "string", "pattern": "a"}),
+    "b": {"type": "integer", "minimum": 1},
     "c": {"type": "array", "items": {"type": "string", "enum": ["x"]}}}}
 BARE = {"type": "object", "properties": {
-    "a": {"type": "string"}, "b": {"type": "integer"},
+    **dict.fromkeys("ad", {"type": "string"}), "b": {"type": "integer"},
     "c": {"type": "array", "items": {"type": "string", "enum": ["x"]}}}}
 TWO = [assistant(call("t1"), call("t2")), user(result("t2"), result("t1"))]
 
