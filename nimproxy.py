@@ -4018,9 +4018,8 @@ MENDS = [
     (r"enable-auto-tool-choice|n[o']t support (tool|function)s?|"
      r"(?<!parallel )\btool(s|[ -]call\w*| use)? (is|are) not supported", "", "xml"),
     (r"\bmax_tokens\b", r"not supported|use '?max_completion_tokens", "rename"),
-    (r"max_tokens|max_completion_tokens|completion tokens|integer above maximum",
-     r"(?:\[1, ?|at most |less than or equal to |<= ?|\d > )([1-9]\d{1,8})\b",
-     r"most:\1"),
+    (r"max_(completion_)?tokens|completion tokens|integer above maximum",
+     r"(?:\[1, ?|at most |than or equal to |<= ?|\d > )([1-9]\d{1,8})\b", r"most:\1"),
     (r"\bname\b", MOST, r"names:\1"),
     (r"\btools\b", MOST + "(?!.?char)", r"tools:\1"),
     (r"image", MOST, r"images:\1"),
@@ -4035,9 +4034,8 @@ MENDS = [
     (r"roles? must alternate|expected last role|unexpected role|\b3230\b", "", "turns"),
     (r"^(?!.*\b(?:format|size|scheme|media|image type)).*(?:image|multimodal|vision)",
      UNABLE + "|only text|invalid content type", "blind"),
-    # A host that takes only strings takes no images.
     (r"content|not a multimodal", r"valid string|(must|should) be a string|multimodal|"
-     r"expected a? ?string", "flat blind"),
+     r"expected a? ?string", "flat blind"),      # strings hold no images
     (r"\b(?:any|one|all)of\b|function.parameters.type|\$ref|\$defs|invalid schema|"
      r"upper\W+to type\W+undefined|exact null branch", "", "schema:plain"),
     ("grammar|json schema|unknown escape|number of repetitions|peg-native", "",
@@ -4049,8 +4047,8 @@ REFUSED = (UNABLE + r"|extra[ _](inputs|fields|forbidden)|unexpected keyword|unk
 # What is told of other fields, or of what one holds.
 ASIDE = (r"(?<!not )\b(supported|known|valid|allowed) (field|parameter|argument)s\b.*|"
          r"\b(expected one of|value: ).*| (when|while|if) .*")
-NEEDED_FIELDS = {"model", "messages", "stream", "tools", "max_tokens", "content", "role",
-                 "max_completion_tokens", "tool_calls", "tool_call_id", "name"}
+NEEDED_FIELDS = {"model", "messages", "stream", "tools", "max_tokens", "content",
+                 "role", "name", "max_completion_tokens", "tool_calls", "tool_call_id"}
 
 
 def mend_for(words: str, chat: Json, tried: List[str]) -> str:
@@ -4174,12 +4172,10 @@ def ask_something(chat: Json, _: str) -> None:
 
 def take_turns(chat: Json, _: str) -> None:
     """A word of the assistant's between a tool's result and the user."""
-    out: List[Json] = []
-    for message in chat["messages"]:
-        if out and out[-1]["role"] == "tool" and message["role"] == "user":
-            out.append({"role": "assistant", "content": "."})
-        out.append(message)
-    chat["messages"] = out
+    messages = chat["messages"]
+    for at in range(len(messages) - 1, 0, -1):
+        if (messages[at - 1]["role"], messages[at]["role"]) == ("tool", "user"):
+            messages.insert(at, {"role": "assistant", "content": "."})
 
 
 def keep_images(chat: Json, most: str) -> None:
@@ -4223,9 +4219,8 @@ def one_call_a_turn(chat: Json, _: str) -> None:
 MAX_SCHEMA_DEPTH = 12       # objects in objects
 MAX_SCHEMAS = 2000          # in one tool's: references may multiply
 BARE = {"type", "properties", "required", "items", "enum", "const", "description"}
-UNLIKED = {"anyOf", "oneOf", "allOf", "$ref", "$defs", "definitions", "$schema", "$id",
-           "$comment", "examples", "deprecated", "readOnly", "writeOnly", "title",
-           "default"}
+UNLIKED = set("anyOf oneOf allOf $ref $defs definitions $schema $id $comment examples "
+              "deprecated readOnly writeOnly title default".split())
 
 
 def simplify_schemas(chat: Json, level: str) -> None:
@@ -4251,11 +4246,10 @@ def simplify_schemas(chat: Json, level: str) -> None:
                    if key in (BARE if level == "bare" else {*schema} - UNLIKED)}
             if isinstance(out.get("type"), list):
                 out["type"] = ([*filter("null".__ne__, out["type"])] or ["string"])[0]
-            properties = shaped(out.get("properties"), dict)
-            if properties or out.get("type") == "object":
+            fields = shaped(out.get("properties"), dict)
+            if fields or out.get("type") == "object":
                 out.update(type="object", properties={
-                    key: simple(inner, (*inside, ""))
-                    for key, inner in properties.items()})
+                    key: simple(each, (*inside, "")) for key, each in fields.items()})
             if isinstance(out.get("items"), dict):
                 out["items"] = simple(out["items"], (*inside, ""))
             out.setdefault("type", "array" if "items" in out else "string")
@@ -4280,12 +4274,11 @@ To call one of the tools that are listed below, write this:
    <tool_code>{"file_path": "/tmp/a.txt"}</tool_code>
 3. Between the tags stands one valid JSON object: double quotes, no comments, no tags.
 4. What you want to say or think comes before the tag.
-5. For several calls write several tags, and stop after the last: the results come back
-   as <tool_output> in the next message.
+5. For several calls write several tags. Then stop: results come as <tool_output>.
 
 ## Available Tools:
 """
-XML_CALL = '<tool_code name="%s">\n%s\n</tool_code>'
+XML_CALL = '<tool_code name="%(name)s">\n%(arguments)s\n</tool_code>'
 XML_OUTPUT = "<tool_output>\n%s\n</tool_output>"
 
 
@@ -4301,8 +4294,7 @@ def tools_in_prose(chat: Json, _: str) -> None:
         if result:
             message = {"role": "user", "content": XML_OUTPUT % message["content"]}
         for call in message.pop("tool_calls", None) or []:
-            put_text(message, XML_CALL % (call["function"]["name"],
-                                          call["function"]["arguments"]))
+            put_text(message, XML_CALL % call["function"])
         if waiting and message["role"] == "user":
             put_text(message, out.pop()["content"], before=result)
         out.append(message)
@@ -4313,10 +4305,9 @@ def tools_in_prose(chat: Json, _: str) -> None:
     chat.setdefault("temperature", 0)
     if not out or out[0]["role"] != "system":
         out.insert(0, {"role": "system", "content": ""})
-    rows = ["- **%s**: %s\n  Parameters: %s" % (
-        tool["function"]["name"], tool["function"]["description"],
-        json.dumps(tool["function"]["parameters"], indent=2, ensure_ascii=False))
-        for tool in tools]
+    rows = ["- **%(name)s**: %(description)s\n  Parameters: " % tool["function"]
+            + json.dumps(tool["function"]["parameters"], indent=2, ensure_ascii=False)
+            for tool in tools]
     if choice != "auto":
         named = shaped(choice, dict).get("function", {}).get("name", "a tool")
         rows.append(f"\nCall {named} now.")
@@ -4340,12 +4331,12 @@ CHANGES = {
                     "the last tools are left out"),
     "stops": Change(lambda chat, most: cut_list(chat, "stop", most), 1),
     "names": Change(shorten_names, 16), "ids": Change(nine_characters),
-    "replay": Change(replay_all), "choice": Change(choose_within),
-    "fold": Change(fold_system), "query": Change(ask_something),
-    "turns": Change(take_turns), "single": Change(one_call_a_turn),
-    "blind": Change(keep_images, 0, "images are left out"), "flat": Change(flatten),
-    "images": Change(keep_images, 1, "images are left out"),
+    "replay": Change(replay_all), "fold": Change(fold_system), "flat": Change(flatten),
+    "query": Change(ask_something), "turns": Change(take_turns),
+    "single": Change(one_call_a_turn), "choice": Change(choose_within),
     "schema": Change(simplify_schemas),
+    "blind": Change(keep_images, 0, "images are left out"),
+    "images": Change(keep_images, 1, "images are left out"),
     "xml": Change(tools_in_prose, 0, "tools are called in text"),
 }
 
@@ -7781,8 +7772,7 @@ class Learned:
                            if any(row for _, row in rows) and (key[1], {}) not in rows}
 
     def mends(self, base_url: str, model: str) -> Dict[str, str]:
-        """The mends of a model, the last ones last, and since when they are kept: "" for
-        those of a while."""
+        """A model's mends, the last ones last, and since when each is kept; "": not."""
         self.refresh()
         rows, kept = {}, self.tree.get(base_url, {}).get(model, {})
         for mend in sorted(kept, key=kept.get):
@@ -7893,8 +7883,7 @@ def plain_file(path: str, encoding: str = "utf-8") -> TextIO:
 
 
 def replace_file(path: str, text: str) -> None:
-    """Write a file of ours, for nobody else to read, in one step.  Raises OSError;
-    then the old one is as it was."""
+    """Write a file of ours, for us alone, in one step; OSError leaves the old one."""
     fresh = f"{path}.{os.urandom(4).hex()}"
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
     try:

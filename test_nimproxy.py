@@ -3777,6 +3777,8 @@ def test_text_before_the_tag_is_streamed():
             while b"look" not in got:
                 got += sock.recv(4096)
             assert b"tool_co" not in got
+            assert not any(isinstance(each, np.Asked) and each.sent == body
+                           for each in gc.get_objects())
             gate.set()
             assert b"tool_use" in received(sock)
 
@@ -7705,6 +7707,7 @@ def test_a_remembered_failure_does_not_hold_the_chat():
             if number == 1:
                 gc.collect()
                 tracemalloc.start()
+        client.request("GET", "/status")        # by then the last one is over
         try:
             gc.collect()
             held = tracemalloc.get_traced_memory()[0]
