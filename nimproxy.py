@@ -5568,18 +5568,22 @@ class Markdown(NamedTuple):
     ticks: Tuple[int, ...] = ()     # of backticks that may have opened code in this
                                     # paragraph, and of those behind them
     quoted: bool = False
-    comment: str = ""       # "block", or "inline" to the end of the paragraph
+    html: str = ""          # pattern of what ends a block or comment of HTML
     far: bool = False       # from the margin, as code is
 
     def shown(self) -> bool:
-        """Whether what stands here is code, quoted, or in a comment."""
-        return bool(self.fence or self.quoted or self.comment or self.far)
+        """Whether what stands here is code, quoted, or HTML."""
+        return bool(self.fence or self.quoted or self.html or self.far)
 
 
 OUTSIDE = Markdown()
 ITEMS = re.compile(r"(?: *(?:[-*+]|[0-9]{1,9}[.)])(?= |\Z))*")
 FENCE = re.compile(r" *(`{3,}(?=[^`]*\Z)|~{3,})(.*)")
 INLINE = re.compile(r"(?<!\\)(\\*)(`+)|<!--|-->")
+BLANK = r"^\s*\Z"
+BLOCKS = {r"<(?:pre|script|style|textarea)\b": r"</(?:pre|script|style|textarea)>",
+          "<!--": "-->", r"<\?": r"\?>", r"<!\[CDATA\[": r"\]\]>", "<![A-Z]": ">",
+          "</?[A-Z]": BLANK}            # how HTML begins a line, and what ends it
 
 
 def after_line(place: Markdown, line: str) -> Markdown:
@@ -5595,24 +5599,30 @@ def after_line(place: Markdown, line: str) -> Markdown:
         ends = found and found[1].startswith(place.fence) and not found[2].strip() and (
             0 <= found.start(1) - place.inset < 4)
         return place._replace(fence="") if ends else place
-    if found and place.comment != "block":
-        return Markdown(found[1], found.start(1))
     bare = line[items:].lstrip(" ")
+    html = place.html or next((end for begin, end in BLOCKS.items()
+                               if re.match(begin, bare, re.I)), "")
+    if html and html != INSIDE:
+        ended = re.search(html, bare, re.I)
+        return Markdown(html="" if ended else html, far=bool(line.strip()))
+    if found:
+        return Markdown(found[1], found.start(1))
     if not line.strip():
-        return Markdown(comment=place.comment if place.comment == "block" else "")
-    run, comment = () if items or bare[:1] == "#" else place.ticks, place.comment
-    comment = comment or ("block" if bare.startswith("<!--") else "")
+        return OUTSIDE
+    run = () if items or bare[:1] == "#" else place.ticks
     for word in INLINE.finditer(bare):
         size = len(word[2] or "") - (0 if run else len(word[1] or "") % 2)
-        if comment or word[0] == "<!--":
-            comment = "" if word[0] == "-->" else comment or ("" if run else "inline")
+        if html or word[0] == "<!--":
+            html = "" if word[0] == "-->" or run and not html else INSIDE
         elif size > 0:
             run = () if run[:1] == (size,) else (*run, size)[:MAX_RUNS]
+    far = len(line) - len(line.lstrip(" ")) > 3 or (
+        items and len(line) - items - len(bare) > 4)
     return Markdown("", 0, () if bare[:1] == "#" else run,
-                    place.quoted or bare[:1] == ">", comment,
-                    len(line) - len(line.lstrip(" ")) > 3)
+                    place.quoted or bare[:1] == ">", html, bool(far))
 
 
+INSIDE = "inside"   # of a comment in a paragraph, and no longer than that
 MAX_RUNS = 16       # of backticks that wait for their like; a paragraph has few
 
 
@@ -5736,8 +5746,9 @@ class TailWatch:
         if name and not (declared_name(name, self.tools) or KIMI_ID.match(name)):
             head = None
         debris = self.debris.match(text, at) if self.debris and not head else None
-        unsure = not (head or last) and (rest <= MAX_HEAD_CHARS if heads else not debris
-                                         and UNSURE.fullmatch(text, at))
+        unsure = not (head or last) and (
+            rest <= MAX_HEAD_CHARS if heads else text[at:at + LONGEST] in BEGUN
+            or not debris and UNSURE.fullmatch(text, at))
         if not (head or debris or unsure):
             return "text", at + 1
         here = after_line(self.place, line + "x")
