@@ -16709,7 +16709,7 @@ def test_e2e_a_turn_outlives_a_reset(tmp_path, heard, told):
               context_window=131072) as it:
         if told[1:] == HALF_A_CALL and not goes_on():   # older ones end their turn
             code, lines = it.claude("Do it.")
-            assert code == 1 and "reset by peer" in lines[-1]["result"]
+            assert code == 1 and lines[-1]["result"].startswith("API Error: ")
             return
         lines = it.succeeds("Do it.", "Well done.")
         assert (it.project / "made").read_text() == "42\n"
