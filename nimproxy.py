@@ -5019,9 +5019,7 @@ class Message:
         As Claude Code takes it: while no block is closed it asks anew by itself.  After
         that an error ends its turn, and keeps the text only if its block is closed.
         """
-        only_thought = self.open == "thinking" and not self.index or (
-            self.shown and self.index == 1 and not self.spoken)
-        if drops and only_thought:
+        if drops and self.open == "thinking" and not self.index:
             return []
         if self.open and self.index:
             self.close()
