@@ -1187,7 +1187,7 @@ def dotenv_values(text: str) -> Dict[str, str]:
 
 def masked(url: str) -> str:
     """A URL, or a text with some, without user and password."""
-    return re.sub(r"//[^/@\s]*@", "//***@", url)
+    return re.sub(r"//[^/\s]*@", "//***@", url)
 
 
 def masked_key(key: str) -> str:
@@ -1228,6 +1228,17 @@ def as_secret(raw: Any) -> str:
     if not re.fullmatch(r"[!#-&(-~]+", as_text(raw)):
         raise ValueError
     return as_text(raw)
+
+
+def as_host(raw: Any) -> str:
+    host = as_text(raw)
+    if ":" in host:
+        ipaddress.IPv6Address(host.partition("%")[0])
+        return host
+    host.encode("idna")                     # UnicodeError, a ValueError: no host name
+    if re.search(r"[\[\]/\s]", host):
+        raise ValueError
+    return host
 
 
 def as_url(raw: Any) -> str:
@@ -1332,6 +1343,7 @@ def as_window(raw: Any) -> int:
 KINDS = {
     "text": ("printable characters", as_text),
     "secret": ("a key of printable ASCII without spaces or quotes", as_secret),
+    "host": ("an address or a name of this machine", as_host),
     "url": ("a base URL such as https://host/v1 (http:// is for servers of your own)",
             as_url),
     "port": ("a port from 0 to 65535", within(0, 65535, int)),
@@ -1677,7 +1689,7 @@ SETTINGS = [
             "few", "free"),
     Setting("connect_warning", "CONNECT_WARNING_SECONDS", "limits.connect_warning",
             "seconds", "free"),
-    Setting("host", "PROXY_HOST", "server.host", "text", "yes"),
+    Setting("host", "PROXY_HOST", "server.host", "host", "yes"),
     Setting("port", "PROXY_PORT", "server.port", "port", "free"),
     Setting("proxy_key", "PROXY_API_KEY", "server.api_key", "secret", "yes"),
     Setting("log_level", "LOG_LEVEL", "server.log_level", "level", "free"),
@@ -1800,7 +1812,7 @@ def led_away(base: Config, sources: Json, config: Config) -> List[str]:
     row = PROVIDERS[base.provider]
     hosted = own_server(base.base_url, row)
     same = config.provider == base.provider and (config.base_url == base.base_url or (
-        "base_url" not in sources and own_server(config.base_url, row)))
+        "base_url" not in sources and same_server(config.base_url, base.base_url)))
     words = {ALIASES: "own", FALLBACKS: "own",
              **{setting.field: setting.found for setting in SETTINGS}}
     fine = {"free": True, "own": same}
@@ -4075,7 +4087,10 @@ def mend_for(words: str, chat: Json, tried: List[str]) -> str:
 
 
 def change_of(mend: str) -> Change:
-    return CHANGES.get(mend) or CHANGES.get(mend.partition(":")[0]) or Change()
+    """What a mend is; of several fields, what it is for the one whose loss is felt."""
+    kind, _, names = mend.partition(":")
+    each = (CHANGES.get(f"{kind}:{name}") for name in names.split(","))
+    return next(filter(None, each), None) or CHANGES.get(kind) or Change()
 
 
 def apply_mend(mend: str, chat: Json) -> None:
@@ -7759,8 +7774,8 @@ class Learned:
 
         {"https://host/v1": {"some/model": {"drop:top_k": "2026-11-21T08:30:00Z"}}}
 
-    When the file has changed it is read anew; if nothing is in it, or a model has an
-    empty row there, what is not kept is forgotten as well.
+    When the file has changed it is read anew; of a model that has an empty row there,
+    or of all if "" has or nothing is in it, what is not kept is forgotten as well.
     """
 
     def __init__(self, home: str) -> None:
@@ -7780,7 +7795,8 @@ class Learned:
             self.tree, self.read = self.load() if state else {}, state
             rows = [row for models in self.tree.values() for row in models.items()]
             self.recent = {key: lesson for key, lesson in self.recent.items()
-                           if any(row for _, row in rows) and (key[1], {}) not in rows}
+                           if rows and ("", {}) not in rows
+                           and (key[1], {}) not in rows}
 
     def mends(self, base_url: str, model: str) -> Dict[str, str]:
         """A model's mends, the last ones last, and since when each is kept; "": not."""
@@ -7824,7 +7840,7 @@ class Learned:
         for rows in (self.recent, self.lost):
             while len(rows) > MAX_LESSONS:
                 del rows[next(iter(rows))]
-        when = self.tree.get(base_url, {}).get(model, {}).get(mend, "")
+        when = self.mends(base_url, model).get(mend, "")    # "" once it has run out
         again = first.asked != lesson.asked and first.words == lesson.words
         if lesson.words and (again or when) and when < stamp(RECENT_SECONDS):
             with self.edited(lambda *_: True) as tree:
@@ -10493,6 +10509,7 @@ def local_proxies(home: str) -> Iterator[LocalProxy]:
         except (OSError, LookupError, TypeError, ValueError, RecursionError):
             continue                    # it has just ended, or is of another version
         sound = list(map(type, proxy)) == list(map(type, LocalProxy()))
+        sound = sound and proxy.secret.isascii()    # else it has no bytes to prove by
         if ours and sound and proxy.machine == socket.gethostname():
             if process_lives(proxy.pid):
                 yield proxy
@@ -13089,14 +13106,15 @@ def configured(options: argparse.Namespace, given: Given) -> Tuple[Config, Json]
 
 FOUND = ("config.yaml", ".env")     # what is looked for in the current folder
 ASKING = ("serve", "code", "run")   # the commands that ask about it
-MAX_DOUBTS = 8                      # that are told: more would scroll the first away
+MAX_DOUBTS = 8                      # that a line tells; the question tells them all
+MAX_DOUBT_CHARS = 200               # of a value
 
 
 def all_settings(options: argparse.Namespace, given: Given, store: Store,
                  tell: Callable[[str], None]) -> Tuple[Config, Json]:
     """All settings with their sources; files in the current folder hold in full beside
     the program and after a yes to their content, else for what leads nothing away."""
-    own, part, digests, marked = found_files(options, given, store, tell)
+    own, part, digests, marked, whole = found_files(options, given, store, tell)
     base, sources = configured(options, own)
     config, told = configured(options, part)
     away, shown = led_away(base, sources, config), config.shown()
@@ -13104,15 +13122,15 @@ def all_settings(options: argparse.Namespace, given: Given, store: Store,
     doubts = [printable(words) for words in (
         *(f"{name} = {shown[name]} ({told.get(name, 'default')})" for name in mine),
         *marked)]
-    doubts[MAX_DOUBTS:] = ["and more"] * bool(doubts[MAX_DOUBTS:])
     asks = options.command in ASKING and not options.show_config
     names = " and ".join("./" + os.path.basename(path) for path in digests)
     if doubts and asks and at_terminal():
-        say("\n  ".join([f"{names} may be a stranger's, and would set", *doubts]))
+        say("\n  ".join([f"{names} may be a stranger's, and would set", *whole]))
         if agreed("Take all of it, now and whenever it is the same?"):
             store.trust(digests)
             return all_settings(options, given, store, tell)
     elif doubts:
+        doubts[MAX_DOUBTS:] = ["and more"] * bool(doubts[MAX_DOUBTS:])
         tell(f"{names} may be a stranger's; left out: {'; '.join(doubts)}; if meant, "
              "say --config ./config.yaml, or set it by an option or the environment")
     if config.api_key != base.api_key and "api_key" not in away:
@@ -13124,11 +13142,12 @@ def all_settings(options: argparse.Namespace, given: Given, store: Store,
 
 def found_files(options: argparse.Namespace, given: Given, store: Store,
                 tell: Callable[[str], None]
-                ) -> Tuple[Given, Given, Dict[str, str], List[str]]:
+                ) -> Tuple[Given, Given, Dict[str, str], List[str], List[str]]:
     """What is given with the user's own files of the current folder; also with what may
-    be looked at of others; the digests of these by path, and words for what may not."""
+    be looked at of others; the digests of these by path, words for what may not, and
+    for all that a yes would let them set."""
     import hashlib
-    own, part, digests, marked = given, given, {}, []
+    own, part, digests, marked, whole = given, given, {}, [], []
     place = globals().get("__file__", "<stdin>")        # which lies in no folder
     beside = place != "<stdin>" and os.path.dirname(os.path.realpath(place))
     for name in FOUND:
@@ -13147,13 +13166,37 @@ def found_files(options: argparse.Namespace, given: Given, store: Store,
             else:
                 configured(options, part._replace(**adds))
                 digests[path] = digest
+                whole += weighty(name, text, "\n".join([given.file.text, *whole]))
             part, marked = part._replace(**adds), marked + words
         except ProxyError as error:
             if beside == os.path.dirname(path):
                 raise
             configured(options, part)       # what is wrong without it is said first
             tell(f"./{name} is left out: {error.message}")
-    return own, part, digests, marked
+    return own, part, digests, marked, whole
+
+
+def weighty(name: str, text: str, seen: str) -> List[str]:
+    """A line, without secrets, for all that a found file sets under whatever options,
+    unless it is free; URLs stand last, where nothing scrolls them away.  What was
+    `seen` may name more variables."""
+    settings = [setting for setting in SETTINGS if setting.found != "free"]
+    secret = {*re.findall(r"(?i)key\S*\s*[=:].*?(\w+)\W*$", seen, re.M)}
+    if name == "config.yaml":
+        free = {setting.key for setting in SETTINGS} - {each.key for each in settings}
+        rows = [(f"{where}: ", ".".join(path), str(value)) for path, (value, where)
+                in raw_entries(File(name, text))[0].items()]
+        rows = [row for row in rows if row[1] not in free]
+    else:
+        asked = {*(setting.variable for setting in settings), *re.findall(r"\w+", seen),
+                 *(row.key_variable for row in PROVIDERS.values())}
+        rows = [(name + " ", key, value) for key, value in dotenv_values(text).items()
+                if key in asked or key.startswith("MODEL_ALIAS_")]
+    return [printable(f"{where}{key} = " + (
+                "***" if key in secret or not re.search(REFERENCE, value) and
+                re.search("(?i)key|token|secret|password", key) else masked(value)
+                )[:MAX_DOUBT_CHARS])
+            for where, key, value in sorted(rows, key=lambda row: "://" in row[2])]
 
 
 def unexpanded(file: File, mine: bool) -> Tuple[Json, List[str]]:
@@ -13211,9 +13254,10 @@ class LogLines:
 
     def __init__(self, config: Config) -> None:
         self.json = config.log_json
-        proxies = map(urlsplit, (config.http_proxy, config.https_proxy))
-        self.secrets = [config.api_key, config.proxy_key,
-                        *(unquote(url.password or "") for url in proxies)]
+        self.secrets = [config.api_key, config.proxy_key]
+        for proxy in (config.http_proxy, config.https_proxy):
+            with contextlib.suppress(ValueError):       # no URL: it is not used either
+                self.secrets.append(unquote(urlsplit(proxy).password or ""))
 
     def format(self, record: logging.LogRecord) -> str:
         trace = ""
@@ -13834,8 +13878,9 @@ def run_install(context: Context) -> int:
     config = context.config
     if not config.port:
         raise ProxyError(400, "install: expected the port that `serve` will listen at")
-    url = config_url(config)
-    refuse_strangers(config, proved(config, url))
+    there = proved(config, config_url(config))
+    refuse_strangers(config, there)
+    url = there.url if there else config_url(config)
     mend_claude(context)
     paths = claude_paths(context.environ)
     try:
@@ -14141,6 +14186,7 @@ def run_usage(context: Context) -> int:
 def run_forget(context: Context) -> int:
     """Drop what was learned of a model, or of all, in the proxies that run as well."""
     learned, model = Learned(context.config.home), " ".join(context.arguments)
+    model = model and upstream_model(context.config, model)
     learned.forget(context.config.base_url, model)
     if not learned.path:
         complain("cannot write learned.json: `doctor` says why")

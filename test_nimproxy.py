@@ -876,6 +876,9 @@ BAD_CONFIGS = [
     ("log_json that is no switch", "server:\n  log_json: 1", "expected true or false"),
     ("misspelt key", "server:\n  prot: 1\n", "config.yaml:2: expected a known key, "
      "found 'server.prot'; did you mean 'server.port'?"),
+    *(("host " + host, f"server:\n  host: '{host}'\n",
+       "server.host: expected an address or a name of this machine, found")
+      for host in ("a..b", "[::1", "[::1]", "a b", "::x")),
     ("wrong type", "server:\n  port: many\n", "config.yaml:2: server.port: expected a "
      "port from 0 to 65535, found 'many'"),
     ("out of range", "server:\n  port: 70000\n", "found 70000"),
@@ -6708,7 +6711,8 @@ def test_a_refusal_in_vain_teaches_nothing(tmp_path):
 LOSSES = [      # (a mend that takes something away, and whether it does)
     ("xml", True), ("blind", True), ("images:4", True), ("drop:response_format", True),
     ("most:4096", True), ("tools:16", True), ("window:16384", True),
-    ("drop:top_k", False), ("single", False), ("names:48", False), ("stops:1", False)]
+    ("drop:temperature,response_format", True), ("drop:top_k", False),
+    ("single", False), ("names:48", False), ("stops:1", False)]
 
 
 @pytest.mark.parametrize("mend, loss", LOSSES)
@@ -6717,7 +6721,14 @@ def test_what_a_model_can_do_is_soon_tried_anew(mend, loss, tmp_path, caplog):
                       (np.LEARNED_SECONDS - 60, not loss), (np.LEARNED_SECONDS, False)]:
         tree = {"u": {"m": {mend: np.stamp(ago)}}}
         (tmp_path / "learned.json").write_text(json.dumps(tree))
-        assert [*np.Learned(str(tmp_path)).mends("u", "m")] == [mend] * kept
+        learned = np.Learned(str(tmp_path))
+        assert [*learned.mends("u", "m")] == [mend] * kept
+        now = LESSON._replace(at=time.monotonic())
+        learned.learn("u", "m", mend, now)      # once: that keeps on what still holds
+        assert bool(np.Learned(str(tmp_path)).mends("u", "m")) == kept
+        learned.learn("u", "m", mend, now._replace(asked="r2"))
+        assert np.Learned(str(tmp_path)).mends("u", "m")
+    caplog.clear()
     learned = np.Learned("")
     learned.learn("u", "m", mend, LESSON._replace(at=time.monotonic()))
     learned.learn("u", "m", mend, LESSON._replace(at=time.monotonic()))
@@ -10194,7 +10205,12 @@ FOUND = named([     # files, options, environment and saved providers; what is s
     ("another region of the provider", {
         "config.yaml": "upstream:\n  base_url: https://api.moonshot.ai/anthropic\n"},
      "--provider kimi", {"MOONSHOT_API_KEY": "sk-mine"},
-     {"base_url": "https://api.moonshot.ai/anthropic", "api_key": "***"}, ""),
+     {"base_url": "https://api.moonshot.cn/anthropic", "api_key": "***"},
+     "moonshot.ai"),
+    ("another API of the same server", {
+        "config.yaml": "upstream:\n  base_url: https://api.moonshot.cn/v1\n"},
+     "--provider kimi", {"MOONSHOT_API_KEY": "sk-mine"},
+     {"base_url": "https://api.moonshot.cn/v1", "api_key": "***"}, ""),
     ("its only key", {".env": "NVIDIA_API_KEY=nvapi-theirs\n"}, "", UNSET,
      {"api_key": "***"}, "the key of ./.env NVIDIA_API_KEY is used"),
     ("a key beside the environment's", {
@@ -11681,7 +11697,10 @@ def test_setup_asks_at_the_terminal_when_its_text_is_piped(tmp_path):
 @on_a_terminal
 def test_a_yes_to_a_found_file_holds_for_its_content(tmp_path):
     file, trusted = tmp_path / "config.yaml", tmp_path / ".nimproxy" / "trusted.json"
-    text = "upstream:\n  base_url: http://127.0.0.1:9/v1\n  api_key: ${MINE}\n"
+    text = ("upstream:\n  base_url: http://127.0.0.1:9/v1\n  api_key: ${MINE}\n"
+            "server:\n  host: 127.0.0.1\n  port: 9\nmodel_aliases:\n  a: b\n")
+    (tmp_path / ".env").write_text("MINE=sk-SECRET\nPROXY_API_KEY=\nOTHERS=1\n"
+                                   "MODEL_ALIAS_X=http://u:p@w@h/\n")
     rounds = [      # content, the answer or None where nothing is asked, the upstream
         (text, "n", HOSTED), (text, "y", "http://127.0.0.1:9/v1"),
         (text, None, "http://127.0.0.1:9/v1"), (text + "# \n", "", HOSTED),
@@ -11694,15 +11713,20 @@ def test_a_yes_to_a_found_file_holds_for_its_content(tmp_path):
         with Person(tmp_path, "run", "--", "true", NVIDIA_API_KEY="k", MINE="m") as it:
             if answer is not None:
                 told = it.reads("the same? [y/N]")
-                for words in ("./config.yaml", "base_url = http://127.0.0.1:9/v1 (conf",
-                              "config.yaml:3: upstream.api_key = ${MINE}"):
-                    assert words in told
+                for words in ("./config.yaml", "base_url = http://127.0.0.1:9/v1\r\n",
+                              "config.yaml:3: upstream.api_key = ${MINE}",
+                              "server.host = 127.0.0.1", "model_aliases.a = b",
+                              ".env MODEL_ALIAS_X = http://***@h/" if content == text
+                              else "set"):      # a yes to .env holds for it alone
+                    assert words in told        # also what nothing comes of today
+                for words in ("SECRET", "OTHERS", "server.port"):
+                    assert words not in told
                 it.types(answer + "\n")
             told = it.reads("true on " + upstream)
             assert "[y/N]" not in told and "left out" not in told
             assert it.ends() == 0
     digest = hashlib.sha256(text.encode()).hexdigest()
-    assert json.loads(trusted.read_text()) == {str(file): digest}
+    assert json.loads(trusted.read_text())[str(file)] == digest
     assert trusted.stat().st_mode & 0o777 == 0o600
 
 
@@ -12436,6 +12460,8 @@ def test_those_that_run_forget_as_well(shell, capsys):
                 0, "forgotten: what was learned of %s\n" % (words or ["all models"])[0])
             assert list(client.request("GET", "/status")[2]["learned"]) == known
         assert np.Learned(home).models("u") == {}
+        code, out, _ = run(capsys, "forget", "anthropic/m[1m]")
+        assert code == 0 and out.endswith("learned of m\n")
 
 
 def test_what_was_learned_of_a_model_is_shown(shell, capsys):
@@ -12718,6 +12744,7 @@ RECORDS = [     # message, arguments, as text
     ("%s", ("a\nb\x1b[31m\u2028\x7f",), "a\\nb\\x1b[31m\\u2028\\x7f"),
     ("key %s", ("nvapi-secret",), "key ***"),
     ("%s", ("http://u:pa%25ss@proxy",), "http://***@proxy"),
+    ("%s", ("http://u:p@w@proxy/a@b",), "http://***@proxy/a@b"),
     ("%s", ("basic pa%ssword",), "basic ***"),
     ("%s", ("x" * 990 + "nvapi-secret" + "x" * 99,), "x" * 990 + "***" + "x" * 7),
 ]
@@ -13138,6 +13165,7 @@ RUN_FILES = [       # what is special about a run file, is it used, is it there 
     ("no process", {"pid": "x"}, False, True), ("no text", {"url": 5}, False, True),
     ("no address", {"url": "http://h:x"}, False, True),
     ("another secret", {"secret": "0"}, False, True),
+    ("half a character", {"secret": "\ud800"}, False, True),
 ]
 
 
