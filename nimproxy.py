@@ -1236,7 +1236,7 @@ def as_host(raw: Any) -> str:
         ipaddress.IPv6Address(host.partition("%")[0])
         return host
     host.encode("idna")                     # UnicodeError, a ValueError: no host name
-    if re.search(r"[\[\]/\s]", host):
+    if not host or re.search(r"[\[\]/\s]", host):
         raise ValueError
     return host
 

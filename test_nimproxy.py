@@ -878,7 +878,7 @@ BAD_CONFIGS = [
      "found 'server.prot'; did you mean 'server.port'?"),
     *(("host " + host, f"server:\n  host: '{host}'\n",
        "server.host: expected an address or a name of this machine, found")
-      for host in ("a..b", "[::1", "[::1]", "a b", "::x")),
+      for host in ("a..b", "[::1", "[::1]", "a b", "::x", " ")),
     ("wrong type", "server:\n  port: many\n", "config.yaml:2: server.port: expected a "
      "port from 0 to 65535, found 'many'"),
     ("out of range", "server:\n  port: 70000\n", "found 70000"),
