@@ -13166,7 +13166,7 @@ def found_files(options: argparse.Namespace, given: Given, store: Store,
             else:
                 configured(options, part._replace(**adds))
                 digests[path] = digest
-                whole += weighty(name, text, "\n".join([given.file.text, *whole]))
+                whole += all_it_sets(name, text, "\n".join([given.file.text, *whole]))
             part, marked = part._replace(**adds), marked + words
         except ProxyError as error:
             if beside == os.path.dirname(path):
@@ -13176,12 +13176,11 @@ def found_files(options: argparse.Namespace, given: Given, store: Store,
     return own, part, digests, marked, whole
 
 
-def weighty(name: str, text: str, seen: str) -> List[str]:
-    """A line, without secrets, for all that a found file sets under whatever options,
-    unless it is free; URLs stand last, where nothing scrolls them away.  What was
-    `seen` may name more variables."""
+def all_it_sets(name: str, text: str, seen: str) -> List[str]:
+    """A line for each setting of a found file that is not free, whatever the options;
+    URLs stand last, where nothing scrolls them away.  `seen` is what may name more of
+    .env's variables."""
     settings = [setting for setting in SETTINGS if setting.found != "free"]
-    secret = {*re.findall(r"(?i)key\S*\s*[=:].*?(\w+)\W*$", seen, re.M)}
     if name == "config.yaml":
         free = {setting.key for setting in SETTINGS} - {each.key for each in settings}
         rows = [(f"{where}: ", ".".join(path), str(value)) for path, (value, where)
@@ -13192,11 +13191,18 @@ def weighty(name: str, text: str, seen: str) -> List[str]:
                  *(row.key_variable for row in PROVIDERS.values())}
         rows = [(name + " ", key, value) for key, value in dotenv_values(text).items()
                 if key in asked or key.startswith("MODEL_ALIAS_")]
-    return [printable(f"{where}{key} = " + (
-                "***" if key in secret or not re.search(REFERENCE, value) and
-                re.search("(?i)key|token|secret|password", key) else masked(value)
-                )[:MAX_DOUBT_CHARS])
-            for where, key, value in sorted(rows, key=lambda row: "://" in row[2])]
+    rows.sort(key=lambda row: "://" in row[2])
+    keys = re.findall(r"(?im)key\S*\s*[=:].*?(\w+)\W*$", seen)     # api_key = ${THIS}
+    return [printable(f"{where}{key} = {shown_setting(key, value, key in keys)}")
+            for where, key, value in rows]
+
+
+def shown_setting(key: str, value: str, secret: bool) -> str:
+    """A value as far as it is no secret; a reference to one is none."""
+    named = re.search("(?i)key|token|secret|password", key)
+    if secret or named and not re.search(REFERENCE, value):
+        return "***"
+    return masked(value)[:MAX_DOUBT_CHARS]
 
 
 def unexpanded(file: File, mine: bool) -> Tuple[Json, List[str]]:

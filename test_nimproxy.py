@@ -11699,7 +11699,7 @@ def test_a_yes_to_a_found_file_holds_for_its_content(tmp_path):
     file, trusted = tmp_path / "config.yaml", tmp_path / ".nimproxy" / "trusted.json"
     text = ("upstream:\n  base_url: http://127.0.0.1:9/v1\n  api_key: ${MINE}\n"
             "server:\n  host: 127.0.0.1\n  port: 9\nmodel_aliases:\n  a: b\n")
-    (tmp_path / ".env").write_text("MINE=sk-SECRET\nPROXY_API_KEY=\nOTHERS=1\n"
+    (tmp_path / ".env").write_text("MINE=sk-SECRET\nPROXY_API_KEY=SECRET\nOTHERS=1\n"
                                    "MODEL_ALIAS_X=http://u:p@w@h/\n")
     rounds = [      # content, the answer or None where nothing is asked, the upstream
         (text, "n", HOSTED), (text, "y", "http://127.0.0.1:9/v1"),
@@ -11721,6 +11721,7 @@ def test_a_yes_to_a_found_file_holds_for_its_content(tmp_path):
                     assert words in told        # also what nothing comes of today
                 for words in ("SECRET", "OTHERS", "server.port"):
                     assert words not in told
+                assert told.index("base_url") > told.index("aliases")   # URLs last
                 it.types(answer + "\n")
             told = it.reads("true on " + upstream)
             assert "[y/N]" not in told and "left out" not in told
